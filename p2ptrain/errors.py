@@ -1,0 +1,142 @@
+"""Every error a person can meet: the sentence, the next move and the exit code.
+
+The docstring of a class is the sentence that is printed when no better one is given; `hint` is
+the next move; `exit_code` is fixed. README lists the same table.
+"""
+
+from __future__ import annotations
+
+
+class P2PTrainError(Exception):
+    """Something went wrong in p2ptrain."""
+
+    exit_code = 1
+    hint = "run the command again with --verbose and report what it prints"
+
+    def __init__(self, message: str | None = None, *, hint: str | None = None) -> None:
+        super().__init__(message if message is not None else (type(self).__doc__ or "").strip())
+        if hint is not None:
+            self.hint = hint
+
+    @property
+    def message(self) -> str:
+        """What happened and why, one sentence without a full stop."""
+        return str(self.args[0]).rstrip(".")
+
+
+class ConfigError(P2PTrainError):
+    """What was asked for does not make sense here."""
+
+    exit_code = 2
+    hint = "see p2ptrain COMMAND --help"
+
+
+class NotFound(ConfigError):
+    """There is no such group, run, bundle or file."""
+
+    hint = "check the name; p2ptrain status lists what this device knows"
+
+
+class DataError(ConfigError):
+    """The training data cannot be used."""
+
+    hint = "give a readable file that holds at least one sample"
+
+
+class PortInUse(ConfigError):
+    """Another program already listens on this port."""
+
+    hint = "choose another with --port, or --port 0 for any free one"
+
+
+class PeerNotRunning(ConfigError):
+    """No peer runs on this device for this group."""
+
+    hint = "start one with: p2ptrain join --group NAME"
+
+
+class PeerAlreadyRunning(ConfigError):
+    """A peer for this group already runs on this device."""
+
+    hint = "use the running one, or stop it first"
+
+
+class TrustError(P2PTrainError):
+    """The other side, or a file of ours, cannot be trusted."""
+
+    exit_code = 3
+    hint = "see trust/README.md; ask a member for a new invite"
+
+
+class PlanInfeasible(P2PTrainError):
+    """No placement fits this model on the peers in view."""
+
+    exit_code = 4
+    hint = "add a peer, use smaller microbatches, or allow more memory with --memory"
+
+
+class WireError(P2PTrainError):
+    """The conversation with another peer broke its rules."""
+
+    exit_code = 5
+    hint = "update p2ptrain on both devices; the link is dialled again by itself"
+
+
+class LocalProtocolError(WireError):
+    """We broke the protocol: a bug in this p2ptrain."""
+
+
+class RemoteProtocolError(WireError):
+    """The other peer broke the protocol; its link was closed."""
+
+
+class PeerLost(P2PTrainError):
+    """A peer that takes part in the run is gone."""
+
+    exit_code = 6
+    hint = "go on with the peers that are left: p2ptrain train --group NAME --resume RUN"
+
+
+class GraphError(P2PTrainError):
+    """A graph cannot be built, split or trusted."""
+
+    exit_code = 7
+    hint = "export the model again with tools/export_model.py"
+
+
+class BundleError(GraphError):
+    """The bundle is missing, damaged or not one this version reads."""
+
+    hint = "check the path, or export the model again with tools/export_model.py"
+
+
+class EngineError(P2PTrainError):
+    """onnxruntime is missing, damaged or refused a graph."""
+
+    exit_code = 8
+    hint = "reinstall with: pip install --force-reinstall p2ptrain"
+
+
+class NumericsError(P2PTrainError):
+    """A loss or gradient is not finite; the step was not applied."""
+
+    exit_code = 9
+    hint = "lower the learning rate, or resume from the last checkpoint"
+
+
+class CheckpointError(P2PTrainError):
+    """A checkpoint is missing, damaged or belongs to another model."""
+
+    exit_code = 10
+    hint = "resume another run, or start afresh without --resume"
+
+
+class Interrupted(P2PTrainError):
+    """Stopped on request; the run can be resumed."""
+
+    exit_code = 130
+    hint = "go on with: p2ptrain train --group NAME --resume RUN"
+
+
+class InvariantBroken(RuntimeError):
+    """An internal rule does not hold: a bug. The peer stops rather than train on."""

@@ -1,0 +1,119 @@
+"""The numerics contract of a run: everything that decides the bits of the loss curve.
+
+It is fixed when the run starts, saved with every checkpoint and immutable across views
+(DESIGN section 10). Two runs with equal contracts have equal loss curves, wherever their stages
+are placed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Final
+
+from p2ptrain import limits
+from p2ptrain.ids import Digest
+from p2ptrain.wire.codec import to_plain
+
+CONTRACT_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeBuild:
+    """What computes on a peer; peers with different builds agree within tolerance only."""
+
+    runtime: str
+    """onnxruntime-training or onnxruntime."""
+    version: str
+    numpy: str
+    machine: str
+    """x86_64, aarch64."""
+    isa: str
+    """Instruction-set class: avx512, avx2, neon, ..."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerChoice:
+    """The update rule and its hyperparameters; `peak_learning_rate` after the warm-up."""
+
+    name: str = "adamw"
+    """adamw or sgd."""
+    peak_learning_rate: float = 3e-3
+    final_learning_rate: float = 3e-4
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    momentum: float = 0.9
+    clip_norm: float = 1.0
+    """Global gradient norm is scaled down to this; 0 switches clipping off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contract:
+    """One run's numerics contract; valid by construction."""
+
+    bundle: Digest
+    seed: int
+    steps: int
+    microbatch_size: int
+    microbatches: int
+    form: str
+    codec: str
+    threads: int
+    dropout: float | None
+    """Overrides every dropout site's probability; None keeps the bundle's own."""
+    optimizer: OptimizerChoice
+    training_data: Digest
+    heldout_data: Digest
+    evaluate_every: int
+    """Steps between held-out evaluations; 0: only before the first and after the last."""
+    heldout_microbatches: int
+    """Microbatches of one held-out evaluation."""
+    builds: tuple[RuntimeBuild, ...]
+    """The set of runtime builds that take part, sorted."""
+    version: int = CONTRACT_VERSION
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem is not None:
+            raise ValueError(problem)
+
+    @property
+    def minibatch_size(self) -> int:
+        """Samples per step."""
+        return self.microbatch_size * self.microbatches
+
+    @property
+    def exactness(self) -> str:
+        """`exact` or `within tolerance`, and why, in one phrase."""
+        if len(self.builds) == 1:
+            return "exact: one runtime build on every peer"
+        return f"within tolerance: {len(self.builds)} different runtime builds take part"
+
+    @property
+    def digest(self) -> Digest:
+        document = json.dumps(to_plain(self), sort_keys=True, separators=(",", ":"))
+        return Digest(hashlib.sha256(document.encode()).hexdigest())
+
+
+def _problem(contract: Contract) -> str | None:
+    if contract.version != CONTRACT_VERSION:
+        return f"contract version {contract.version} is unknown"
+    if contract.steps < 1 or contract.microbatch_size < 1 or contract.threads < 1:
+        return "steps, microbatch size and threads are at least 1"
+    if not 1 <= contract.microbatches <= limits.MICROBATCHES_MAX:
+        return f"microbatches must be between 1 and {limits.MICROBATCHES_MAX}"
+    if contract.dropout is not None and not 0.0 <= contract.dropout < 1.0:
+        return "dropout is a probability below 1"
+    if contract.form not in ("portable", "training"):
+        return f"unknown graph form {contract.form!r}"
+    if contract.codec != "fp32":
+        return f"unknown codec {contract.codec!r}"
+    if contract.optimizer.name not in ("adamw", "sgd"):
+        return f"unknown optimizer {contract.optimizer.name!r}"
+    if contract.seed < 0 or contract.seed >= 1 << 63:
+        return "the seed is an integer from 0 to 2^63 - 1"
+    return None
