@@ -1,0 +1,216 @@
+"""What a peer is asked and what it reports: requests, progress events and results.
+
+These objects are the public API's data and, through `to_plain`, the control socket's and the
+`--json` output's. REPORT_VERSION changes when a field changes its meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from p2ptrain.ids import DeviceId, RunId
+from p2ptrain.training.contract import OptimizerChoice
+
+REPORT_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest:
+    """One training job, asked of the peer that owns the data (the home peer)."""
+
+    bundle: str
+    """Directory of the bundle; empty when resuming."""
+    data: str
+    """Text file to train on; empty when resuming."""
+    heldout: str | None = None
+    """Text file to evaluate on; None: the last 5 % of the data."""
+    steps: int = 100
+    stages: int | None = None
+    """Exact number of stages; None: the planner chooses."""
+    microbatches: int = 8
+    microbatch_size: int = 4
+    seed: int = 0
+    threads: int | None = None
+    """Intra-op threads per peer; None: half of the cores of the smallest peer."""
+    form: str = "portable"
+    schedule: str = "1f1b"
+    dropout: float | None = None
+    optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
+    evaluate_every: int = 0
+    heldout_microbatches: int = 8
+    checkpoint_every: int = 100
+    resume: str | None = None
+    """A run id (or its unambiguous beginning) of this device."""
+    out: str | None = None
+    """Where to write trained.onnx; None: into the run's directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
+    """One line of the printed plan."""
+
+    device: DeviceId
+    name: str
+    stage: int
+    first_segment: int
+    last_segment: int
+    segments: tuple[str, ...]
+    parameters: int
+    memory_bytes: int
+    share: float
+    """Expected share of the step's compute, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """The agreed plan as a person reads it. Event name: `plan`."""
+
+    run: RunId
+    bundle: str
+    plan: str
+    view: int
+    schedule: str
+    stages: tuple[StageReport, ...]
+    predicted_step_s: float
+    exactness: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """Progress after one step. Event name: `step`."""
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    seconds: float
+    samples_per_s: float
+    joules_per_sample: float | None
+    activities: dict[str, str]
+    """Device name -> what it is doing, one phrase."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """A held-out evaluation. Event name: `evaluation`."""
+
+    step: int
+    heldout_loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoteReport:
+    """Something a person should know while it runs. Event name: `note`."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseEnergy:
+    """Joules of one phase: marginal is above idle, total includes the idle share."""
+
+    seconds: float
+    marginal_joules: float
+    total_joules: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerEnergy:
+    """One peer's energy, split into phases that add up to its total."""
+
+    device: DeviceId
+    name: str
+    phases: dict[str, PhaseEnergy]
+    """compute, communicate, wait, idle."""
+    marginal_joules: float
+    total_joules: float
+    scope: str
+    """wall, board, soc, package or model."""
+    quality: str
+    """measured or estimated."""
+    error_band: float | None
+    """Relative half width of the error band; None when unknown."""
+    meter: str
+    """Identity of the meter: peers that share one are counted once."""
+    source: str
+    """Where the figure comes from, one phrase."""
+    bytes_sent: int
+    samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnergyReport:
+    """Energy of a run or of a peer's life; meters shared by several peers are counted once."""
+
+    peers: tuple[PeerEnergy, ...]
+    marginal_joules: float
+    total_joules: float
+    joules_per_sample: float | None
+    version: int = REPORT_VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """The end of a run."""
+
+    run: RunId
+    bundle: str
+    peers: int
+    stages: int
+    first_step: int
+    """Steps that were already done when this session of the run began."""
+    steps: int
+    losses: tuple[float, ...]
+    """One per step of this session."""
+    heldout_first: float
+    heldout_last: float
+    seconds: float
+    samples_per_s: float
+    tokens_per_s: float
+    bytes_sent: int
+    """Encrypted bytes sent by all peers for this run."""
+    energy: EnergyReport
+    state_digest: str
+    """sha256 over parameters and optimizer state, manifest order."""
+    model_path: str | None
+    stopped: bool
+    """Ended before its last step on request; resume to go on."""
+    version: int = REPORT_VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberReport:
+    """One line of `status`."""
+
+    device: DeviceId
+    name: str
+    state: str
+    """self, alive, suspect or dead, with the reason when not alive."""
+    addresses: tuple[str, ...]
+    runtime: str
+    activity: str
+    last_heard_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerStatus:
+    """What `p2ptrain status` shows."""
+
+    group: str
+    group_name: str
+    device: DeviceId
+    name: str
+    address: str
+    discovery: str
+    """How others are found, or why discovery does not work."""
+    alone_because: str | None
+    members: tuple[MemberReport, ...]
+    run: RunId | None
+    run_state: str
+    plan: PlanReport | None
+    runs: tuple[str, ...]
+    """Runs whose checkpoints this device holds, newest first, with their last step."""
+    version: int = REPORT_VERSION
