@@ -6,6 +6,8 @@ the next move; `exit_code` is fixed. README lists the same table.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class P2PTrainError(Exception):
     """Something went wrong in p2ptrain."""
@@ -140,3 +142,24 @@ class Interrupted(P2PTrainError):
 
 class InvariantBroken(RuntimeError):
     """An internal rule does not hold: a bug. The peer stops rather than train on."""
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The one error a person should read out of nested exception groups.
+
+    Trio reports failures of concurrent tasks as groups. The first P2PTrainError that is not a
+    mere Interrupted wins, then Interrupted, then the first error of any kind.
+    """
+    leaves = list(_leaves(error))
+    ours = [leaf for leaf in leaves if isinstance(leaf, P2PTrainError)]
+    broken = [leaf for leaf in leaves if isinstance(leaf, InvariantBroken)]
+    serious = [leaf for leaf in ours if not isinstance(leaf, Interrupted)]
+    return next(iter([*broken, *serious, *ours, *leaves]), error)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
