@@ -89,17 +89,16 @@ class TrustForever(Membership):
         peer.silent_since_s = now
 
 
-AGREEMENT: dict[str, Rules] = {
-    "accept twice": Rules(agreement=AcceptTwice),
-    "decide by majority": Rules(agreement=DecideByMajority),
-    "acceptance not durable": Rules(agreement=ForgetAcceptance),
-    "acceptance forgotten on restart": Rules(agreement=ForgetOnRestart),
-    "decision told again": Rules(agreement=DecideAgain),
-    "nothing repeated": Rules(agreement=NeverRepeat),
+MUTATIONS: dict[str, tuple[Rules, str]] = {
+    "accept twice": (Rules(agreement=AcceptTwice), "accepted two plans"),
+    "decide by majority": (Rules(agreement=DecideByMajority), "holds no acceptance"),
+    "acceptance not durable": (Rules(agreement=ForgetAcceptance), "holds no acceptance"),
+    "acceptance forgotten": (Rules(agreement=ForgetOnRestart), "accepted two plans"),
+    "decision told again": (Rules(agreement=DecideAgain), "told twice"),
+    "nothing repeated": (Rules(agreement=NeverRepeat), "is not decided"),
+    "refusal ignored": (Rules(membership=IgnoreRefusal), "dead"),
+    "lag ignored": (Rules(membership=IgnoreLag), "wrongly"),
+    "the dead stay dead": (Rules(membership=NeverAskTheDead), "alive"),
+    "silence trusted": (Rules(membership=TrustForever), "dead never"),
 }
-MEMBERSHIP: dict[str, Rules] = {
-    "refusal ignored": Rules(membership=IgnoreRefusal),
-    "lag ignored": Rules(membership=IgnoreLag),
-    "the dead stay dead": Rules(membership=NeverAskTheDead),
-    "silence trusted": Rules(membership=TrustForever),
-}
+"""Name, broken rules, and what some seed's violation must say."""

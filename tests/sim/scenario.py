@@ -102,7 +102,8 @@ def heal(world: World) -> float:
 
 
 def agree_afresh(world: World) -> None:
-    """A fresh proposal over everybody is decided and told to all within the bound."""
+    """Under heavy loss a fresh proposal is decided and told to all within the bound."""
+    world.loss = 0.2
     proposer = world.rng.choice(list(world.nodes.values()))
     members = (proposer.device, *(d for d in world.nodes if d != proposer.device))
     checker, end = world.agreement_checker, world.now + DECIDE_BOUND_S
@@ -115,6 +116,7 @@ def agree_afresh(world: World) -> None:
             until=lambda t=told, f=failures: t <= checker.told or len(world.failed) > f,
         )
         if told <= checker.told:
+            world.loss = 0.02
             return
     raise Violation("after healing a fresh proposal is not decided")
 
