@@ -1,0 +1,173 @@
+"""Reports as tables and lines for people; `--json` prints the same objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.table import Table
+
+from p2ptrain.ids import short
+from p2ptrain.runtime.reports import (
+    EnergyReport,
+    PeerEnergy,
+    PeerStatus,
+    PlanReport,
+    StageReport,
+    StepReport,
+    TrainResult,
+)
+from p2ptrain.units import format_bytes, format_count, format_joules, format_seconds
+
+PHASES = ("compute", "communicate", "wait", "idle")
+
+
+def plan_table(plan: PlanReport) -> Table:
+    """One row per stage: who runs what, and what it is expected to cost there."""
+    table = _table(f"plan {short(plan.plan)} of run {short(plan.run)}, view {plan.view}")
+    for heading in ("peer", "stage", "segments"):
+        table.add_column(heading)
+    for heading in ("parameters", "memory", "share of the step"):
+        table.add_column(heading, justify="right")
+    for stage in plan.stages:
+        table.add_row(
+            stage.name,
+            str(stage.stage),
+            _segments(stage),
+            format_count(stage.parameters),
+            format_bytes(stage.memory_bytes),
+            f"{stage.share:.0%}",
+        )
+    return table
+
+
+def plan_lines(plan: PlanReport) -> list[str]:
+    """What is said below the table: the reason, what to expect, how exact the result is."""
+    reason = plan.reasons[0] if plan.reasons else "the only placement that was possible"
+    expected = format_seconds(plan.predicted_step_s)
+    return [
+        f"why: {reason}",
+        f"schedule {plan.schedule}, {expected} per step expected; {plan.exactness}",
+    ]
+
+
+def _segments(stage: StageReport) -> str:
+    if not stage.segments:
+        return "-"
+    first, last = stage.segments[0], stage.segments[-1]
+    return first if first == last else f"{first} .. {last} ({len(stage.segments)})"
+
+
+def step_line(step: StepReport) -> str:
+    """Progress in one line: `step 20/400  loss 3.1234  51.2 samples/s  0.312 J/sample`."""
+    joules = "-" if step.joules_per_sample is None else format_joules(step.joules_per_sample)
+    return (
+        f"step {step.step}/{step.steps}  loss {step.loss:.4f}  "
+        f"{step.samples_per_s:.1f} samples/s  {joules}/sample"
+    )
+
+
+def activity_lines(step: StepReport) -> list[str]:
+    """What each peer does, one line each."""
+    width = max(map(len, step.activities), default=0)
+    return [f"{name:<{width}}  {activity}" for name, activity in step.activities.items()]
+
+
+def result_table(result: TrainResult) -> Table:
+    """The end of a run: losses, speed, bytes."""
+    table = _table(f"run {short(result.run)}: {result.stages} stages on {result.peers} peers")
+    table.add_column("result")
+    table.add_column("", justify="right")
+    for name, value in _result_rows(result):
+        table.add_row(name, value)
+    return table
+
+
+def _result_rows(result: TrainResult) -> Iterable[tuple[str, str]]:
+    done = result.first_step + len(result.losses)
+    yield "steps", f"{done} of {result.first_step + result.steps}" if result.stopped else str(done)
+    if result.losses:
+        yield "loss, first and last step", f"{result.losses[0]:.4f} -> {result.losses[-1]:.4f}"
+    yield "held-out loss, nats", f"{result.heldout_first:.4f} -> {result.heldout_last:.4f}"
+    yield "time", format_seconds(result.seconds)
+    yield "samples/s", f"{result.samples_per_s:.1f}"
+    yield "tokens/s", f"{result.tokens_per_s:.0f}"
+    yield "sent encrypted", format_bytes(result.bytes_sent)
+    if result.energy.joules_per_sample is not None:
+        yield "energy per sample", format_joules(result.energy.joules_per_sample)
+    if result.model_path is not None:
+        yield "model", result.model_path
+
+
+def energy_table(report: EnergyReport) -> Table:
+    """Joules per peer, split by phase; a meter that peers share is counted once in the sum."""
+    table = _table("energy, total joules by phase")
+    table.add_column("peer")
+    for heading in (*PHASES, "total", "above idle"):
+        table.add_column(heading, justify="right")
+    table.add_column("source")
+    for peer in report.peers:
+        table.add_row(
+            peer.name,
+            *(_phase_joules(peer, phase) for phase in PHASES),
+            format_joules(peer.total_joules),
+            format_joules(peer.marginal_joules),
+            _source(peer),
+        )
+    total, marginal = format_joules(report.total_joules), format_joules(report.marginal_joules)
+    table.add_section()
+    table.add_row("together", *("" for _ in PHASES), total, marginal, _shared_meters(report))
+    return table
+
+
+def _phase_joules(peer: PeerEnergy, phase: str) -> str:
+    cost = peer.phases.get(phase)
+    return "-" if cost is None else format_joules(cost.total_joules)
+
+
+def _source(peer: PeerEnergy) -> str:
+    band = "" if peer.error_band is None else f" within {peer.error_band:.0%}"
+    return f"{peer.source}; {peer.scope}, {peer.quality}{band}"
+
+
+def _shared_meters(report: EnergyReport) -> str:
+    meters = {peer.meter for peer in report.peers}
+    if len(meters) < len(report.peers):
+        return f"{len(report.peers)} peers on {len(meters)} meters, each counted once"
+    return ""
+
+
+def status_table(status: PeerStatus) -> Table:
+    """One row per device of the group that this one knows."""
+    table = _table(f"group {status.group_name} ({short(status.group)})")
+    for heading in ("device", "name", "state", "address", "runtime", "doing"):
+        table.add_column(heading)
+    for member in status.members:
+        heard = "" if member.last_heard_s is None else f", heard {member.last_heard_s:.0f} s ago"
+        table.add_row(
+            short(member.device),
+            member.name,
+            member.state + heard,
+            ", ".join(member.addresses[:2]),
+            member.runtime,
+            member.activity,
+        )
+    return table
+
+
+def status_lines(status: PeerStatus) -> list[str]:
+    """What is said below the table of members."""
+    lines = [
+        f"this device is {status.name} ({short(status.device)}) at {status.address}",
+        f"discovery: {status.discovery}",
+    ]
+    if status.alone_because is not None:
+        lines.append(f"alone, because {status.alone_because}")
+    if status.run is not None:
+        lines.append(f"run {short(status.run)}: {status.run_state}")
+    if status.runs:
+        lines.append(f"can be resumed: {', '.join(status.runs)}")
+    return lines
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)

@@ -1,0 +1,171 @@
+"""`p2ptrain train`: hand one training job to the peer of this device and watch it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from p2ptrain.cli.options import group_option, report_options
+from p2ptrain.errors import BundleError, ConfigError, DataError, Interrupted
+
+if TYPE_CHECKING:
+    from p2ptrain.runtime.reports import TrainRequest, TrainResult
+
+_COUNT = click.IntRange(min=1)
+_RATE = click.FloatRange(min=0.0)
+
+
+@click.command()
+@group_option
+@click.option("--model", "bundle", metavar="DIR", help="Folder of an exported model (a bundle).")
+@click.option("--data", metavar="FILE", help="Text to train on; it stays on this device.")
+@click.option("--heldout", metavar="FILE", help="Text to evaluate on. [default: the data's end]")
+@click.option("--steps", type=_COUNT, default=100, show_default=True, help="Optimizer updates.")
+@click.option("--stages", type=_COUNT, help="Exact number of stages. [default: planned]")
+@click.option(
+    "--microbatches", type=_COUNT, default=8, show_default=True, help="Microbatches per step."
+)
+@click.option(
+    "--microbatch-size", type=_COUNT, default=4, show_default=True, help="Samples in each."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Decides the initial parameters, the order of the data and dropout.",
+)
+@click.option("--threads", type=_COUNT, help="Threads per peer. [default: half the cores]")
+@click.option(
+    "--form",
+    type=click.Choice(["portable", "training"]),
+    default="portable",
+    show_default=True,
+    help="Standard ONNX operators, or those of onnxruntime-training.",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["1f1b", "gpipe"]),
+    default="1f1b",
+    show_default=True,
+    help="The order of forward and backward passes.",
+)
+@click.option(
+    "--dropout",
+    type=click.FloatRange(0.0, 1.0, max_open=True),
+    help="Probability of dropout. [default: the model's own]",
+)
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "sgd"]),
+    default="adamw",
+    show_default=True,
+    help="The update rule.",
+)
+@click.option("--learning-rate", type=_RATE, help="Peak, after the warm-up. [default: 0.003]")
+@click.option("--warmup-steps", type=click.IntRange(min=0), help="Linear warm-up. [default: 20]")
+@click.option("--weight-decay", type=_RATE, help="For matrices only. [default: 0.01]")
+@click.option("--clip-norm", type=_RATE, help="Largest gradient norm, 0 for any. [default: 1]")
+@click.option(
+    "--evaluate-every",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Steps between held-out evaluations; 0 for the first and last only.",
+)
+@click.option(
+    "--checkpoint-every", type=_COUNT, default=100, show_default=True, help="Steps between saves."
+)
+@click.option("--resume", metavar="RUN", help="Go on with a run of this device, by its id.")
+@click.option("--out", metavar="FILE", help="Where to write the trained model as one ONNX file.")
+@report_options
+def train(group_name: str, as_json: bool, **options: Any) -> None:  # Any: click's values
+    """Train a model together with every peer that is there.
+
+    Ctrl-C stops after the present step and keeps it; --resume goes on to the same curve.
+    """
+    request = _request(options)
+    _check_paths(request)
+    from p2ptrain.cli.asking import ask_stoppable
+    from p2ptrain.cli.display import RunDisplay
+    from p2ptrain.cli.local import peer_socket
+    from p2ptrain.cli.speech import print_json
+    from p2ptrain.runtime.reports import TrainResult
+    from p2ptrain.wire.codec import from_plain, to_plain
+
+    with RunDisplay(as_json=as_json) as display:
+        answer = ask_stoppable(peer_socket(group_name), "train", to_plain(request), display.event)
+        result = from_plain(TrainResult, answer)
+        if as_json:
+            print_json(answer)
+        else:
+            display.result(result)
+    if result.stopped:
+        raise _stopped(result, group_name)
+
+
+def _request(options: dict[str, Any]) -> TrainRequest:  # Any: click's values
+    """The request that the options describe; paths absolute, as the peer has its own folder."""
+    from p2ptrain.runtime.reports import TrainRequest
+    from p2ptrain.training.contract import OptimizerChoice
+
+    chosen = {
+        "name": options["optimizer"],
+        "peak_learning_rate": options["learning_rate"],
+        "final_learning_rate": _tenth(options["learning_rate"]),
+        "warmup_steps": options["warmup_steps"],
+        "weight_decay": options["weight_decay"],
+        "clip_norm": options["clip_norm"],
+    }
+    names = {field.name for field in fields(TrainRequest)} - {"optimizer"}
+    values = {name: value for name, value in options.items() if name in names}
+    for name in ("bundle", "data", "heldout", "out"):
+        values[name] = _absolute(values[name])
+    values["bundle"] = values["bundle"] or ""
+    values["data"] = values["data"] or ""
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return TrainRequest(**values, optimizer=OptimizerChoice(**given))
+
+
+def _tenth(rate: float | None) -> float | None:
+    return None if rate is None else rate / 10
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(path)
+
+
+def _check_paths(request: TrainRequest) -> None:
+    """Refuse at once what the peer would refuse later.
+
+    Raises:
+        ConfigError: neither a model and data nor a run to resume.
+        BundleError, DataError: the folder or a file is not there or holds nothing.
+    """
+    if request.resume is None:
+        if not request.bundle or not request.data:
+            raise ConfigError("a new run needs --model and --data; an old one needs --resume")
+        if not Path(request.bundle, "manifest.json").is_file():
+            raise BundleError(f"there is no bundle in {request.bundle}")
+    for path in filter(None, (request.data, request.heldout)):
+        if not Path(path).is_file():
+            raise DataError(f"there is no file {path}")
+        if Path(path).stat().st_size == 0:
+            raise DataError(f"{path} is empty")
+    if request.out is not None and not Path(request.out).parent.is_dir():
+        raise ConfigError(
+            f"there is no folder {Path(request.out).parent}",
+            hint="make it, or choose another --out",
+        )
+
+
+def _stopped(result: TrainResult, group_name: str) -> Interrupted:
+    done = result.first_step + len(result.losses)
+    return Interrupted(
+        f"stopped after step {done}; nothing is lost",
+        hint=f"go on with: p2ptrain train --group {group_name} --resume {result.run}",
+    )

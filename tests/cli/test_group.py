@@ -1,0 +1,94 @@
+"""Founding a group and inviting a device, without any peer."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from p2ptrain.cli.main import run
+
+
+@pytest.fixture
+def passphrase(tmp_path: Path) -> str:
+    (tmp_path / "passphrase").write_text("correct horse battery staple\n")
+    return "passphrase"
+
+
+def test_create_makes_a_group_and_says_what_comes_next(
+    passphrase: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["group", "create", "home", "--passphrase-file", passphrase]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("group home (")
+    assert "to a safe place" in printed.err
+    assert printed.err.endswith("hint: start the peer with: p2ptrain join --group home\n")
+
+
+def test_recovery_file_is_moved_where_asked(
+    home: Path, passphrase: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["group", "create", "home", "--passphrase-file", passphrase, "--json"]
+    assert run([*line, "--recovery-file", "stick.pem"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["recovery_file"] == "stick.pem"
+    assert stat.S_IMODE((tmp_path / "stick.pem").stat().st_mode) == 0o600
+    assert "ENCRYPTED" in (tmp_path / "stick.pem").read_text()
+    assert list(home.glob("groups/*/recovery.pem")) == []
+
+
+def test_recovery_file_is_never_overwritten(
+    passphrase: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stick.pem").write_text("another group's")
+    line = ["group", "create", "home", "--passphrase-file", passphrase]
+    assert run([*line, "--recovery-file", "stick.pem"]) == 2
+    assert "stick.pem exists already" in capsys.readouterr().err
+    assert (tmp_path / "stick.pem").read_text() == "another group's"
+
+
+def test_taken_name_is_refused(
+    passphrase: str, member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["group", "create", member, "--passphrase-file", passphrase]) == 2
+    assert "hint: choose another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * 2000])
+def test_unusable_passphrase_file_is_refused(
+    content: bytes, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad").write_bytes(content)
+    assert run(["group", "create", "home", "--passphrase-file", "bad"]) == 2
+    assert "bad is " in capsys.readouterr().err
+    assert not (home / "groups").exists() or not any((home / "groups").iterdir())
+
+
+def test_invite_with_addresses_needs_no_peer(
+    member: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["group", "invite", member, "--address", "192.0.2.9:1234", "--out", "card"]
+    assert run(line) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "card\n"
+    assert "at 192.0.2.9:1234" in printed.err
+    assert "join --group family --invite card" in printed.err
+    assert stat.S_IMODE((tmp_path / "card").stat().st_mode) == 0o600
+    assert json.loads((tmp_path / "card").read_text())["addresses"] == ["192.0.2.9:1234"]
+
+
+def test_invite_without_a_peer_says_that_it_guesses(
+    member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["group", "invite", member]) == 0
+    assert "no peer runs here; guessing" in capsys.readouterr().err
+
+
+def test_invite_file_is_never_overwritten(
+    member: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "card").write_text("precious")
+    assert run(["group", "invite", member, "--out", "card"]) == 2
+    assert (tmp_path / "card").read_text() == "precious"
