@@ -344,7 +344,8 @@ class Membership:
             self._push_all(self._rng.choice(linked), reply_wanted=True)
 
     def _push_all(self, to: DeviceId, *, reply_wanted: bool) -> None:
-        held = [p.record for d, p in sorted(self._peers.items()) if d != to and p.record]
+        # The addressee's own record goes too: restarted with a slow clock, it must outrun it.
+        held = [peer.record for _, peer in sorted(self._peers.items()) if peer.record]
         records = (self._own, *held)
         size = limits.RECORDS_PER_MESSAGE_MAX
         for start in range(0, len(records), size):

@@ -8,6 +8,7 @@ multicast does not work this says so and `--peer host:port` does the job.
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # Imported lazily: `p2ptrain --help` and peers without discov
     from zeroconf import Zeroconf
 
 SERVICE: Final = "_p2ptrain._tcp.local."
+MULTICAST_ADDRESS: Final = "224.0.0.251"
+"""RFC 6762, section 3."""
 TXT_VERSION: Final = "1"
 
 
@@ -39,7 +42,7 @@ class DiscoveryState:
         self.text, self.working = f"announcing on {', '.join(addresses)}", True
 
     def failed(self, error: BaseException) -> None:
-        reason = str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         self.text = f"multicast is not available: {reason}; use --peer host:port"
         self.working = False
 
@@ -176,6 +179,8 @@ def _open(
     import zeroconf
 
     addresses = list(interfaces) if interfaces is not None else _own_addresses()
+    for address in addresses:
+        _require_multicast(address)
     try:
         running = zeroconf.Zeroconf(interfaces=addresses, ip_version=zeroconf.IPVersion.V4Only)
     except (zeroconf.Error, ValueError, RuntimeError) as error:
@@ -187,6 +192,19 @@ def _open(
         running.close()
         raise _ZeroconfFailed(str(error) or type(error).__name__) from error
     return addresses, running
+
+
+def _require_multicast(address: str) -> None:
+    """OSError when no interface with this address takes part in multicast.
+
+    zeroconf would find out as well, but leaves sockets open when it does.
+    """
+    membership = socket.inet_aton(MULTICAST_ADDRESS) + socket.inet_aton(address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} on {address}") from error
 
 
 def _register(running: Zeroconf, own: Announcement, addresses: Sequence[str]) -> None:

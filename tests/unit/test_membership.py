@@ -218,8 +218,8 @@ def test_push_reaches_peers_through_a_third() -> None:
     core.receive(Records(records=(), reply_wanted=True), PEER, 1.0)
     answers = [out.message for out in core.outgoing()]
     assert answers == [
-        Records(records=(make_record(ME),)),
-        Records(records=(make_record(ME), make_record(THIRD))),
+        Records(records=(make_record(ME), make_record(PEER))),
+        Records(records=(make_record(ME), make_record(PEER), make_record(THIRD))),
     ]
 
 
@@ -246,6 +246,14 @@ def test_update_own_refuses_what_others_would_refuse() -> None:
     with pytest.raises(LocalProtocolError, match="larger than"):
         core.update_own(addresses=tuple("a" * 250 + str(i) for i in range(16)))
     assert core.own.version == 0
+
+
+def test_peer_restarted_with_a_slow_clock_is_shown_its_old_record() -> None:
+    core = joined()
+    core.link_down(PEER, False, 1.0)
+    core.link_up(PEER, 2.0)
+    pushed = [out.message for out in core.outgoing() if isinstance(out.message, Records)]
+    assert pushed == [Records(records=(make_record(ME), make_record(PEER)))]
 
 
 def test_rumour_from_an_earlier_life_is_outrun() -> None:
