@@ -21,7 +21,9 @@ from p2ptrain.planner.profile import PeerProfile
 ORDERS_MAX: Final = 400
 BEAM_WIDTH_MAX: Final = 400
 BEAM_EXTENSIONS_PER_ORDER: Final = 1_000_000
-BEAM_EXTENSIONS_MAX: Final = 2_000_000
+BEAM_EXTENSIONS_MAX: Final = 1_000_000
+STAGE_COUNTS_MAX: Final = 16
+"""With many peers: how many numbers of stages are tried."""
 SIMULATED_ACTIONS_MAX: Final = 600_000
 EQUAL_PER_MILLE: Final = 5
 """Predicted steps that differ by less are equal: fewer peers, then the home peer first."""
@@ -107,11 +109,12 @@ class Search:
         counts = range(1, most + 1) if self._stages is None else [self._stages]
         counts = [count for count in counts if count <= most]
         every = sum(_permutation_count(len(self._profiles), count) for count in counts)
-        for count in counts:
-            if every <= ORDERS_MAX:
+        if every <= ORDERS_MAX:
+            for count in counts:
                 yield from itertools.permutations(self._profiles, count)
-            else:
-                yield from self._likely_orders(count)
+            return
+        for count in _thinned(counts):
+            yield from self._likely_orders(count)
 
     def _likely_orders(self, count: int) -> Iterator[tuple[PeerProfile, ...]]:
         """For many peers: the fastest and the roomiest `count`, in a few orders each."""
@@ -267,6 +270,14 @@ def bottleneck_cuts(model: CostModel, costs: OrderCosts) -> Cuts | None:
     for stage in range(stages, 1, -1):
         cuts.append(best[stage][cuts[-1]][1])
     return tuple(reversed(cuts))
+
+
+def _thinned(counts: list[int]) -> list[int]:
+    """At most STAGE_COUNTS_MAX of these counts, small ones densely, the largest always."""
+    kept = [count for count in counts if count <= STAGE_COUNTS_MAX // 2]
+    rest = [count for count in counts if count > STAGE_COUNTS_MAX // 2]
+    every = -(-len(rest) // (STAGE_COUNTS_MAX // 2)) if rest else 1
+    return kept + sorted(rest[::-1][::every])
 
 
 def _permutation_count(items: int, chosen: int) -> int:

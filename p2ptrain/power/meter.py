@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import platform
 from collections.abc import Callable
@@ -10,7 +12,10 @@ from typing import Protocol
 
 from p2ptrain.energy.meter import MeterIdentity, Reading
 from p2ptrain.energy.power_model import PowerModel
+from p2ptrain.power.battery import battery_watts
 from p2ptrain.power.host import host_identity, machine_cpu_ns
+from p2ptrain.power.integrator import PowerIntegrator
+from p2ptrain.power.jetson import find_jetson_rails
 from p2ptrain.power.model import PowerConfig, model_for, package_model
 from p2ptrain.power.rapl import RaplCounter, open_rapl
 
@@ -18,7 +23,7 @@ from p2ptrain.power.rapl import RaplCounter, open_rapl
 class EnergyCounter(Protocol):
     """A source of microjoules that only grow."""
 
-    def read_uj(self) -> int | None:
+    def read_uj(self, now: float) -> int | None:
         """Microjoules since it was opened; None when it cannot be read now."""
         ...
 
@@ -34,18 +39,31 @@ class Meter:
         counter: EnergyCounter | None,
         machine_cpu_ns: Callable[[], int | None],
     ) -> None:
-        self.identity = identity
         self.model = model
+        self._identity = identity
+        self._has_gaps = False
         self._counter = counter
         self._machine_cpu_ns = machine_cpu_ns
 
-    def read(self, now: float) -> Reading:
-        """One reading; takes well under a millisecond and never fails."""
-        return Reading(
-            at_s=now,
-            counter_uj=None if self._counter is None else self._counter.read_uj(),
-            machine_cpu_ns=self._machine_cpu_ns(),
+    @property
+    def identity(self) -> MeterIdentity:
+        """What the figures are; an estimate once a reading has failed and the model stood in."""
+        if not self._has_gaps:
+            return self._identity
+        return dataclasses.replace(
+            self._identity,
+            quality="estimated",
+            error_band=self.model.error_band,
+            source=f"{self._identity.source}; partly modelled",
         )
+
+    def read(self, now: float) -> Reading:
+        """One reading; takes a few file reads and never fails."""
+        counter_uj = None
+        if self._counter is not None:
+            counter_uj = self._counter.read_uj(now)
+            self._has_gaps |= counter_uj is None
+        return Reading(at_s=now, counter_uj=counter_uj, machine_cpu_ns=self._machine_cpu_ns())
 
 
 def open_meter(
@@ -55,7 +73,7 @@ def open_meter(
     machine: str | None = None,
     cores: int | None = None,
 ) -> Meter:
-    """RAPL where it is readable, else the calibrated model, which says why.
+    """RAPL, a Jetson's sensors or a discharging battery; else the model, which says why.
 
     Args:
         root: Prefix of /sys, /proc and /etc; for tests.
@@ -66,20 +84,25 @@ def open_meter(
     config = PowerConfig() if config is None else config
     machine = platform.machine() if machine is None else machine
     cores = (os.cpu_count() or 1) if cores is None else cores
-    host = host_identity(root)
+    model = model_for(machine=machine, cores=cores, config=config)
     if config.meter == "model":
-        return _modelled(root, host, "", model_for(machine=machine, cores=cores, config=config))
+        return _modelled(root, "", model)
     rapl = open_rapl(root)
     if isinstance(rapl, RaplCounter):
-        return _rapl(root, host, rapl, package_model(machine=machine, cores=cores, config=config))
-    model = model_for(machine=machine, cores=cores, config=config)
-    return _modelled(root, host, f" ({rapl.reason})", model)
+        return _rapl(root, rapl, package_model(machine=machine, cores=cores, config=config))
+    jetson = find_jetson_rails(root)
+    if jetson is not None:
+        return _integrated(root, "ina3221", jetson.scope, jetson.source, jetson.watts, model)
+    if battery_watts(root) is not None:
+        watts = functools.partial(battery_watts, root)
+        return _integrated(root, "battery", "board", "battery discharge", watts, model)
+    return _modelled(root, f" ({rapl.reason})", model)
 
 
-def _rapl(root: Path, host: str, counter: RaplCounter, model: PowerModel) -> Meter:
+def _rapl(root: Path, counter: RaplCounter, model: PowerModel) -> Meter:
     names = [zone.name for zone in counter.zones]
     identity = MeterIdentity(
-        meter=f"{host}/rapl",
+        meter=f"{host_identity(root)}/rapl",
         scope="board" if names == ["psys"] else "package",
         quality="measured",
         error_band=None,
@@ -88,9 +111,27 @@ def _rapl(root: Path, host: str, counter: RaplCounter, model: PowerModel) -> Met
     return _meter(root, identity, model, counter)
 
 
-def _modelled(root: Path, host: str, why: str, model: PowerModel) -> Meter:
+def _integrated(
+    root: Path,
+    name: str,
+    scope: str,
+    source: str,
+    watts: Callable[[], float | None],
+    model: PowerModel,
+) -> Meter:
     identity = MeterIdentity(
-        meter=f"{host}/model",
+        meter=f"{host_identity(root)}/{name}",
+        scope=scope,
+        quality="measured",
+        error_band=None,
+        source=f"{source}; split by CPU share; idle: {model.source}",
+    )
+    return _meter(root, identity, model, PowerIntegrator(watts))
+
+
+def _modelled(root: Path, why: str, model: PowerModel) -> Meter:
+    identity = MeterIdentity(
+        meter=f"{host_identity(root)}/model",
         scope="model",
         quality="estimated",
         error_band=model.error_band,
@@ -106,5 +147,5 @@ def _meter(
         identity=identity,
         model=model,
         counter=counter,
-        machine_cpu_ns=lambda: machine_cpu_ns(root),
+        machine_cpu_ns=functools.partial(machine_cpu_ns, root),
     )

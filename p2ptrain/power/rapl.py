@@ -39,8 +39,8 @@ class RaplCounter:
     def zones(self) -> tuple[RaplZone, ...]:
         return self._zones
 
-    def read_uj(self) -> int | None:
-        """The sum so far; None when a counter cannot be read now.
+    def read_uj(self, now: float) -> int | None:
+        """The sum so far, whatever the time is; None when a counter cannot be read now.
 
         After a failed read, counting goes on from the next good one: what lies between is lost
         rather than guessed, and the caller uses the model for it.

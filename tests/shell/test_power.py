@@ -53,12 +53,12 @@ def test_rapl_adds_packages_and_dram_and_survives_a_wrap(tmp_path: Path) -> None
     counter = open_rapl(_rapl_tree(tmp_path, RAPL))
     assert isinstance(counter, RaplCounter)
     assert [zone.name for zone in counter.zones] == ["package-0", "dram"]
-    assert counter.read_uj() == 0
+    assert counter.read_uj(0.0) == 0
     _energy(tmp_path, "intel-rapl:0", 671_150)  # wrapped: 1.0 J
     _energy(tmp_path, "intel-rapl:0:1", 1_500)
     _energy(tmp_path, "intel-rapl:0:0", 9_999_999)
     _energy(tmp_path, "intel-rapl:1", 9_999_999)
-    assert counter.read_uj() == 1_000_000 + 500
+    assert counter.read_uj(1.0) == 1_000_000 + 500
 
 
 def test_rapl_uses_psys_only_where_there_is_no_package(tmp_path: Path) -> None:
@@ -70,13 +70,13 @@ def test_rapl_uses_psys_only_where_there_is_no_package(tmp_path: Path) -> None:
 def test_rapl_loses_an_unreadable_interval_rather_than_guess(tmp_path: Path) -> None:
     counter = open_rapl(_rapl_tree(tmp_path, {"intel-rapl:0": ("package-0", 100, 10_000)}))
     assert isinstance(counter, RaplCounter)
-    assert counter.read_uj() == 0
+    assert counter.read_uj(2.0) == 0
     _energy(tmp_path, "intel-rapl:0", "oops")
-    assert counter.read_uj() is None
+    assert counter.read_uj(3.0) is None
     _energy(tmp_path, "intel-rapl:0", 700)
-    assert counter.read_uj() == 0
+    assert counter.read_uj(4.0) == 0
     _energy(tmp_path, "intel-rapl:0", 800)
-    assert counter.read_uj() == 100
+    assert counter.read_uj(5.0) == 100
 
 
 @pytest.mark.parametrize("zones", [{}, {"intel-rapl-mmio:0": RAPL["intel-rapl-mmio:0"]}])
