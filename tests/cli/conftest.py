@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import trio
-from p2ptrain.store.groups import create_group
-from p2ptrain.store.home import control_socket_path, open_home
 
 from p2ptrain.net.control_socket import Handler, serve_control
+from p2ptrain.store.groups import create_group
+from p2ptrain.store.home import control_socket_path, open_home
 
 ROOT = Path(__file__).resolve().parents[2]
 

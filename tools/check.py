@@ -1,0 +1,147 @@
+"""Run every check of this repository, environment by environment, and sum up.
+
+    python tools/check.py full      what `make test` runs
+    python tools/check.py lint      ruff and mypy
+    python tools/check.py sim       the simulator's tests alone
+
+Every step is a plain command that can be run by hand; a failing step does not hide the later
+ones. The last line counts tests as pytest does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+RUNTIME: Final = ROOT / ".venv"
+EXPORT: Final = ROOT / ".venv-export"
+STOCK: Final = (ROOT / ".venv-stock", ROOT / ".venv-stock-3.13")
+STOCK_FOLDERS: Final = ("tests/unit", "tests/property", "tests/numerics", "tests/interop")
+OUTCOMES: Final = ("passed", "failed", "errors", "skipped", "deselected", "xfailed", "xpassed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One command with a name."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one step ended."""
+
+    step: Step
+    code: int
+    seconds: float
+    counts: Counter[str]
+
+
+def main() -> int:
+    """Run the steps of one level; 0 when all of them passed."""
+    parser = argparse.ArgumentParser(description="run checks")
+    parser.add_argument("level", choices=["full", "lint", "sim"])
+    steps = {"full": full_steps, "lint": lint_steps, "sim": sim_steps}
+    started_s = time.monotonic()
+    outcomes = [run(step) for step in steps[parser.parse_args().level]()]
+    return report(outcomes, time.monotonic() - started_s)
+
+
+def lint_steps() -> list[Step]:
+    """Style and types."""
+    folders = [name for name in ("p2ptrain", "tests", "tools") if (ROOT / name).is_dir()]
+    ruff, mypy = str(RUNTIME / "bin" / "ruff"), str(RUNTIME / "bin" / "mypy")
+    return [
+        Step(name="ruff check", command=(ruff, "check", *folders)),
+        Step(name="ruff format", command=(ruff, "format", "--check", *folders)),
+        Step(name="mypy", command=(mypy,)),
+    ]
+
+
+def sim_steps() -> list[Step]:
+    """The simulator."""
+    return [tests("simulator", RUNTIME, "tests/sim")]
+
+
+def full_steps() -> list[Step]:
+    """Everything, each test in the environment that it is for."""
+    steps = lint_steps()
+    steps.append(tests("runtime", RUNTIME, "tests", "--ignore=tests/export"))
+    if (ROOT / "tests" / "export").is_dir():
+        steps.append(tests("export", EXPORT, "tests/export"))
+    present = [name for name in STOCK_FOLDERS if (ROOT / name).is_dir()]
+    for folder in STOCK:
+        if folder.is_dir():
+            ignored = "--ignore=tests/unit/test_tidy.py"
+            steps.append(tests(folder.name.removeprefix(".venv-"), folder, *present, ignored))
+    return steps
+
+
+def tests(name: str, environment: Path, *arguments: str) -> Step:
+    """One run of pytest in one environment."""
+    pytest = str(environment / "bin" / "pytest")
+    return Step(name=f"{name} tests", command=(pytest, "-q", "--durations=5", *arguments))
+
+
+def run(step: Step) -> Outcome:
+    """Run one step with its output passed on as it comes."""
+    print(f"\n== {step.name}: {' '.join(step.command).replace(f'{ROOT}/', '')}", flush=True)
+    started_s = time.monotonic()
+    environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.setdefault("P2PTRAIN_STOCK_PYTHON", str(STOCK[0] / "bin" / "python"))
+    counts: Counter[str] = Counter()
+    with subprocess.Popen(
+        step.command, cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            counts = count(line) or counts
+    seconds = time.monotonic() - started_s
+    return Outcome(step=step, code=process.returncode, seconds=seconds, counts=counts)
+
+
+def count(line: str) -> Counter[str]:
+    """Tests by outcome in pytest's closing line; empty for any other line."""
+    if not re.search(r"\bin \d+(\.\d+)?s\b", line):
+        return Counter()
+    pairs = re.findall(r"(\d+) ([a-z]+)", line)
+    plural = {"error": "errors"}
+    found = {plural.get(word, word): int(number) for number, word in pairs}
+    return Counter({word: found[word] for word in OUTCOMES if word in found})
+
+
+def report(outcomes: list[Outcome], seconds: float) -> int:
+    """Print a table of steps and one closing line; 0 when every step passed."""
+    print("\n== summary")
+    total: Counter[str] = Counter()
+    for outcome in outcomes:
+        total += outcome.counts
+        verdict = "ok" if outcome.code == 0 else f"exit {outcome.code}"
+        took = f"{outcome.seconds:7.1f} s"
+        print(f"{outcome.step.name:<24} {took}  {verdict:<8} {words(outcome.counts)}")
+    failed = [outcome for outcome in outcomes if outcome.code != 0]
+    if failed and not total["failed"] and not total["errors"]:
+        total["errors"] = len(failed)
+    print(f"total {seconds:.0f} s")
+    print(f"===== {words(total) or 'no tests ran'} in {seconds:.2f}s =====")
+    return 1 if failed else 0
+
+
+def words(counts: Counter[str]) -> str:
+    """`12 passed, 1 skipped`."""
+    return ", ".join(f"{counts[word]} {word}" for word in OUTCOMES if counts[word])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
