@@ -111,7 +111,7 @@ class Segment:
     name: str
     kind: str
     parameters: dict[str, str]
-    """Local parameter name -> tensor name, in the kind's parameter order."""
+    """Local parameter name -> tensor name; the order is the kind's, JSON keeps none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +240,9 @@ class Manifest:
     def segment_tensors(self, segment_index: int) -> tuple[Tensor, ...]:
         """The parameters of one segment, in its kind's parameter order."""
         index = self._tensor_index
-        return tuple(index[name] for name in self.segments[segment_index].parameters.values())
+        segment = self.segments[segment_index]
+        values = self.kinds[segment.kind].parameters
+        return tuple(index[segment.parameters[value.name]] for value in values)
 
     @property
     def parameter_count(self) -> int:
@@ -388,7 +390,7 @@ def _chain_problems(manifest: Manifest) -> Any:  # Any: as above
         if kind is None:
             yield f"segment {segment.name!r} has unknown kind {segment.kind!r}"
             return
-        if list(segment.parameters) != [value.name for value in kind.parameters]:
+        if sorted(segment.parameters) != sorted(value.name for value in kind.parameters):
             yield f"segment {segment.name!r} does not name its kind's parameters"
             return
         for value in kind.parameters:

@@ -1,0 +1,570 @@
+"""Authenticated links with every reachable peer of the group: one for control, one for data.
+
+A peer is up when both of its links are; it is down when either breaks, and both are dialled
+again. Which of two simultaneous connections stays is decided in wire/arbitration.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import random
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from p2ptrain import limits
+from p2ptrain.errors import InvariantBroken, PeerLost, RemoteProtocolError
+from p2ptrain.ids import DeviceId, short
+from p2ptrain.net.connection import BodyReader, Connection, OnBulk, OnTensor
+from p2ptrain.net.dialler import Attempt, Dialler
+from p2ptrain.net.link_reports import (
+    LinkDown,
+    LinksStatistics,
+    LinkUp,
+    PeerLinkStatistics,
+    Totals,
+    add_bytes,
+    peer_statistics,
+)
+from p2ptrain.net.listener import Handler, Listener, connect, join_address, listen
+from p2ptrain.net.tls_link import (
+    LinkBroken,
+    LinkRefused,
+    TlsLink,
+    client_context,
+    server_context,
+)
+from p2ptrain.training.contract import RuntimeBuild
+from p2ptrain.trust.credentials import Credentials
+from p2ptrain.wire import codec
+from p2ptrain.wire import hello as wire_hello
+from p2ptrain.wire.arbitration import Standing, may_accept, may_offer
+from p2ptrain.wire.frames import BulkHeader, TensorHeader
+from p2ptrain.wire.hello import LINK_KINDS, Hello, negotiate
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+__all__ = ["BodyReader", "LinkDown", "LinkUp", "Links", "LinksStatistics", "PeerLinkStatistics"]
+
+_INSTANCE_BITS: Final = 62
+
+
+class _Session:
+    """The links with one process of one peer, from the first connection to the end."""
+
+    def __init__(self, device: DeviceId, after: trio.Event | None) -> None:
+        self.device = device
+        self.after = after
+        """Set when the previous session's LinkDown was reported."""
+        self.slots: dict[str, Connection] = {}
+        self.instance: int | None = None
+        self.up = trio.Event()
+        self.was_announced = False
+        self.over: LinkBroken | None = None
+        self.finished = trio.Event()
+
+    @property
+    def complete(self) -> bool:
+        return all(k in self.slots and self.slots[k].ready for k in LINK_KINDS)
+
+
+class Links:
+    """All links of this peer in one group.
+
+    Read `events` and `inbox` all the time: they are bounded, and a full one holds back reading
+    from peers. Messages of a peer arrive after its LinkUp was queued.
+    """
+
+    def __init__(
+        self,
+        *,
+        credentials: Credentials,
+        build: RuntimeBuild,
+        listen_host: str,
+        listen_port: int,
+        on_tensor: OnTensor,
+        on_bulk: OnBulk,
+        enrolment: Handler | None = None,
+    ) -> None:
+        """Raises TrustError when our own key and certificates do not fit together."""
+        self._credentials = credentials
+        self._build = build
+        self._listen_at = (listen_host, listen_port)
+        self._on_tensor = on_tensor
+        self._on_bulk = on_bulk
+        self._enrolment = enrolment
+        self._server = server_context(credentials)
+        self._client = client_context(credentials)
+        self._instance = random.SystemRandom().getrandbits(_INSTANCE_BITS)
+        self._listener: Listener | None = None
+        self._nursery: trio.Nursery | None = None
+        self._sessions: dict[DeviceId, _Session] = {}
+        self._finished: dict[DeviceId, trio.Event] = {}
+        self._changed = trio.Event()
+        self._undecided = 0
+        self._past: Totals = {}
+        self._refused_count = 0
+        self._last_refusal: str | None = None
+        self._dialler = Dialler(attempt=self._attempt, wait_missing=self._wait_missing)
+        self._events_in, self.events = trio.open_memory_channel[LinkUp | LinkDown](
+            limits.LINK_EVENTS_MAX
+        )
+        self._inbox_in, self.inbox = trio.open_memory_channel[tuple[DeviceId, object]](
+            limits.INBOX_MESSAGES_MAX
+        )
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host as given and the port that is bound; InvariantBroken before `run` started."""
+        if self._listener is None:
+            raise InvariantBroken("links have no address before they run")
+        return self._listener.address
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the listener, the dialler and all readers; ends when it is cancelled.
+
+        Raises:
+            PortInUse: another program has the port; nothing was started.
+        """
+        self._listener = await listen(*self._listen_at)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                self._dialler.start(nursery)
+                task_status.started()
+                await self._listener.serve(
+                    nursery, on_link=self._accept, on_enrolment=self._enrolment
+                )
+        finally:
+            self._listener.close()
+            for session in list(self._sessions.values()):
+                session.over = LinkBroken("this peer stops")
+            self._events_in.close()
+            self._inbox_in.close()
+
+    def dial(self, address: str, *, device: DeviceId | None = None) -> None:
+        """Hint that a peer may be at host:port; ConfigError when that is no address."""
+        self._dialler.add(address, device)
+
+    def refusals(self) -> dict[str, str]:
+        """Addresses that are not dialled any more, and why: ourselves, or another group."""
+        return self._dialler.refusals()
+
+    def failures(self) -> dict[str, str]:
+        """Addresses whose last dial failed, and why; they are dialled again."""
+        return self._dialler.failures()
+
+    def devices(self) -> tuple[DeviceId, ...]:
+        """Peers that are up now, sorted."""
+        return tuple(sorted(d for d, s in self._sessions.items() if s.was_announced))
+
+    def send_control(self, device: DeviceId, message: object) -> None:
+        """Queue a message; never waits. A full queue closes the links with that peer.
+
+        Raises:
+            PeerLost: no link, or it was just closed; membership hears of it by LinkDown.
+        """
+        session = self._live_session(device)
+        if not session.slots["control"].queue_control(codec.encode(message)):
+            self._end(session, LinkBroken("the peer takes no control messages"))
+            raise PeerLost(f"peer {short(device)} takes no control messages")
+
+    async def send_tensor(
+        self, device: DeviceId, header: TensorHeader, *buffers: ReadableBuffer
+    ) -> None:
+        """Send one tensor from contiguous memory, unchanged until this returns.
+
+        Cancelling in the middle breaks the links with that peer.
+
+        Raises:
+            PeerLost: no link, or it broke.
+        """
+        connection = self._live_session(device).slots["data"]
+        with _as_peer_lost(device):
+            await connection.send_tensor(header, buffers)
+
+    async def send_bulk(self, device: DeviceId, header: BulkHeader, chunk: ReadableBuffer) -> None:
+        """Send one chunk while no tensor waits; otherwise as `send_tensor`."""
+        connection = self._live_session(device).slots["data"]
+        with _as_peer_lost(device):
+            await connection.send_bulk(header, chunk)
+
+    def close(self, device: DeviceId, reason: str) -> None:
+        """Close the links with a peer; LinkDown follows, and whoever dials may come back."""
+        session = self._sessions.get(device)
+        if session is not None:
+            self._end(session, LinkBroken(reason))
+
+    def statistics(self) -> LinksStatistics:
+        """Bytes per peer and refused connections so far."""
+        totals = dict(self._past)
+        for session in self._sessions.values():
+            for connection in session.slots.values():
+                add_bytes(totals, connection)
+        devices = sorted({device for device, _ in totals})
+        return LinksStatistics(
+            peers={device: peer_statistics(device, totals) for device in devices},
+            refused_count=self._refused_count,
+            last_refusal=self._last_refusal,
+        )
+
+    # Connections that others dialled.
+
+    async def _accept(self, sock: trio.socket.SocketType) -> None:
+        """Authenticate an incoming connection and take it if it is wanted; never raises."""
+        if self._undecided >= limits.PENDING_CONNECTIONS_MAX:
+            sock.close()
+            return
+        self._undecided += 1
+        link = TlsLink(sock, self._server, server_side=True)
+        try:
+            await link.handshake()
+            await self._answer_hello(link, sock)
+        except (LinkBroken, RemoteProtocolError, OSError) as error:
+            if isinstance(error, LinkRefused | RemoteProtocolError):
+                self._refused_count += 1
+                self._last_refusal = str(error)
+            await link.aclose()
+        except BaseException:
+            link.close()
+            raise
+        finally:
+            self._undecided -= 1
+
+    async def _answer_hello(self, link: TlsLink, sock: trio.socket.SocketType) -> None:
+        host = str(sock.getpeername()[0])
+        device = link.peer_device(self._credentials)
+        connection = Connection(link, device=device, kind="control", dialled_here=False)
+        theirs = await connection.receive_hello()
+        connection.kind = theirs.kind
+        connection.address = join_address(host, theirs.listen_port)
+        refusal = self._judge(connection, theirs)
+        if refusal is not None:
+            await connection.send_hello(self._hello(theirs.kind, refusal=refusal))
+            await link.aclose()
+            return
+        session = self._reserve(connection, theirs)
+        try:
+            await connection.send_hello(self._hello(theirs.kind))
+        except LinkBroken as error:
+            self._end(session, error)
+            raise
+        if not self._dialler.knows(device):
+            self.dial(connection.address, device=device)
+        self._admit(connection, session)
+
+    def _judge(self, connection: Connection, theirs: Hello) -> str | None:
+        """Why an incoming connection is not taken; None when it is."""
+        device = connection.device
+        if device == self._credentials.device:
+            return wire_hello.REFUSE_DUPLICATE
+        ours = self._hello(theirs.kind)
+        if theirs.protocol_min > ours.protocol_max or theirs.protocol_max < ours.protocol_min:
+            return wire_hello.REFUSE_VERSION
+        negotiate(ours, theirs, device=device)
+        if device not in self._sessions and len(self._sessions) >= limits.LINK_PEERS_MAX:
+            return wire_hello.REFUSE_FULL
+        standing = self._standing(device, theirs.kind, theirs.instance)
+        if not may_accept(self._credentials.device, device, standing):
+            return wire_hello.REFUSE_DUPLICATE
+        return None
+
+    # Connections that we dial.
+
+    async def _attempt(self, address: str) -> Attempt:
+        """Dial what is missing at an address; used by the dialler, never raises for the peer."""
+        device: DeviceId | None = None
+        for kind in LINK_KINDS:
+            if device is not None and self._has(device, kind):
+                continue
+            attempt = await self._dial_one(address, kind)
+            device = attempt.device
+            if attempt.failure is not None or attempt.refusal is not None:
+                return attempt
+        return Attempt(device=device)
+
+    async def _dial_one(self, address: str, kind: str) -> Attempt:
+        try:
+            sock = await connect(address)
+        except OSError as error:
+            return Attempt(failure=error.strerror or "cannot be reached")
+        link = TlsLink(sock, self._client, server_side=False)
+        connection: Connection | None = None
+        try:
+            await link.handshake()
+            device = link.peer_device(self._credentials)
+            connection = Connection(link, device=device, kind=kind, dialled_here=True)
+            connection.address = address
+            return await self._offer(connection)
+        except (LinkBroken, RemoteProtocolError) as error:
+            await link.aclose()
+            return _failed(error, None if connection is None else connection.device)
+        except BaseException:
+            link.close()
+            raise
+
+    async def _offer(self, connection: Connection) -> Attempt:
+        device, kind = connection.device, connection.kind
+        if device == self._credentials.device:
+            await connection.link.aclose()
+            return Attempt(device=device, refusal="this device itself", is_self=True)
+        full = device not in self._sessions and len(self._sessions) >= limits.LINK_PEERS_MAX
+        if full or not may_offer(self._standing(device, kind, None)):
+            await connection.link.aclose()
+            return Attempt(device=device, failure="too many links" if full else None)
+        we_decide = self._credentials.device < device
+        session = self._reserve(connection, None) if we_decide else None
+        try:
+            theirs = await self._exchange_hello(connection)
+        except BaseException as error:
+            if session is not None:
+                self._drop_reservation(session, connection, error)
+            raise
+        if theirs.refusal is not None:
+            if session is not None:
+                self._drop_reservation(session, connection, LinkBroken("refused"))
+            await connection.link.aclose()
+            return _refused_by_hello(theirs)
+        self._admit(connection, session or self._reserve(connection, theirs))
+        return Attempt(device=device)
+
+    async def _exchange_hello(self, connection: Connection) -> Hello:
+        ours = self._hello(connection.kind)
+        await connection.send_hello(ours)
+        theirs = await connection.receive_hello()
+        if theirs.refusal is None:
+            negotiate(ours, theirs, device=connection.device)
+        return theirs
+
+    # Sessions.
+
+    def _standing(self, device: DeviceId, kind: str, instance: int | None) -> Standing:
+        session = self._sessions.get(device)
+        if session is None:
+            return Standing.NONE
+        if instance is not None and session.instance not in (None, instance):
+            return Standing.OTHER_INSTANCE
+        return Standing.SAME_INSTANCE if kind in session.slots else Standing.NONE
+
+    def _reserve(self, connection: Connection, theirs: Hello | None) -> _Session:
+        """Give a connection its place; whatever had it, or another process, is over."""
+        device = connection.device
+        session = self._sessions.get(device)
+        instance = None if theirs is None else theirs.instance
+        standing = self._standing(device, connection.kind, instance)
+        if session is not None and standing is not Standing.NONE:
+            restarted = standing is Standing.OTHER_INSTANCE
+            reason = "the peer was restarted" if restarted else "the peer dialled again"
+            self._end(session, LinkBroken(reason, closed_by_peer=True))
+            session = None
+        if session is None:
+            session = _Session(device, self._finished.get(device))
+            self._sessions[device] = session
+        session.slots[connection.kind] = connection
+        return session
+
+    def _drop_reservation(
+        self, session: _Session, connection: Connection, error: BaseException
+    ) -> None:
+        if session.over is None and session.slots.get(connection.kind) is connection:
+            broken = error if isinstance(error, LinkBroken) else LinkBroken("the dial failed")
+            self._end(session, broken)
+
+    def _admit(self, connection: Connection, session: _Session) -> None:
+        """HELLO was agreed: start the connection's task; announce the peer if it is complete."""
+        hello = connection.hello
+        if hello is None or self._nursery is None:
+            raise InvariantBroken("a connection is admitted after HELLO, while links run")
+        if session.over is None and session.instance not in (None, hello.instance):
+            self._end(session, LinkBroken("the peer was restarted", closed_by_peer=True))
+        if session.over is not None:
+            connection.link.close()
+            return
+        session.instance = hello.instance
+        connection.ready = True
+        self._nursery.start_soon(self._serve, connection, session)
+        if session.complete:
+            self._nursery.start_soon(self._announce, session)
+
+    async def _announce(self, session: _Session) -> None:
+        if session.after is not None:
+            await session.after.wait()
+        if session.over is not None:
+            return
+        session.was_announced = True
+        control = session.slots["control"]
+        hello = control.hello
+        if hello is None:
+            raise InvariantBroken("a ready connection has a HELLO")
+        await self._events_in.send(
+            LinkUp(
+                device=session.device,
+                address=control.address,
+                hello=hello,
+                clock_ahead_s=control.clock_ahead_s,
+            )
+        )
+        session.up.set()
+
+    async def _serve(self, connection: Connection, session: _Session) -> None:
+        """Read one connection until it ends, then end its session; never raises for the peer."""
+        try:
+            with connection.scope:
+                with trio.move_on_after(limits.LINK_PAIR_TIMEOUT_S):
+                    await session.up.wait()
+                if not session.up.is_set():
+                    raise LinkBroken("the peer's other link did not come")
+                await self._read(connection)
+                raise LinkBroken("the peer closed the link", closed_by_peer=True)
+        except LinkBroken as error:
+            self._end(session, error)
+        except RemoteProtocolError as error:
+            self._end(session, LinkBroken(f"the peer broke the protocol: {error.message}"))
+        finally:
+            await connection.link.aclose()
+
+    async def _read(self, connection: Connection) -> None:
+        if connection.kind == "data":
+            await connection.read_data(self._on_tensor, self._on_bulk)
+            return
+        broken: list[LinkBroken] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_write_control, connection, nursery.cancel_scope, broken)
+            try:
+                await connection.read_control(self._deliver)
+            except (LinkBroken, RemoteProtocolError) as error:
+                broken.append(_as_broken(error))
+            nursery.cancel_scope.cancel()
+        if broken:
+            raise broken[0]
+
+    async def _deliver(self, device: DeviceId, message: object) -> None:
+        await self._inbox_in.send((device, message))
+
+    def _end(self, session: _Session, why: LinkBroken) -> None:
+        """Forget a session and close its links; LinkDown follows if it was announced."""
+        if session.over is not None:
+            return
+        session.over = why
+        if self._sessions.get(session.device) is session:
+            del self._sessions[session.device]
+        self._finished[session.device] = session.finished
+        for connection in session.slots.values():
+            add_bytes(self._past, connection)
+            connection.scope.cancel()
+            if not connection.ready:
+                connection.link.close()
+        self._changed.set()
+        self._changed = trio.Event()
+        if self._nursery is None:
+            raise InvariantBroken("a session ends while links run")
+        self._nursery.start_soon(self._report_down, session, why)
+
+    async def _report_down(self, session: _Session, why: LinkBroken) -> None:
+        try:
+            if session.was_announced:
+                await session.up.wait()
+                address = session.slots["control"].address
+                refused = why.closed_by_peer and await _is_refused(address)
+                await self._events_in.send(
+                    LinkDown(
+                        device=session.device,
+                        reason=why.reason,
+                        closed_by_peer=why.closed_by_peer,
+                        refused=refused,
+                    )
+                )
+        finally:
+            session.finished.set()
+            if self._finished.get(session.device) is session.finished:
+                del self._finished[session.device]
+
+    def _has(self, device: DeviceId, kind: str) -> bool:
+        session = self._sessions.get(device)
+        return session is not None and kind in session.slots
+
+    async def _wait_missing(self, device: DeviceId) -> bool:
+        """Wait until there is no session with this device; False when there was none.
+
+        A session that stays incomplete ends after LINK_PAIR_TIMEOUT_S, so this ends too.
+        """
+        waited = False
+        while device in self._sessions:
+            waited = True
+            await self._changed.wait()
+        return waited
+
+    def _live_session(self, device: DeviceId) -> _Session:
+        session = self._sessions.get(device)
+        if session is None or not session.was_announced or session.over is not None:
+            raise PeerLost(f"there is no link with peer {short(device)}")
+        return session
+
+    def _hello(self, kind: str, *, refusal: str | None = None) -> Hello:
+        return Hello(
+            protocol_min=wire_hello.PROTOCOL_MIN,
+            protocol_max=wire_hello.PROTOCOL_MAX,
+            features=wire_hello.FEATURES,
+            group=self._credentials.group,
+            device=self._credentials.device,
+            instance=self._instance,
+            kind=kind,
+            build=self._build,
+            clock_s=time.time(),
+            listen_port=self.address[1],
+            refusal=refusal,
+        )
+
+
+async def _write_control(
+    connection: Connection, scope: trio.CancelScope, broken: list[LinkBroken]
+) -> None:
+    try:
+        await connection.write_control()
+    except LinkBroken as error:
+        broken.append(error)
+        scope.cancel()
+
+
+async def _is_refused(address: str) -> bool:
+    """Whether nothing listens at an address; False when that cannot be told at once."""
+    try:
+        with trio.move_on_after(limits.REFUSED_PROBE_TIMEOUT_S):
+            (await connect(address)).close()
+    except OSError as error:
+        return error.errno == errno.ECONNREFUSED
+    return False
+
+
+@contextlib.contextmanager
+def _as_peer_lost(device: DeviceId) -> Iterator[None]:
+    try:
+        yield
+    except LinkBroken as error:
+        raise PeerLost(f"the link with peer {short(device)} broke: {error.reason}") from error
+
+
+def _as_broken(error: LinkBroken | RemoteProtocolError) -> LinkBroken:
+    if isinstance(error, LinkBroken):
+        return error
+    return LinkBroken(f"the peer broke the protocol: {error.message}")
+
+
+def _failed(error: LinkBroken | RemoteProtocolError, device: DeviceId | None) -> Attempt:
+    if isinstance(error, LinkRefused):
+        return Attempt(device=device, refusal=error.reason)
+    return Attempt(device=device, failure=str(error))
+
+
+def _refused_by_hello(theirs: Hello) -> Attempt:
+    if theirs.refusal == wire_hello.REFUSE_VERSION:
+        spoken = f"{theirs.protocol_min} to {theirs.protocol_max}"
+        reason = f"it speaks protocol {spoken}; update p2ptrain on both devices"
+        return Attempt(device=theirs.device, refusal=reason)
+    if theirs.refusal == wire_hello.REFUSE_DUPLICATE:
+        return Attempt(device=theirs.device)  # the other connection is on its way
+    return Attempt(device=theirs.device, failure=f"the peer refused: {theirs.refusal:.40}")

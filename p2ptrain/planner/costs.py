@@ -1,0 +1,137 @@
+"""What one ordered choice of peers costs: compute, transfers, memory. All integers."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.input import (
+    OTHER_HOST_BYTES_PER_S,
+    OTHER_HOST_LATENCY_NS,
+    SAME_HOST_BYTES_PER_S,
+    SAME_HOST_LATENCY_NS,
+    LinkEstimate,
+    PlanningInput,
+)
+from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.schedule.actions import Action, all_actions, in_flight_max
+from p2ptrain.schedule.simulator import Timeline, simulate
+
+Cuts = tuple[int, ...]
+"""The end (exclusive) of every stage's segments; the last is the number of segments."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderCosts:
+    """One ordered choice of peers, with the costs of every cut looked up by prefix sums."""
+
+    peers: tuple[PeerProfile, ...]
+    forward_ns: tuple[tuple[int, ...], ...]
+    """By stage: prefix sums over segments of one microbatch's time, host sharing included."""
+    backward_ns: tuple[tuple[int, ...], ...]
+    transfer_ns: tuple[tuple[int, ...], ...]
+    """By boundary between stages, then by end segment: time of one tensor."""
+    in_flight: tuple[int, ...]
+
+    def compute_ns(self, stage: int, first: int, end: int) -> int:
+        """One microbatch forward and backward through segments first..end-1 on this stage."""
+        forward, backward = self.forward_ns[stage], self.backward_ns[stage]
+        return forward[end] - forward[first] + backward[end] - backward[first]
+
+
+class CostModel:
+    """Turns a planning input into costs; remembers what it has asked the memory model."""
+
+    def __init__(self, planning: PlanningInput) -> None:
+        self._planning = planning
+        self._segment_count = len(planning.manifest.segments)
+        self._links = {frozenset((link.first, link.second)): link for link in planning.links}
+        self._memory: dict[tuple[int, int, int], int] = {}
+        self._actions: dict[int, tuple[tuple[Action, ...], ...]] = {}
+        self._kinds = tuple(segment.kind for segment in planning.manifest.segments)
+        batch = planning.contract.microbatch_size
+        self._boundary_bytes = tuple(
+            planning.manifest.boundary_bytes(index, batch=batch)
+            for index in range(self._segment_count - 1)
+        )
+
+    @property
+    def segment_count(self) -> int:
+        return self._segment_count
+
+    def actions(self, stages: int) -> tuple[tuple[Action, ...], ...]:
+        """The schedule's actions for a number of stages."""
+        if stages not in self._actions:
+            self._actions[stages] = all_actions(
+                self._planning.schedule, stages, self._planning.contract.microbatches
+            )
+        return self._actions[stages]
+
+    def memory_bytes(self, first: int, end: int, in_flight: int) -> int:
+        """Peak memory of segments first..end-1 with this many microbatches in flight."""
+        key = (first, end, in_flight)
+        if key not in self._memory:
+            self._memory[key] = self._planning.stage_memory(range(first, end), in_flight)
+        return self._memory[key]
+
+    def order(self, peers: tuple[PeerProfile, ...]) -> OrderCosts:
+        """The costs of running consecutive stages on these peers in this order."""
+        used = Counter(peer.host for peer in peers)
+        forward, backward = [], []
+        for peer in peers:
+            busy = max(used[peer.host] * self._planning.contract.threads, peer.cores)
+            kinds = [peer.kinds[name] for name in self._kinds]
+            forward.append(_prefix_sums([cost.forward_ns for cost in kinds], busy, peer.cores))
+            backward.append(_prefix_sums([cost.backward_ns for cost in kinds], busy, peer.cores))
+        return OrderCosts(
+            peers=peers,
+            forward_ns=tuple(forward),
+            backward_ns=tuple(backward),
+            transfer_ns=tuple(self._transfers(a, b) for a, b in itertools.pairwise(peers)),
+            in_flight=tuple(in_flight_max(own) for own in self.actions(len(peers))),
+        )
+
+    def fits(self, costs: OrderCosts, stage: int, first: int, end: int) -> bool:
+        """Whether this stage's memory holds these segments."""
+        needed = self.memory_bytes(first, end, costs.in_flight[stage])
+        return needed <= costs.peers[stage].memory_bytes
+
+    def play(self, costs: OrderCosts, cuts: Cuts) -> Timeline:
+        """Simulate one step of a complete placement."""
+        firsts = (0, *cuts[:-1])
+        spans = list(zip(firsts, cuts, strict=True))
+        return simulate(
+            self.actions(len(cuts)),
+            forward_ns=[t[e] - t[f] for t, (f, e) in zip(costs.forward_ns, spans, strict=True)],
+            backward_ns=[t[e] - t[f] for t, (f, e) in zip(costs.backward_ns, spans, strict=True)],
+            transfer_ns=[t[e] for t, e in zip(costs.transfer_ns, cuts[:-1], strict=True)],
+        )
+
+    def link(self, first: PeerProfile, second: PeerProfile) -> LinkEstimate:
+        """The measured link of two peers, or the assumption for its kind."""
+        measured = self._links.get(frozenset((first.device, second.device)))
+        if measured is not None:
+            return measured
+        near = first.host == second.host
+        return LinkEstimate(
+            first=first.device,
+            second=second.device,
+            latency_ns=SAME_HOST_LATENCY_NS if near else OTHER_HOST_LATENCY_NS,
+            bytes_per_s=SAME_HOST_BYTES_PER_S if near else OTHER_HOST_BYTES_PER_S,
+        )
+
+    def is_measured(self, first: DeviceId, second: DeviceId) -> bool:
+        """Whether the link of two devices was measured."""
+        return frozenset((first, second)) in self._links
+
+    def _transfers(self, first: PeerProfile, second: PeerProfile) -> tuple[int, ...]:
+        link = self.link(first, second)
+        return (0, *(link.transfer_ns(size) for size in self._boundary_bytes))
+
+
+def _prefix_sums(times: list[int], busy: int, cores: int) -> tuple[int, ...]:
+    """Prefix sums of times stretched by busy / cores, rounded up."""
+    stretched = (-(-time * busy // cores) for time in times)
+    return tuple(itertools.accumulate(stretched, initial=0))

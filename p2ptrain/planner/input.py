@@ -1,0 +1,104 @@
+"""What the planner is given, and what it gives back beside the plan itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.ids import DeviceId, Lineage, RunId, ViewNumber
+from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.schedule.simulator import Timeline
+from p2ptrain.training.contract import Contract
+from p2ptrain.units import NS_PER_S
+
+# Assumptions for links nobody has measured; the plan's reasons say that they were used.
+SAME_HOST_LATENCY_NS: Final = 300_000
+SAME_HOST_BYTES_PER_S: Final = 500_000_000
+OTHER_HOST_LATENCY_NS: Final = 3_000_000
+OTHER_HOST_BYTES_PER_S: Final = 12_500_000
+
+
+class StageMemory(Protocol):
+    """Peak bytes of a stage; grows with the segments and with the microbatches in flight."""
+
+    def __call__(self, segments: range, in_flight: int) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkEstimate:
+    """A measured link between two peers, the same in both directions."""
+
+    first: DeviceId
+    second: DeviceId
+    latency_ns: int
+    """One way, for a small message."""
+    bytes_per_s: int
+
+    def __post_init__(self) -> None:
+        if self.latency_ns < 0 or self.bytes_per_s < 1 or self.first == self.second:
+            raise ValueError("a link joins two devices and carries at least 1 byte per second")
+
+    def transfer_ns(self, size_bytes: int) -> int:
+        """Time of one tensor over this link, rounded up."""
+        return self.latency_ns - (-size_bytes * NS_PER_S // self.bytes_per_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanningInput:
+    """Everything a plan depends on; equal inputs give equal plans on every machine."""
+
+    manifest: Manifest
+    contract: Contract
+    profiles: tuple[PeerProfile, ...]
+    """In any order, one per peer that may take part."""
+    home: DeviceId
+    stage_memory: StageMemory
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    schedule: str = "1f1b"
+    stages: int | None = None
+    """Exact number of stages; None: the planner chooses."""
+    links: tuple[LinkEstimate, ...] = ()
+    """Measured links; the others are assumed."""
+
+    def __post_init__(self) -> None:
+        devices = [profile.device for profile in self.profiles]
+        if len(set(devices)) != len(devices):
+            raise ValueError("a device has two profiles")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """A peer without a stage, and why."""
+
+    device: DeviceId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanChoice:
+    """A plan with what a person may want to know about how it was found."""
+
+    plan: Plan
+    stage_reasons: tuple[str, ...]
+    """One sentence per stage."""
+    left_out: tuple[LeftOut, ...]
+    timeline: Timeline
+    """The simulated step."""
+    ceiling: float
+    """Speed-up over one peer that the stage balance allows when links are free."""
+    one_peer_ns: int | None
+    """Predicted step on the best single peer; None when the model fits no single peer."""
+    simulated_count: int
+    """Candidates that were simulated exactly."""
+
+
+def stage_shares(plan: Plan) -> tuple[float, ...]:
+    """Each stage's predicted share of the step's compute; they add up to 1."""
+    whole = sum(stage.step_compute_ns for stage in plan.stages)
+    if whole == 0:
+        return tuple(1.0 / len(plan.stages) for _ in plan.stages)
+    return tuple(stage.step_compute_ns / whole for stage in plan.stages)

@@ -1,0 +1,287 @@
+"""A stage's compute: consecutive segments, forward, backward and update, blocking.
+
+Called from one worker thread; only arrays cross to the event loop. `sequence` counts every
+microbatch that the stage runs, training or evaluation. Boundary arrays are named by it and stay
+valid until the ring wraps round, `in_flight + 1` microbatches later.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2ptrain.bundle.manifest import Manifest, UpdateRule, Value
+from p2ptrain.engine.contract import Array, Buffer, Engine, Program
+from p2ptrain.errors import ConfigError, InvariantBroken
+from p2ptrain.ids import Digest
+from p2ptrain.runtime.segment_memory import SegmentMemory, view
+from p2ptrain.runtime.segment_runner import (
+    Boundary,
+    OnesBuffers,
+    SegmentRunner,
+    cotangent_positions,
+)
+from p2ptrain.runtime.segment_updater import SegmentUpdater, UpdateScalars
+from p2ptrain.store.bundles import Bundle
+from p2ptrain.training.contract import Contract
+from p2ptrain.training.layout import flat_layout
+from p2ptrain.training.optimizer import optimizer_scalars
+from p2ptrain.training.random import draw_parameter
+from p2ptrain.training.segment_state import SegmentState
+from p2ptrain.training.squares import CHUNK_ELEMENTS
+
+
+class StageWorker:
+    """Parameters, optimizer state and graphs of one stage."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        bundle: Bundle,
+        segments: range,
+        contract: Contract,
+        in_flight: int,
+    ) -> None:
+        """Compile, allocate and bind; parameters are zero until drawn or loaded.
+
+        Raises:
+            ConfigError: the bundle lacks the contract's graph form or optimizer.
+            GraphError, EngineError: the bundle cannot run here.
+        """
+        manifest = bundle.manifest
+        _check_contract(manifest, contract, segments, in_flight)
+        self._engine = engine
+        self._manifest = manifest
+        self._contract = contract
+        self._segments = segments
+        self._in_flight = in_flight
+        self._rule = manifest.updates[contract.optimizer.name]
+        self._memories = {
+            index: SegmentMemory(engine, flat_layout(manifest, index), self._rule.state)
+            for index in segments
+        }
+        self._boundaries = [
+            self._boundary(index) for index in range(segments.start, segments.stop + 1)
+        ]
+        self._runners = self._make_runners(bundle)
+        self._scalars = UpdateScalars(engine, self._rule)
+        self._updaters = self._make_updaters(bundle, self._rule)
+        self._work = np.empty(CHUNK_ELEMENTS)
+        self._waiting: set[int] = set()
+        self._accumulated = 0
+
+    @property
+    def tensor_indices(self) -> tuple[int, ...]:
+        """Manifest indices of the stage's tensors, ascending: the order of `square_sums`."""
+        names = {p.tensor.name for m in self._memories.values() for p in m.layout.places}
+        tensors = enumerate(self._manifest.tensors)
+        return tuple(index for index, tensor in tensors if tensor.name in names)
+
+    def draw_parameters(self) -> None:
+        """Start afresh: seeded parameters, optimizer state zero."""
+        indices = {tensor.name: index for index, tensor in enumerate(self._manifest.tensors)}
+        for memory in self._memories.values():
+            for place in memory.layout.places:
+                drawn = draw_parameter(
+                    self._contract.seed, place.tensor, indices[place.tensor.name]
+                )
+                np.copyto(view(memory.parameters, place), drawn)
+            for vector in memory.state.values():
+                vector.fill(0.0)
+
+    def load(self, segment_index: int, state: SegmentState) -> None:
+        """Take over one segment's saved state; CheckpointError when it does not fit."""
+        self._memories[segment_index].load_state(state)
+
+    def state(self, segment_index: int, step: int) -> SegmentState:
+        """A copy of one segment's state after `step` updates."""
+        return self._memories[segment_index].copy_state(step)
+
+    def entry(self, sequence: int) -> tuple[Array, ...]:
+        """Where the activations of a microbatch are received; empty for the first stage."""
+        return _places(self._boundaries[0].activations, sequence)
+
+    def exit(self, sequence: int) -> tuple[Array, ...]:
+        """The activations to send after `forward`; empty for the last stage."""
+        return _places(self._boundaries[-1].activations, sequence)
+
+    def exit_cotangent(self, sequence: int) -> tuple[Array, ...]:
+        """Where cotangents are received, one for each differentiable boundary value."""
+        return _places(self._boundaries[-1].cotangents, sequence)
+
+    def entry_cotangent(self, sequence: int) -> tuple[Array, ...]:
+        """The cotangents to send after `backward`; empty for the first stage."""
+        return _places(self._boundaries[0].cotangents, sequence)
+
+    def forward(
+        self,
+        *,
+        step: int,
+        microbatch: int,
+        sequence: int,
+        training: bool,
+        inputs: NDArray[np.int64] | None,
+        labels: NDArray[np.int64] | None,
+        loss_weight: float,
+    ) -> float | None:
+        """Run all segments on one microbatch.
+
+        Args:
+            step: Counted from 1; with `microbatch` it decides the dropout masks.
+            microbatch: Index within the step.
+            sequence: Names the boundary arrays and the stash slot.
+            training: False evaluates: no dropout, nothing kept for a backward.
+            inputs: Token ids (B, T), needed by the first stage.
+            labels: Token ids (B, T), needed by the last stage.
+            loss_weight: Factor of this microbatch's loss, 1 / microbatches for a mean.
+
+        Returns:
+            The loss on the last stage, else None. It may be infinite or NaN: abandon the step.
+
+        Raises:
+            EngineError: the runtime failed; the stage's stash is lost.
+        """
+        fed = {"data": inputs, "labels": labels, "loss_weight": loss_weight}
+        loss: float | None = None
+        if not training:
+            if self._waiting:
+                raise InvariantBroken("evaluation while microbatches are in flight")
+            for runner in self._runners:
+                loss = runner.evaluate(sequence=sequence, fed=fed)
+            return loss
+        self._occupy(sequence)
+        for runner in self._runners:
+            loss = runner.forward(step=step, microbatch=microbatch, sequence=sequence, fed=fed)
+        return loss
+
+    def backward(self, *, microbatch: int, sequence: int) -> None:
+        """Run all segments backwards on one microbatch and add its gradients to the sum.
+
+        Calls come in microbatch order: the order of the additions is part of the contract.
+        """
+        if sequence not in self._waiting:
+            raise InvariantBroken(f"backward of microbatch {microbatch} before its forward")
+        for runner in reversed(self._runners):
+            runner.backward(sequence=sequence, first=self._accumulated == 0)
+        self._waiting.remove(sequence)
+        self._accumulated += 1
+
+    def square_sums(self) -> NDArray[np.float64]:
+        """Square sums of the accumulated gradients, one per tensor as `tensor_indices` orders.
+
+        Frozen tensors give 0; a gradient that is not finite gives infinity or NaN.
+        """
+        sums: dict[str, float] = {}
+        for memory in self._memories.values():
+            sums |= memory.square_sums(self._work)
+        names = [self._manifest.tensors[index].name for index in self.tensor_indices]
+        return np.array([sums.get(name, 0.0) for name in names], np.float64)
+
+    def update(self, *, step: int, learning_rate: float, clip_scale: float) -> None:
+        """Apply the step's update with the accumulated gradients, and start a new sum.
+
+        Args:
+            step: The update's number, counted from 1.
+            learning_rate: As `training.learning_rate` gives it.
+            clip_scale: As `training.clipping` gives it, over all stages.
+        """
+        if self._waiting or self._accumulated == 0:
+            raise InvariantBroken("an update needs every backward of its step")
+        decayed, plain = (
+            optimizer_scalars(
+                self._contract.optimizer,
+                step=step,
+                learning_rate=learning_rate,
+                clip_scale=clip_scale,
+                decay=decay,
+            )
+            for decay in (True, False)
+        )
+        self._scalars.set(decayed=decayed, plain=plain)
+        for updater in self._updaters:
+            updater.run()
+        self._accumulated = 0
+
+    def abandon_step(self) -> None:
+        """Forget microbatches in flight and gradients: parameters stay as they are."""
+        self._waiting.clear()
+        self._accumulated = 0
+
+    def _occupy(self, sequence: int) -> None:
+        slots = {waiting % self._in_flight for waiting in self._waiting}
+        if sequence % self._in_flight in slots:
+            raise InvariantBroken(f"more than {self._in_flight} microbatches in flight")
+        self._waiting.add(sequence)
+
+    def _boundary(self, index: int) -> Boundary:
+        """The rings before segment `index`: none at the ends of the model."""
+        if index == 0 or index == len(self._manifest.segments):
+            return Boundary(activations=(), cotangents=())
+        inner = self._segments.start < index < self._segments.stop
+        values = self._manifest.boundary(index - 1)
+        kinds = [self._manifest.kinds[self._manifest.segments[i].kind] for i in (index - 1, index)]
+        edge = self._in_flight + 1
+        return Boundary(
+            activations=tuple(self._ring(v, self._in_flight if inner else edge) for v in values),
+            cotangents=tuple(
+                self._ring(value, 1 if inner else edge) if differentiable else None
+                for value, differentiable in zip(values, cotangent_positions(*kinds), strict=True)
+            ),
+        )
+
+    def _ring(self, value: Value, places: int) -> tuple[Buffer, ...]:
+        shape = self._manifest.shape(value, batch=self._contract.microbatch_size)
+        return tuple(self._engine.allocate(shape, np.dtype(value.dtype)) for _ in range(places))
+
+    def _make_runners(self, bundle: Bundle) -> list[SegmentRunner]:
+        longest = max(memory.gradients.size for memory in self._memories.values())
+        scratch = self._engine.allocate((longest,), np.float32).host()
+        ones = OnesBuffers(self._engine)
+        return [
+            SegmentRunner(
+                engine=self._engine,
+                manifest=self._manifest,
+                segment_index=index,
+                contract=self._contract,
+                programs=self._programs(bundle, index),
+                memory=self._memories[index],
+                scratch=scratch,
+                entering=self._boundaries[place],
+                leaving=self._boundaries[place + 1],
+                slots=self._in_flight,
+                ones=ones,
+            )
+            for place, index in enumerate(self._segments)
+        ]
+
+    def _programs(self, bundle: Bundle, segment_index: int) -> tuple[Program, Program]:
+        kind = self._manifest.kinds[self._manifest.segments[segment_index].kind]
+        pair = kind.forms[self._contract.form]
+        forward = self._engine.compile(bundle.graph(pair.forward))
+        return forward, self._engine.compile(bundle.graph(pair.backward))
+
+    def _make_updaters(self, bundle: Bundle, rule: UpdateRule) -> list[SegmentUpdater]:
+        program = self._engine.compile(bundle.graph(Digest(rule.graph)))
+        return [
+            SegmentUpdater(self._engine, program, rule, memory, self._scalars)
+            for memory in self._memories.values()
+        ]
+
+
+def _places(rings: tuple[tuple[Buffer, ...] | None, ...], sequence: int) -> tuple[Array, ...]:
+    return tuple(ring[sequence % len(ring)].host() for ring in rings if ring is not None)
+
+
+def _check_contract(
+    manifest: Manifest, contract: Contract, segments: range, in_flight: int
+) -> None:
+    if in_flight < 1 or not segments or segments.step != 1 or segments.start < 0:
+        raise InvariantBroken("a stage has segments and at least one microbatch in flight")
+    if segments.stop > len(manifest.segments):
+        raise InvariantBroken("a stage's segments are the model's")
+    if contract.optimizer.name not in manifest.updates:
+        raise ConfigError(f"the bundle has no optimizer {contract.optimizer.name!r}")
+    for index in segments:
+        if contract.form not in manifest.kinds[manifest.segments[index].kind].forms:
+            raise ConfigError(f"the bundle has no {contract.form} graphs")

@@ -1,0 +1,37 @@
+"""Draw a simulated step as text: one line per stage, time from left to right."""
+
+from __future__ import annotations
+
+from p2ptrain.schedule.simulator import Span, Timeline
+
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+def draw(timeline: Timeline, *, width: int = 72) -> str:
+    """A picture such as `stage 0 |0011..AABB|`.
+
+    A forward shows the last base-36 digit of its microbatch number, a backward the letter `A` to
+    `Z` of it, idle time a dot. An action shorter than a column may be covered by its neighbour.
+    """
+    rows = [
+        f"stage {index:<2}|{_row(spans, timeline.step_ns, width)}|"
+        for index, spans in enumerate(timeline.stages)
+    ]
+    return "\n".join(rows)
+
+
+def _row(spans: tuple[Span, ...], step_ns: int, width: int) -> str:
+    cells = ["."] * width
+    for span in spans:
+        first = span.start_ns * width // max(step_ns, 1)
+        last = max(first + 1, span.end_ns * width // max(step_ns, 1))
+        for column in range(first, min(last, width)):
+            cells[column] = _symbol(span)
+    return "".join(cells)
+
+
+def _symbol(span: Span) -> str:
+    microbatch = span.action.microbatch
+    if span.action.kind == "F":
+        return _DIGITS[microbatch % len(_DIGITS)]
+    return chr(ord("A") + microbatch % 26)

@@ -1,0 +1,181 @@
+"""One segment's parameters and optimizer state: what is checkpointed, shipped and hashed.
+
+Checkpoints are per segment, never per stage, so that any number of peers can resume them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.errors import CheckpointError
+from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
+from p2ptrain.training.safetensors import Array, decode_tensors, encode_tensors
+
+FORMAT: Final = "p2ptrain-segment"
+VERSION: Final = 1
+_PARAMETER: Final = "parameter/"
+_STATE: Final = "state."
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateHeader:
+    """Where a segment's state comes from."""
+
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    plan: Digest
+    step: int
+    """Updates applied so far."""
+    segment: int
+    bundle: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentState:
+    """Parameters by tensor name and optimizer vectors by state name and tensor name.
+
+    All arrays are float32 of the tensors' shapes, in manifest order; frozen tensors have no
+    optimizer state.
+    """
+
+    tensors: dict[str, FloatArray]
+    state: dict[str, dict[str, FloatArray]]
+    step: int
+    """Updates applied so far."""
+
+    def digest(self) -> Digest:
+        """sha256 over parameters, then each state vector, little-endian, in manifest order."""
+        digest = hashlib.sha256()
+        for tensor in self._named().values():
+            digest.update(np.ascontiguousarray(tensor, "<f4").tobytes())
+        return Digest(digest.hexdigest())
+
+    def to_chunks(self, header: StateHeader) -> list[bytes | memoryview]:
+        """The checkpoint file of this segment, as chunks for an atomic write."""
+        metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "run": header.run,
+            "lineage": str(header.lineage),
+            "view": str(header.view),
+            "plan": header.plan,
+            "step": str(header.step),
+            "segment": str(header.segment),
+            "bundle": header.bundle,
+        }
+        return encode_tensors(self._named(), metadata)
+
+    def to_bytes(self, header: StateHeader) -> bytes:
+        """The checkpoint file of this segment in one piece."""
+        return b"".join(self.to_chunks(header))
+
+    def _named(self) -> dict[str, Array]:
+        named: dict[str, Array] = {_PARAMETER + n: tensor for n, tensor in self.tensors.items()}
+        for state, vectors in self.state.items():
+            named |= {f"{_STATE}{state}/{name}": vector for name, vector in vectors.items()}
+        return named
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSegment:
+    """A segment's state as read back, and where it came from."""
+
+    header: StateHeader
+    state: SegmentState
+
+
+def state_digest(segment_digests: Iterable[Digest]) -> Digest:
+    """sha256 over the segments' digests in model order: peers hash apart, one combines."""
+    digest = hashlib.sha256()
+    for segment_digest in segment_digests:
+        digest.update(bytes.fromhex(segment_digest))
+    return Digest(digest.hexdigest())
+
+
+def read_segment_state(
+    content: bytes | memoryview, manifest: Manifest, *, bundle: Digest, state_names: tuple[str, ...]
+) -> StoredSegment:
+    """Read one segment's checkpoint; arrays are read-only views into `content`.
+
+    Args:
+        content: The whole file.
+        manifest: Of the model it must belong to.
+        bundle: The manifest's digest.
+        state_names: The optimizer's state vectors, in the update rule's order.
+
+    Raises:
+        CheckpointError: damaged, an unknown version, or of another model or optimizer.
+    """
+    file = decode_tensors(content)
+    header = _header(file.metadata)
+    if header.bundle != bundle or not 0 <= header.segment < len(manifest.segments):
+        raise CheckpointError(
+            f"the checkpoint belongs to another model (bundle {header.bundle:.12})"
+        )
+    expected = _expected_shapes(manifest, header.segment, state_names)
+    found = {name: tensor.shape for name, tensor in file.tensors.items()}
+    if list(found.items()) != list(expected.items()):
+        raise CheckpointError(
+            f"the checkpoint of segment {header.segment} holds other tensors than the model",
+            hint="resume with the optimizer that the run was started with",
+        )
+    if any(tensor.dtype != np.dtype("<f4") for tensor in file.tensors.values()):
+        raise CheckpointError("a checkpoint holds float32 tensors only")
+    return StoredSegment(header=header, state=_state(file.tensors, header, state_names))
+
+
+def _header(metadata: dict[str, str]) -> StateHeader:
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError("the file is not a checkpoint of p2ptrain")
+    if metadata.get("version") != str(VERSION):
+        raise CheckpointError(
+            f"checkpoint version {metadata.get('version')!r} is unknown; this p2ptrain reads "
+            f"{VERSION}",
+            hint="update p2ptrain",
+        )
+    try:
+        return StateHeader(
+            run=RunId(metadata["run"]),
+            lineage=Lineage(int(metadata["lineage"])),
+            view=ViewNumber(int(metadata["view"])),
+            plan=Digest(metadata["plan"]),
+            step=int(metadata["step"]),
+            segment=int(metadata["segment"]),
+            bundle=Digest(metadata["bundle"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's header is damaged: {error}") from error
+
+
+def _expected_shapes(
+    manifest: Manifest, segment_index: int, state_names: tuple[str, ...]
+) -> dict[str, tuple[int, ...]]:
+    tensors = manifest.segment_tensors(segment_index)
+    shapes = {_PARAMETER + tensor.name: tensor.shape for tensor in tensors}
+    for state in state_names:
+        trainable = [tensor for tensor in tensors if tensor.binding == "trainable"]
+        shapes |= {f"{_STATE}{state}/{tensor.name}": tensor.shape for tensor in trainable}
+    return shapes
+
+
+def _state(
+    tensors: dict[str, Array], header: StateHeader, state_names: tuple[str, ...]
+) -> SegmentState:
+    def under(prefix: str) -> dict[str, FloatArray]:
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    return SegmentState(
+        tensors=under(_PARAMETER),
+        state={name: under(f"{_STATE}{name}/") for name in state_names},
+        step=header.step,
+    )

@@ -1,0 +1,98 @@
+"""Frames as bytes, fixed for every implementation; PROTOCOL.md lists the same vectors."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from p2ptrain.ids import DeviceId, Digest, GroupId, Lineage, RunId, ViewNumber
+from p2ptrain.training.contract import RuntimeBuild
+from p2ptrain.trust.enrolment import EnrolmentGrant, EnrolmentRequest, Joiner, Sponsor
+from p2ptrain.trust.invite import Invite
+from p2ptrain.wire.frames import (
+    BulkHeader,
+    FrameType,
+    TensorHeader,
+    encode_frame_head,
+    encode_header,
+)
+from p2ptrain.wire.hello import Hello, encode_hello
+
+GOLDEN = Path(__file__).parent / "golden"
+CHUNK = bytes(range(16))
+
+HELLO = Hello(
+    protocol_min=1,
+    protocol_max=1,
+    features=(),
+    group=GroupId("abcdefghijklmnop"),
+    device=DeviceId("abcdefghijklmnopqrstuvwxyz"),
+    instance=1234567890123,
+    kind="control",
+    build=RuntimeBuild(
+        runtime="onnxruntime", version="1.20.0", numpy="2.1.0", machine="aarch64", isa="neon"
+    ),
+    clock_s=1800000000.5,
+    listen_port=7000,
+)
+TENSOR = TensorHeader(
+    run=RunId("abcdefghijklmnopqrstuvwxyz"),
+    lineage=Lineage(0),
+    view=ViewNumber(1),
+    plan=Digest(hashlib.sha256(b"plan").hexdigest()),
+    kind="cotangent",
+    phase="train",
+    step=1000,
+    microbatch=3,
+    segment=2,
+    index=0,
+)
+BULK = BulkHeader(
+    request=7,
+    kind="blob",
+    digest=Digest(hashlib.sha256(CHUNK).hexdigest()),
+    offset=0,
+    total=16,
+    chunk=Digest(hashlib.sha256(CHUNK).hexdigest()),
+)
+
+
+def enrolment_frames() -> dict[str, bytes]:
+    """The whole exchange for fixed keys and a fixed invite."""
+    invite = Invite(
+        group_name="home",
+        addresses=("192.0.2.1:7000",),
+        root_hash="ab" * 32,
+        secret="000102030405060708090a0b0c0d0e0f",
+        expires_at_s=1800000000.0,
+    )
+    joiner = Joiner(invite, X25519PrivateKey.from_private_bytes(b"j" * 32))
+    sponsor = Sponsor(X25519PrivateKey.from_private_bytes(b"s" * 32), root_hash="ab" * 32)
+    offer = joiner.offer()
+    answer = sponsor.answer(offer, invite.shared_key)
+    asked = EnrolmentRequest(name="beta", device_csr=b"device", issuer_csr=b"issuer")
+    request = joiner.request(answer, asked)
+    sponsor.request(request)
+    granted = EnrolmentGrant(group_name="home", root=b"root", issuers=(b"a",), clock_s=1.5)
+    grant = sponsor.grant(granted)
+    named = {"offer": offer, "answer": answer, "request": request, "grant": grant}
+    return {f"enrol-{name}": frame.encoded() for name, frame in named.items()}
+
+
+def vectors() -> dict[str, bytes]:
+    hello, tensor, bulk = encode_hello(HELLO), encode_header(TENSOR), encode_header(BULK)
+    return {
+        "hello": encode_frame_head(FrameType.HELLO, b"", len(hello)) + hello,
+        "tensor": encode_frame_head(FrameType.TENSOR, tensor, 16) + CHUNK,
+        "bulk": encode_frame_head(FrameType.BULK, bulk, 16) + CHUNK,
+        **enrolment_frames(),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(vectors()))
+def test_frame_has_the_golden_bytes(name: str) -> None:
+    golden = bytes.fromhex((GOLDEN / f"{name}.hex").read_text())
+    assert vectors()[name] == golden

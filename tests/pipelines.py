@@ -1,0 +1,176 @@
+"""Run stage workers in one process, in 1F1B order: what peers do over links, without links."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2ptrain.engine.contract import Engine
+from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.store.bundles import Bundle
+from p2ptrain.training.clipping import Clip, clip_scale
+from p2ptrain.training.contract import Contract
+from p2ptrain.training.learning_rate import learning_rate
+from p2ptrain.training.sampling import Windows, heldout_windows, training_windows
+from p2ptrain.training.segment_state import SegmentState, StateHeader, state_digest
+
+
+@dataclass(slots=True)
+class LocalPipeline:
+    """Stages over consecutive segments, cut where `cuts` says."""
+
+    bundle: Bundle
+    contract: Contract
+    workers: list[StageWorker]
+    segments: list[range]
+    tokens: NDArray[np.uint8]
+    sequence: int = 0
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    @classmethod
+    def make(
+        cls,
+        engine: Engine,
+        bundle: Bundle,
+        contract: Contract,
+        cuts: tuple[int, ...],
+        tokens: NDArray[np.uint8],
+    ) -> LocalPipeline:
+        edges = [0, *cuts, len(bundle.manifest.segments)]
+        segments = [range(a, b) for a, b in itertools.pairwise(edges)]
+        workers = [
+            StageWorker(
+                engine=engine,
+                bundle=bundle,
+                segments=part,
+                contract=contract,
+                in_flight=min(len(segments) - stage, contract.microbatches),
+            )
+            for stage, part in enumerate(segments)
+        ]
+        for worker in workers:
+            worker.draw_parameters()
+        return cls(bundle, contract, workers, segments, tokens)
+
+    def train(self, first_step: int, last_step: int) -> None:
+        """Steps `first_step` to `last_step`, both included and counted from 1."""
+        for step in range(first_step, last_step + 1):
+            self.losses.append(self._microbatches(step))
+            clip = self._clip()
+            self.norms.append(clip.norm)
+            rate = learning_rate(self.contract.optimizer, step=step, steps=self.contract.steps)
+            for worker in self.workers:
+                worker.update(step=step, learning_rate=rate, clip_scale=clip.scale)
+
+    def evaluate(self) -> float:
+        """Mean held-out loss over the contract's microbatches."""
+        c = self.contract
+        total = 0.0
+        for index in range(c.heldout_microbatches):
+            windows = heldout_windows(
+                self.tokens,
+                sample_count=c.heldout_microbatches * c.microbatch_size,
+                first_sample=index * c.microbatch_size,
+                count=c.microbatch_size,
+                context=self.bundle.manifest.data.context,
+            )
+            for stage in range(len(self.workers)):
+                loss = self._forward(stage, 1, index, windows, training=False)
+            total += loss or 0.0
+            self.sequence += 1
+        return total
+
+    def digest(self, step: int) -> str:
+        return state_digest(state.digest() for state in self.states(step))
+
+    def states(self, step: int) -> list[SegmentState]:
+        return [
+            worker.state(index, step)
+            for worker, part in zip(self.workers, self.segments, strict=True)
+            for index in part
+        ]
+
+    def load(self, states: list[SegmentState]) -> None:
+        for worker, part in zip(self.workers, self.segments, strict=True):
+            for index in part:
+                worker.load(index, states[index])
+
+    def header(self, segment: int, step: int) -> StateHeader:
+        return StateHeader(
+            run="r" * 26, lineage=0, view=1, plan="3" * 64, step=step, segment=segment,
+            bundle=self.bundle.digest,
+        )  # fmt: skip
+
+    def _microbatches(self, step: int) -> float:
+        """One step in 1F1B order: every stage goes on as soon as its input is there."""
+        count, stages = self.contract.microbatches, len(self.workers)
+        windows = [self._windows(step, index) for index in range(count)]
+        forwards, backwards, loss = [0] * stages, [0] * stages, 0.0
+        start = self.sequence
+        while backwards[0] < count:
+            for stage in range(stages):
+                f, b = forwards[stage], backwards[stage]
+                in_flight = min(stages - stage, count)
+                cotangent_here = stage == stages - 1 or backwards[stage + 1] > b
+                if b < f and cotangent_here and (f - b == in_flight or f == count):
+                    self._backward(stage, b, start + b)
+                    backwards[stage] += 1
+                elif f < count and f - b < in_flight and (stage == 0 or forwards[stage - 1] > f):
+                    self.sequence = start + f
+                    part = self._forward(stage, step, f, windows[f], training=True)
+                    loss += part if part is not None else 0.0
+                    forwards[stage] += 1
+        self.sequence = start + count
+        return loss
+
+    def _windows(self, step: int, microbatch: int) -> Windows:
+        c = self.contract
+        return training_windows(
+            self.tokens,
+            seed=c.seed,
+            step=step,
+            first_sample=microbatch * c.microbatch_size,
+            count=c.microbatch_size,
+            context=self.bundle.manifest.data.context,
+        )
+
+    def _forward(
+        self, stage: int, step: int, index: int, windows: Windows, *, training: bool
+    ) -> float | None:
+        worker, last = self.workers[stage], stage == len(self.workers) - 1
+        count = self.contract.microbatches if training else self.contract.heldout_microbatches
+        loss = worker.forward(
+            step=step,
+            microbatch=index,
+            sequence=self.sequence,
+            training=training,
+            inputs=windows.inputs if stage == 0 else None,
+            labels=windows.labels if last else None,
+            loss_weight=1.0 / count,
+        )
+        if not last:
+            _send(worker.exit(self.sequence), self.workers[stage + 1].entry(self.sequence))
+        return loss
+
+    def _backward(self, stage: int, index: int, sequence: int) -> None:
+        worker = self.workers[stage]
+        worker.backward(microbatch=index, sequence=sequence)
+        if stage > 0:
+            before = self.workers[stage - 1]
+            _send(worker.entry_cotangent(sequence), before.exit_cotangent(sequence))
+
+    def _clip(self) -> Clip:
+        sums: dict[int, float] = {}
+        for worker in self.workers:
+            sums |= dict(zip(worker.tensor_indices, worker.square_sums(), strict=True))
+        ordered = [sums[index] for index in range(len(self.bundle.manifest.tensors))]
+        return clip_scale(ordered, self.contract.optimizer.clip_norm)
+
+
+def _send(sources: tuple[NDArray, ...], targets: tuple[NDArray, ...]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        np.copyto(target, source)

@@ -1,0 +1,138 @@
+"""The enrolment exchange: who knows the secret gets through, nobody else learns anything."""
+
+from __future__ import annotations
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from p2ptrain.errors import LocalProtocolError, RemoteProtocolError, TrustError
+from p2ptrain.trust import enrolment
+from p2ptrain.trust.enrolment import (
+    EnrolFrame,
+    EnrolmentGrant,
+    EnrolmentRequest,
+    Joiner,
+    Sponsor,
+    parse_enrol_prefix,
+    refusal,
+)
+from p2ptrain.trust.invite import Invite
+
+ROOT_HASH = "ab" * 32
+REQUEST = EnrolmentRequest(name="beta", device_csr=b"device", issuer_csr=b"issuer")
+GRANT = EnrolmentGrant(group_name="home", root=b"root", issuers=(b"a", b"b"), clock_s=1.5)
+
+
+def invite(secret: str = "01" * 16) -> Invite:
+    return Invite(
+        group_name="home", addresses=(), root_hash=ROOT_HASH, secret=secret, expires_at_s=1.0
+    )
+
+
+def joiner(secret: str = "01" * 16) -> Joiner:
+    return Joiner(invite(secret), X25519PrivateKey.from_private_bytes(b"j" * 32))
+
+
+def sponsor(root_hash: str = ROOT_HASH) -> Sponsor:
+    return Sponsor(X25519PrivateKey.from_private_bytes(b"s" * 32), root_hash=root_hash)
+
+
+def test_both_sides_that_know_the_secret_complete() -> None:
+    ours, theirs = joiner(), sponsor()
+    offer = ours.offer()
+    assert theirs.invite_id(offer) == invite().id
+    answer = theirs.answer(offer, invite().shared_key)
+    request = ours.request(answer, REQUEST)
+    assert theirs.request(request) == REQUEST
+    assert b"beta" not in request.body
+    assert ours.grant(theirs.grant(GRANT)) == GRANT
+
+
+def test_sponsor_without_the_secret_is_noticed_before_we_say_anything() -> None:
+    ours, theirs = joiner(), sponsor()
+    answer = theirs.answer(ours.offer(), b"0" * 32)
+    with pytest.raises(TrustError, match="does not know"):
+        ours.request(answer, REQUEST)
+
+
+def test_sponsor_of_another_root_is_noticed() -> None:
+    ours, theirs = joiner(), sponsor(root_hash="cd" * 32)
+    answer = theirs.answer(ours.offer(), invite().shared_key)
+    with pytest.raises(TrustError, match="does not know"):
+        ours.request(answer, REQUEST)
+
+
+def test_joiner_without_the_secret_gets_nothing() -> None:
+    ours, theirs = joiner(), sponsor()
+    theirs.answer(ours.offer(), invite().shared_key)
+    with pytest.raises(TrustError, match="does not fit"):
+        theirs.request(EnrolFrame(kind=enrolment.REQUEST, body=bytes(80)))
+
+
+@pytest.mark.parametrize("position", [0, 40, -1])
+def test_changed_request_is_refused(position: int) -> None:
+    ours, theirs = joiner(), sponsor()
+    answer = theirs.answer(ours.offer(), invite().shared_key)
+    body = bytearray(ours.request(answer, REQUEST).body)
+    body[position] ^= 1
+    with pytest.raises(TrustError):
+        theirs.request(EnrolFrame(kind=enrolment.REQUEST, body=bytes(body)))
+
+
+def test_changed_grant_is_refused() -> None:
+    ours, theirs = joiner(), sponsor()
+    request = ours.request(theirs.answer(ours.offer(), invite().shared_key), REQUEST)
+    theirs.request(request)
+    body = bytearray(theirs.grant(GRANT).body)
+    body[3] ^= 1
+    with pytest.raises(TrustError, match="changed"):
+        ours.grant(EnrolFrame(kind=enrolment.GRANT, body=bytes(body)))
+
+
+@pytest.mark.parametrize("reason", [*enrolment.REFUSALS, "something new", "\x1b[2J"])
+def test_refusal_becomes_a_sentence_of_ours(reason: str) -> None:
+    with pytest.raises(TrustError) as caught:
+        joiner().request(refusal(reason), REQUEST)
+    assert caught.value.message == enrolment.REFUSALS.get(reason, "the sponsor refused")
+
+
+def test_messages_out_of_order_or_of_wrong_size_are_refused() -> None:
+    with pytest.raises(RemoteProtocolError, match="out of order"):
+        joiner().request(joiner().offer(), REQUEST)
+    with pytest.raises(RemoteProtocolError, match="wrong size"):
+        sponsor().answer(EnrolFrame(kind=enrolment.OFFER, body=b"x"), b"0" * 32)
+    with pytest.raises(LocalProtocolError):
+        joiner().grant(EnrolFrame(kind=enrolment.GRANT, body=b""))
+    with pytest.raises(LocalProtocolError):
+        sponsor().request(EnrolFrame(kind=enrolment.REQUEST, body=b""))
+    with pytest.raises(LocalProtocolError):
+        sponsor().grant(GRANT)
+
+
+def test_public_key_of_low_order_is_refused() -> None:
+    offer = EnrolFrame(kind=enrolment.OFFER, body=bytes(16) + bytes(32))
+    with pytest.raises(RemoteProtocolError, match="not usable"):
+        sponsor().answer(offer, invite().shared_key)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        b"P2TX\x01\x01\x00\x00",
+        b"P2TE\x02\x01\x00\x00",
+        b"P2TE\x01\x00\x00\x00",
+        b"P2TE\x01\x06\x00\x00",
+        b"P2TE\x01\x01\x01\x40",
+    ],
+    ids=["magic", "version", "kind 0", "kind 6", "length"],
+)
+def test_bad_prefix_is_refused(prefix: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        parse_enrol_prefix(prefix)
+
+
+def test_prefix_round_trips_and_our_own_size_is_checked() -> None:
+    encoded = EnrolFrame(kind=enrolment.GRANT, body=b"abc").encoded()
+    assert parse_enrol_prefix(encoded[:8]) == (enrolment.GRANT, 3)
+    with pytest.raises(LocalProtocolError):
+        EnrolFrame(kind=enrolment.GRANT, body=bytes(16 * 1024 + 1)).encoded()

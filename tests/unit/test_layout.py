@@ -1,0 +1,70 @@
+"""Flat layouts and the predicted memory of a stage."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from p2ptrain.bundle.manifest import Manifest, Tensor
+from p2ptrain.errors import GraphError, PlanInfeasible
+from p2ptrain.training.layout import flat_layout
+from p2ptrain.training.memory import memory_bytes
+from tests.bundles import CONTEXT, VOCABULARY, WIDTH, tiny_bundle
+
+MANIFEST = tiny_bundle(blocks=2).manifest
+
+
+def with_tensor(name: str, **changes: object) -> Manifest:
+    def changed(tensor: Tensor) -> Tensor:
+        return dataclasses.replace(tensor, **changes) if tensor.name == name else tensor
+
+    return dataclasses.replace(MANIFEST, tensors=tuple(changed(t) for t in MANIFEST.tensors))
+
+
+def test_layout_puts_decayed_tensors_first_and_frozen_ones_last() -> None:
+    layout = flat_layout(MANIFEST, 1)
+    assert [(p.local, p.start) for p in layout.places] == [("w", 0), ("b", WIDTH * WIDTH)]
+    assert (layout.decay_stop, layout.trainable_stop) == (256, 272)
+    swapped = flat_layout(with_tensor("block0.w", decay=False), 1)
+    assert (swapped.decay_stop, swapped.trainable_stop) == (0, 272)
+    frozen = flat_layout(with_tensor("block0.w", binding="frozen"), 1)
+    assert [(p.local, p.start) for p in frozen.places] == [("w", 16), ("b", 0)]
+    assert (frozen.trainable_stop, frozen.length) == (16, 272)
+
+
+def test_layout_starts_every_tensor_on_a_cache_line() -> None:
+    layout = flat_layout(with_tensor("block0.b", shape=(3,), decay=True), 1)
+    assert all(place.start % 16 == 0 for place in layout.places)
+    assert layout.length == 272
+
+
+@pytest.mark.parametrize("changes", [{"tied_to": "block0.b"}, {"dtype": "int64"}])
+def test_layout_refuses_what_is_not_trained_yet(changes: dict[str, object]) -> None:
+    with pytest.raises(GraphError, match=r"block0\.w"):
+        flat_layout(with_tensor("block0.w", **changes), 1)
+
+
+def predicted(segments: range, *, batch: int = 2, in_flight: int = 1, rule: str = "adamw") -> int:
+    return memory_bytes(MANIFEST, segments, "portable", batch, in_flight, rule)
+
+
+def test_memory_counts_each_microbatch_in_flight() -> None:
+    boundary = 2 * CONTEXT * WIDTH * 4
+    stash = 3 * boundary  # x, h and mask of one block
+    more = predicted(range(1, 2), in_flight=2) - predicted(range(1, 2), in_flight=1)
+    assert more == stash + 2 * 2 * boundary
+
+
+def test_memory_counts_parameters_gradients_scratch_and_state() -> None:
+    adamw, sgd = (predicted(range(1, 2), rule=rule) for rule in ("adamw", "sgd"))
+    assert adamw - sgd == 272 * 4
+    table = VOCABULARY * WIDTH * 4
+    assert predicted(range(1)) > 5 * table
+    assert predicted(range(4)) > predicted(range(3)) > predicted(range(2))
+    assert predicted(range(4), batch=4) > predicted(range(4), batch=2)
+
+
+def test_memory_refuses_an_unknown_optimizer() -> None:
+    with pytest.raises(PlanInfeasible, match="'lion'"):
+        predicted(range(1, 2), rule="lion")

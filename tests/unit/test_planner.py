@@ -1,0 +1,144 @@
+"""The planner on cases small enough to know the answer."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2ptrain.errors import ConfigError, PlanInfeasible
+from p2ptrain.planner.choose import choose_plan
+from p2ptrain.planner.input import LinkEstimate, stage_shares
+from tests.planning_cases import device, fast_links, planning_input, profile
+
+EQUAL = [(1_000_000, 2_000_000)] * 8
+
+
+def test_two_equal_peers_split_in_half_and_home_comes_first() -> None:
+    choice = choose_plan(planning_input([profile("a", EQUAL), profile("b", EQUAL)],
+                                        segment_count=8, home="b"))  # fmt: skip
+    plan = choice.plan
+    assert [stage.device for stage in plan.stages] == [device("b"), device("a")]
+    assert [stage.segment_count for stage in plan.stages] == [4, 4]
+    assert [stage.in_flight_max for stage in plan.stages] == [2, 1]
+    assert 0 <= plan.step_ns - 9 * 12_000_000 <= 16  # a tensor takes at least 1 ns
+    assert stage_shares(plan) == (0.5, 0.5)
+    assert choice.ceiling == pytest.approx(16 / 9)
+    assert choice.one_peer_ns == 8 * 24_000_000
+    assert plan.stages[0].parameter_count == 4 * 16
+
+
+def test_reasons_name_every_peer() -> None:
+    peers = [profile("a", EQUAL), profile("b", EQUAL), profile("c", [(10**9, 10**9)] * 8)]
+    choice = choose_plan(planning_input(peers, segment_count=8))
+    assert choice.plan.reasons[0].startswith("2 of 3 peers compute: a step is predicted to take")
+    assert "1.78 times the speed of the best single peer" in choice.plan.reasons[0]
+    assert [one.device for one in choice.left_out] == [device("c")]
+    assert any(reason.startswith("cccccccc left out: the best step found with it takes")
+               for reason in choice.plan.reasons)  # fmt: skip
+    assert "owns the data" in choice.stage_reasons[0]
+    assert choice.plan.members == (device("a"), device("b"))
+
+
+def test_home_that_only_holds_data_is_a_member() -> None:
+    slow = profile("a", [(10**9, 10**9)] * 8)
+    choice = choose_plan(planning_input([slow, profile("b", EQUAL)], segment_count=8))
+    assert choice.plan.members == (device("a"), device("b"))
+    assert [stage.device for stage in choice.plan.stages] == [device("b")]
+
+
+def test_slow_link_makes_one_peer_enough() -> None:
+    peers = [profile("a", EQUAL), profile("b", EQUAL)]
+    slow = LinkEstimate(
+        first=device("a"), second=device("b"), latency_ns=10**9, bytes_per_s=1_000_000
+    )
+    choice = choose_plan(planning_input(peers, segment_count=8, links=(slow,)))
+    assert len(choice.plan.stages) == 1
+    assert choice.plan.reasons[0].startswith("1 of 2 peers compute:")
+
+
+def test_peers_on_one_host_share_its_cores() -> None:
+    peers = [profile(letter, EQUAL, host="one", cores=2) for letter in "abcd"]
+    choice = choose_plan(planning_input(peers, segment_count=8))
+    assert len(choice.plan.stages) == 2
+    assert any("3 threads on 2 cores" in one.reason for one in choice.left_out)
+
+
+def test_forced_stages_on_one_host_are_stretched() -> None:
+    peers = [profile(letter, EQUAL, host="one", cores=2) for letter in "abcd"]
+    choice = choose_plan(planning_input(peers, segment_count=8, stages=4))
+    assert [stage.segment_count for stage in choice.plan.stages] == [2, 2, 2, 2]
+    assert choice.plan.stages[0].step_compute_ns == 8 * 2 * 3_000_000 * 2
+    assert "4 threads share the 2 cores of one host: times there are stretched 2.0 times" in (
+        choice.plan.reasons
+    )
+
+
+def test_memory_decides_before_speed() -> None:
+    # b is ten times faster but holds 3 segments; 1F1B stage 0 of 2 keeps 2 in flight.
+    fast = profile("b", [(100_000, 200_000)] * 8, memory_bytes=3 * 200)
+    choice = choose_plan(planning_input([profile("a", EQUAL), fast], segment_count=8))
+    by_device = {stage.device: stage for stage in choice.plan.stages}
+    assert by_device[device("b")].segment_count == 3
+    assert by_device[device("b")].memory_bytes <= 600
+
+
+def test_assumed_links_are_said_to_be_assumed() -> None:
+    times = [(100_000_000, 200_000_000)] * 8
+    peers = [profile("a", times), profile("b", times)]
+    reasons = choose_plan(planning_input(peers, segment_count=8, links=())).plan.reasons
+    assert reasons[-1] == "links between hosts are assumed to carry 11.9 MiB per second"
+
+
+def test_peer_without_measurements_is_left_out() -> None:
+    choice = choose_plan(
+        planning_input([profile("a", EQUAL), profile("b", EQUAL[:3])], segment_count=8)
+    )
+    assert choice.left_out[0].reason == "it has not measured this model"
+
+
+@pytest.mark.parametrize(
+    ("letters", "memory_bytes", "stages", "message", "hint"),
+    [
+        ("", 0, None, "no peer has measured", "join a peer"),
+        ("ab", 1 << 40, 3, "3 stages were asked for, but 2 peers can", "use --stages 2"),
+        ("ab", 1 << 40, 9, "the model has 8 segments", "use --stages 2"),
+        ("abc", 900, 1, "exactly 1 stages fits the memory", "use --stages 3"),
+        ("a", 150, None, "segment s0 alone needs 200 B, the largest peer has 150 B",
+         "add a peer with at least 200 B or use --microbatch-size 2"),
+        ("a", 1200, None, "needs 1.6 KiB on one peer, the largest has 1.2 KiB",
+         "add 1 peer with 1.2 KiB or use --microbatch-size 2"),
+        ("ab", 700, None, "no cut over 2 peers fits", "add 3 peers with 700 B or"),
+        ("ab", 200, None, "no cut over 2 peers fits", "add peers with more than 200 B or"),
+    ],
+)  # fmt: skip
+def test_infeasible_says_what_is_short_and_what_would_do(
+    letters: str, memory_bytes: int, stages: int | None, message: str, hint: str
+) -> None:
+    peers = [profile(letter, EQUAL, memory_bytes=memory_bytes) for letter in letters]
+    with pytest.raises(PlanInfeasible) as caught:
+        choose_plan(planning_input(peers, segment_count=8, stages=stages))
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ConfigError, match="zigzag"):
+        choose_plan(planning_input([profile("a", EQUAL)], segment_count=8, schedule="zigzag"))
+
+
+def test_many_peers_are_planned_within_the_candidate_bounds() -> None:
+    letters = "abcdefghijkl"
+    peers = [
+        profile(letter, [(1_000_000 + 50_000 * rank, 2_000_000)] * 40)
+        for rank, letter in enumerate(letters)
+    ]
+    choice = choose_plan(
+        planning_input(peers, segment_count=40, links=fast_links(peers), microbatches=16)
+    )
+    assert len(choice.plan.stages) > 8
+    assert choice.one_peer_ns is not None
+    assert choice.plan.step_ns < choice.one_peer_ns // 5
+
+
+def test_a_device_cannot_have_two_profiles() -> None:
+    with pytest.raises(ValueError, match="two profiles"):
+        planning_input([profile("a", EQUAL)] * 2, segment_count=8, links=())

@@ -1,0 +1,133 @@
+"""A segment's saved state: round trip, digests, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+
+from p2ptrain.errors import CheckpointError
+from p2ptrain.ids import Digest
+from p2ptrain.store.bundles import Bundle
+from p2ptrain.training.safetensors import decode_tensors, encode_tensors
+from p2ptrain.training.segment_state import (
+    SegmentState,
+    StateHeader,
+    StoredSegment,
+    read_segment_state,
+    state_digest,
+)
+from tests.bundles import WIDTH, tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return tiny_bundle(blocks=1)
+
+
+def made_state() -> SegmentState:
+    shapes = {"block0.w": (WIDTH, WIDTH), "block0.b": (WIDTH,)}
+    generator = np.random.default_rng(2)
+
+    def draw() -> dict[str, np.ndarray]:
+        return {name: generator.standard_normal(s, np.float32) for name, s in shapes.items()}
+
+    return SegmentState(tensors=draw(), state={"m": draw(), "v": draw()}, step=12)
+
+
+def header(of: Bundle, **changes: object) -> StateHeader:
+    whole = StateHeader(
+        run="r" * 26, lineage=1, view=3, plan="3" * 64, step=12, segment=1, bundle=of.digest
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+def read(content: bytes, bundle: Bundle, names: tuple[str, ...] = ("m", "v")) -> StoredSegment:
+    return read_segment_state(content, bundle.manifest, bundle=bundle.digest, state_names=names)
+
+
+def test_segment_state_round_trip_keeps_header_bits_and_digest(bundle: Bundle) -> None:
+    state = made_state()
+    stored = read(state.to_bytes(header(bundle)), bundle)
+    assert stored.header == header(bundle)
+    assert stored.state.step == 12
+    assert stored.state.digest() == state.digest()
+    for name, tensor in state.tensors.items():
+        assert stored.state.tensors[name].tobytes() == tensor.tobytes()
+
+
+def test_segment_state_digest_is_over_parameters_then_state() -> None:
+    state = made_state()
+    parts = [state.tensors, state.state["m"], state.state["v"]]
+    raw = b"".join(vector.astype("<f4").tobytes() for part in parts for vector in part.values())
+    assert state.digest() == hashlib.sha256(raw).hexdigest()
+
+
+@pytest.mark.parametrize("part", ["tensors", "m", "v"])
+def test_segment_state_digest_sees_every_bit(part: str) -> None:
+    state = made_state()
+    before = state.digest()
+    vectors = state.tensors if part == "tensors" else state.state[part]
+    vectors["block0.b"].view(np.uint32)[3] ^= 1
+    assert state.digest() != before
+
+
+def test_state_digest_depends_on_the_order_of_segments() -> None:
+    a, b = Digest("a" * 64), Digest("b" * 64)
+    assert state_digest([a, b]) == hashlib.sha256(bytes.fromhex(a + b)).hexdigest()
+    assert state_digest([a, b]) != state_digest([b, a])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bundle": Digest("9" * 64)}, "another model"),
+        ({"segment": 99}, "another model"),
+        ({"segment": 0}, "other tensors"),
+        ({"lineage": "x"}, "header is damaged"),
+    ],
+)
+def test_segment_state_of_something_else_is_refused(
+    bundle: Bundle, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read(made_state().to_bytes(header(bundle, **changes)), bundle)
+
+
+def test_segment_state_of_another_optimizer_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(CheckpointError, match="other tensors") as caught:
+        read(made_state().to_bytes(header(bundle)), bundle, ("momentum",))
+    assert "optimizer" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "else"}, "not a checkpoint of p2ptrain"),
+        ({"version": "2"}, "version '2' is unknown"),
+        ({"step": None}, "header is damaged"),
+    ],
+)
+def test_segment_state_with_another_header_is_refused(
+    bundle: Bundle, changes: dict[str, str | None], message: str
+) -> None:
+    file = decode_tensors(made_state().to_bytes(header(bundle)))
+    metadata = {k: v for k, v in {**file.metadata, **changes}.items() if v is not None}
+    content = b"".join(encode_tensors(file.tensors, metadata))
+    with pytest.raises(CheckpointError, match=message):
+        read(content, bundle)
+
+
+def test_segment_state_of_another_dtype_is_refused(bundle: Bundle) -> None:
+    file = decode_tensors(made_state().to_bytes(header(bundle)))
+    doubled = {name: tensor.astype(np.float64) for name, tensor in file.tensors.items()}
+    with pytest.raises(CheckpointError, match="float32"):
+        read(b"".join(encode_tensors(doubled, file.metadata)), bundle)
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+def test_segment_state_cut_short_is_refused(bundle: Bundle, cut: int) -> None:
+    with pytest.raises(CheckpointError, match="safetensors"):
+        read(made_state().to_bytes(header(bundle))[:cut], bundle)
