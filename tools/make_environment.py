@@ -149,12 +149,24 @@ def install(folder: Path, recipe: Recipe) -> None:
         pip(folder, *requirements(read_project(), recipe))
         install_wheel(folder, recipe)
         return
+    if "export" in recipe.extras:
+        install_torch(folder)
     extras = f"[{','.join(recipe.extras)}]" if recipe.extras else ""
-    arguments = ["-e", f"{ROOT}{extras}"]
-    if "export" in recipe.extras and sys.platform == "linux":
-        # The default wheel of torch brings gigabytes for GPUs; exporting needs none of them.
-        arguments += ["--extra-index-url", os.environ.get("P2PTRAIN_TORCH_INDEX", TORCH_CPU_INDEX)]
-    pip(folder, *arguments)
+    pip(folder, "-e", f"{ROOT}{extras}")
+
+
+def install_torch(folder: Path) -> None:
+    """The pinned torch for CPUs: the default wheel brings gigabytes for GPUs on Linux.
+
+    Alone and without retries, so that a machine that cannot reach the index loses little time.
+    """
+    (torch,) = (
+        line
+        for line in read_project()["optional-dependencies"]["export"]
+        if line.startswith("torch==")
+    )
+    index = os.environ.get("P2PTRAIN_TORCH_INDEX", TORCH_CPU_INDEX)
+    pip(folder, "--no-deps", "--retries", "0", "--extra-index-url", index, torch)
 
 
 def install_wheel(folder: Path, recipe: Recipe) -> None:
@@ -185,7 +197,7 @@ def read_project() -> dict[str, Any]:  # Any: TOML values
 
 def pip(folder: Path, *arguments: str) -> None:
     """`pip install`, quietly; CalledProcessError when it fails, after pip has said why."""
-    line = [python_of(folder), "-m", "pip", "install", "--quiet", "--no-input"]
+    line = [python_of(folder), "-m", "pip", "install", "--quiet", "--quiet", "--no-input"]
     line += ["--disable-pip-version-check", "--no-warn-script-location"]
     subprocess.run([*line, *arguments], check=True, cwd=ROOT)
 

@@ -10,12 +10,14 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from p2ptrain.cli.tables import (
     activity_lines,
     energy_table,
     plan_lines,
     plan_table,
+    printable,
     result_table,
     step_line,
 )
@@ -78,7 +80,7 @@ class RunDisplay:
         self._stop_live()
         self._out.print(plan_table(plan))
         for line in plan_lines(plan):
-            self._out.print(line, highlight=False, markup=False)
+            self._out.print(printable(line), highlight=False, markup=False)
 
     def step(self, step: StepReport) -> None:
         """Progress after one step."""
@@ -93,7 +95,9 @@ class RunDisplay:
 
     def note(self, text: str) -> None:
         """One line on stderr."""
-        self._progress.print(f"p2ptrain: {text}", highlight=False, markup=False, soft_wrap=True)
+        self._progress.print(
+            f"p2ptrain: {printable(text)}", highlight=False, markup=False, soft_wrap=True
+        )
 
     def result(self, result: TrainResult) -> None:
         """The summary at the end."""
@@ -108,7 +112,7 @@ class RunDisplay:
             self._bar.start_task(self._task)
         self._bar.update(self._task, total=step.steps, completed=step.step)
         lines = [step_line(step), *activity_lines(step)]
-        panel: list[RenderableType] = [self._bar, *lines]
+        panel: list[RenderableType] = [self._bar, *(Text(printable(line)) for line in lines)]
         self._live.update(Group(*panel))
 
     def _stop_live(self) -> None:
@@ -142,7 +146,10 @@ def print_report(*parts: RenderableType) -> None:
     """A report on stdout: tables and lines, one after the other."""
     console = _console(stderr=False)
     for part in parts:
-        console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
+        if isinstance(part, str):
+            console.print(printable(part), highlight=False, markup=False, soft_wrap=True)
+        else:
+            console.print(part)
 
 
 def _console(*, stderr: bool) -> Console:

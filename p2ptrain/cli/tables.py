@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.table import Table
+from rich.text import Text
 
 from p2ptrain.ids import short
 from p2ptrain.runtime.reports import (
@@ -29,7 +30,8 @@ def plan_table(plan: PlanReport) -> Table:
     for heading in ("parameters", "memory", "share of the step"):
         table.add_column(heading, justify="right")
     for stage in plan.stages:
-        table.add_row(
+        add_row(
+            table,
             stage.name,
             str(stage.stage),
             _segments(stage),
@@ -78,7 +80,7 @@ def result_table(result: TrainResult) -> Table:
     table.add_column("result")
     table.add_column("", justify="right")
     for name, value in _result_rows(result):
-        table.add_row(name, value)
+        add_row(table, name, value)
     return table
 
 
@@ -106,7 +108,8 @@ def energy_table(report: EnergyReport) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("source")
     for peer in report.peers:
-        table.add_row(
+        add_row(
+            table,
             peer.name,
             *(_phase_joules(peer, phase) for phase in PHASES),
             format_joules(peer.total_joules),
@@ -115,7 +118,7 @@ def energy_table(report: EnergyReport) -> Table:
         )
     total, marginal = format_joules(report.total_joules), format_joules(report.marginal_joules)
     table.add_section()
-    table.add_row("together", *("" for _ in PHASES), total, marginal, _shared_meters(report))
+    add_row(table, "together", *("" for _ in PHASES), total, marginal, _shared_meters(report))
     return table
 
 
@@ -143,7 +146,8 @@ def status_table(status: PeerStatus) -> Table:
         table.add_column(heading)
     for member in status.members:
         heard = "" if member.last_heard_s is None else f", heard {member.last_heard_s:.0f} s ago"
-        table.add_row(
+        add_row(
+            table,
             short(member.device),
             member.name,
             member.state + heard,
@@ -169,5 +173,17 @@ def status_lines(status: PeerStatus) -> list[str]:
     return lines
 
 
+def printable(text: str) -> str:
+    """Without characters that move a terminal's cursor: names come from other devices."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def add_row(table: Table, *cells: str) -> None:
+    """A row of plain text; square brackets mean themselves."""
+    table.add_row(*(Text(printable(cell)) for cell in cells))
+
+
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    return Table(
+        title=Text(printable(title), style="bold"), title_justify="left", box=None, pad_edge=False
+    )

@@ -115,7 +115,7 @@ async def run_peer(
         )
         raise PeerLost(
             f"{peer.name} ended with exit code {ended.returncode}: {_last_words(peer.log)}",
-            hint=f"read {peer.log} (keep it with --directory)",
+            hint=f"keep its log with --directory DIR, then read DIR/{peer.name}/{peer.log.name}",
         )
 
 

@@ -215,7 +215,8 @@ def test_file_is_short_and_narrow(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     name = str(path.relative_to(ROOT))
     assert len(lines) <= LINES_MAX or name in LENGTH_EXCEPTIONS
-    assert [n for n, line in enumerate(lines, 1) if len(line) > COLUMNS_MAX] == []
+    code = [re.sub(r"\s+# (type: ignore|noqa).*", "", line) for line in lines]
+    assert [n for n, line in enumerate(code, 1) if len(line) > COLUMNS_MAX] == []
     long = [
         f"{name}:{node.name}"
         for node in ast.walk(tree(path))

@@ -1,0 +1,98 @@
+"""The tools that set up environments and sum up test runs, as far as they only compute."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tool(name: str) -> ModuleType:
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("===== 12 passed, 1 skipped in 3.21s =====", "12 passed, 1 skipped"),
+        ("12 passed in 3s", "12 passed"),
+        ("1 failed, 2 errors in 75.01s (0:01:15)", "1 failed, 2 errors"),
+        ("1 error in 0.10s", "1 errors"),
+        ("3 passed, 2 warnings in 0.10s", "3 passed"),
+        ("0.55s call tests/x.py::test_y", ""),
+        ("12 passed", ""),
+    ],
+)
+def test_closing_line_is_counted(line: str, words: str) -> None:
+    check = tool("check")
+    assert check.words(check.count(line)) == words
+
+
+def test_failing_step_shows_in_the_closing_line(capsys: pytest.CaptureFixture[str]) -> None:
+    check = tool("check")
+    step = check.Step(name="says no", command=(sys.executable, "-c", "raise SystemExit(3)"))
+    assert check.report([check.run(step)], 1.0) == 1
+    printed = capsys.readouterr().out
+    assert "exit 3" in printed
+    assert printed.rstrip().endswith("===== 1 errors in 1.00s =====")
+
+
+def test_passing_steps_are_summed(capsys: pytest.CaptureFixture[str]) -> None:
+    check = tool("check")
+    says = (sys.executable, "-c", "print('2 passed, 1 skipped in 0.1s')")
+    outcomes = [check.run(check.Step(name=name, command=says)) for name in ("a", "b")]
+    assert check.report(outcomes, 9.0) == 0
+    assert capsys.readouterr().out.rstrip().endswith("===== 4 passed, 2 skipped in 9.00s =====")
+
+
+def test_stock_environment_has_exactly_one_runtime() -> None:
+    environment = tool("make_environment")
+    project = environment.read_project()
+    for name, recipe in environment.RECIPES.items():
+        lines = environment.requirements(project, recipe)
+        runtimes = [line for line in lines if line.startswith("onnxruntime")]
+        assert len(runtimes) == (1 if "stock" in name else 2), name
+        if "stock" in name:
+            assert ";" not in runtimes[0]
+            assert "training" not in runtimes[0]
+
+
+def test_torch_is_only_in_the_export_environment() -> None:
+    environment = tool("make_environment")
+    project = environment.read_project()
+    with_torch = [
+        name
+        for name, recipe in environment.RECIPES.items()
+        if any(line.startswith("torch") for line in environment.requirements(project, recipe))
+    ]
+    assert with_torch == ["export"]
+
+
+def test_demo_environment_is_part_of_the_runtime_one() -> None:
+    environment = tool("make_environment")
+    demo, runtime = environment.RECIPES["demo"], environment.RECIPES["runtime"]
+    assert demo.folder == runtime.folder
+    assert environment.stamp_of(demo) < environment.stamp_of(runtime)
+
+
+def test_interpreter_that_does_not_start_is_passed_over(tmp_path: Path) -> None:
+    environment = tool("make_environment")
+    broken = tmp_path / "python3.13"
+    broken.write_text("#!/bin/sh\nexit 127\n")
+    broken.chmod(0o755)
+    assert environment.python_version(str(broken)) is None
+    assert environment.python_version(str(tmp_path / "absent")) is None
+    found = environment.python_version(sys.executable)
+    assert found == f"{sys.version_info[0]}.{sys.version_info[1]}"
