@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 __all__ = ["BodyReader", "LinkDown", "LinkUp", "Links", "LinksStatistics", "PeerLinkStatistics"]
 
 _INSTANCE_BITS: Final = 62
+_PROBES: Final = 3
+_PROBE_PAUSE_S: Final = 0.03
 
 
 class _Session:
@@ -531,10 +533,15 @@ async def _write_control(
 
 
 async def _is_refused(address: str) -> bool:
-    """Whether nothing listens at an address; False when that cannot be told at once."""
+    """Whether nothing listens at an address; False when that cannot be told at once.
+
+    A process that dies closes its sockets one after the other, so one answer is not enough.
+    """
     try:
         with trio.move_on_after(limits.REFUSED_PROBE_TIMEOUT_S):
-            (await connect(address)).close()
+            for _ in range(_PROBES):
+                (await connect(address)).close()
+                await trio.sleep(_PROBE_PAUSE_S)
     except OSError as error:
         return error.errno == errno.ECONNREFUSED
     return False

@@ -45,19 +45,28 @@ class Listener:
         The handler owns the socket and never raises for what the other side does. At most
         PENDING_CONNECTIONS_MAX connections may be undecided; more are hung up on.
         """
-        while True:
-            try:
-                connection, _ = await self._sock.accept()
-            except OSError as error:
-                if error.errno in (errno.EBADF, errno.ENOTSOCK):
-                    raise
-                await trio.sleep(_ACCEPT_PAUSE_S)  # out of descriptors: let some close first
-                continue
-            if self._pending >= limits.PENDING_CONNECTIONS_MAX:
-                connection.close()
-                continue
-            self._pending += 1
-            nursery.start_soon(self._sort, connection, on_link, on_enrolment)
+        try:
+            while True:
+                await self._accept(nursery, on_link, on_enrolment)
+        finally:
+            # Before the links close: whoever then dials is refused and knows that we are gone.
+            self._sock.close()
+
+    async def _accept(
+        self, nursery: trio.Nursery, on_link: Handler, on_enrolment: Handler | None
+    ) -> None:
+        try:
+            connection, _ = await self._sock.accept()
+        except OSError as error:
+            if error.errno in (errno.EBADF, errno.ENOTSOCK):
+                raise
+            await trio.sleep(_ACCEPT_PAUSE_S)  # out of descriptors: let some close first
+            return
+        if self._pending >= limits.PENDING_CONNECTIONS_MAX:
+            connection.close()
+            return
+        self._pending += 1
+        nursery.start_soon(self._sort, connection, on_link, on_enrolment)
 
     async def _sort(
         self, connection: trio.socket.SocketType, on_link: Handler, on_enrolment: Handler | None
@@ -69,6 +78,9 @@ class Listener:
                 first = await connection.recv(1, socket.MSG_PEEK)
         except OSError:
             first = b""
+        except BaseException:
+            connection.close()
+            raise
         finally:
             self._pending -= 1
         if first == _TLS_HANDSHAKE:
