@@ -163,3 +163,21 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
             yield from _leaves(inner)
     else:
         yield error
+
+
+def error_class(name: str) -> type[P2PTrainError]:
+    """The class another process named; P2PTrainError itself for an unknown name."""
+    found = globals().get(name)
+    if isinstance(found, type) and issubclass(found, P2PTrainError):
+        return found
+    return P2PTrainError
+
+
+def first_error(group: BaseExceptionGroup[P2PTrainError]) -> P2PTrainError:
+    """The error to show of several that ended together: the first that is not a consequence.
+
+    A lost peer usually breaks several links at once; any other error explains more.
+    """
+    leaves = [leaf for leaf in _leaves(group) if isinstance(leaf, P2PTrainError)]
+    causes = [error for error in leaves if not isinstance(error, PeerLost)]
+    return (causes or leaves)[0]

@@ -83,6 +83,18 @@ class _Round:
         return tuple(d for d in self.plan.members if d not in self.accepted)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgreementStatistics:
+    """What an agreement machine holds now."""
+
+    proposing_count: int
+    """Own proposals that are open."""
+    offered_count: int
+    accepted_count: int
+    """Accepted here and not yet decided or withdrawn."""
+    decided_count: int
+
+
 class Agreement:
     """The agreement machine of one peer; see `p2ptrain.wire.machine` for the verbs."""
 
@@ -103,6 +115,16 @@ class Agreement:
         plans = (slot.plan for slot in self._slots.values() if slot.stand is Stand.DECIDED)
         ours = (plan for plan in plans if (plan.run, plan.lineage) == (run, lineage))
         return tuple(sorted(ours, key=lambda plan: plan.view))
+
+    def statistics(self) -> AgreementStatistics:
+        """Counts of what is held now."""
+        stands = [slot.stand for slot in self._slots.values()]
+        return AgreementStatistics(
+            proposing_count=len(self._rounds),
+            offered_count=stands.count(Stand.OFFERED),
+            accepted_count=stands.count(Stand.ACCEPTED),
+            decided_count=stands.count(Stand.DECIDED),
+        )
 
     def next_view(self, run: RunId, lineage: Lineage) -> ViewNumber:
         """The lowest view that nobody is known to have been asked about; the first is 1."""
@@ -256,6 +278,7 @@ class Agreement:
         if problem is not None:
             self._refuse_unheld(plan, digest, sender, problem, now)
             return
+        self._forget_closed()
         self._slots[key] = _Slot(
             plan=plan, digest=digest, contract=message.contract, proposer=sender
         )
@@ -271,7 +294,7 @@ class Agreement:
             return "this peer is not a member of the plan"
         if message.contract.digest != plan.contract:
             return "the contract is not the one the plan names"
-        if plan.view < 1 or plan.lineage < 0:
+        if not 1 <= plan.view < limits.VIEW_MAX or plan.lineage < 0:
             return "views count from 1 and lineages from 0"
         offered = sum(slot.stand is Stand.OFFERED for slot in self._slots.values())
         if offered >= limits.PROPOSALS_OPEN_MAX:
@@ -290,6 +313,16 @@ class Agreement:
         if chain and chain[-1].view > key.view:
             return f"view {chain[-1].view} is already decided"
         return None
+
+    def _forget_closed(self) -> None:
+        """Bound what refused and withdrawn offers may occupy; acceptances are never dropped."""
+        closed = [
+            key
+            for key, slot in self._slots.items()
+            if not slot.accepted and slot.stand is not Stand.OFFERED
+        ]
+        for key in closed[: -limits.PROPOSALS_OPEN_MAX]:
+            del self._slots[key]
 
     def _refuse_unheld(
         self, plan: Plan, digest: Digest, sender: DeviceId, reason: str, now: float

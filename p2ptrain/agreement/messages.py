@@ -51,6 +51,8 @@ class Refuse:
     def __post_init__(self) -> None:
         if len(self.reason) > limits.REASON_CHARACTERS_MAX:
             raise ValueError("the reason is too long")
+        if not 0 <= self.view_seen <= limits.VIEW_MAX:
+            raise ValueError("the view seen is out of range")
 
 
 @message("agreement.decided")

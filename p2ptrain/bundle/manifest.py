@@ -56,7 +56,7 @@ class Value:
 
     name: str
     shape: tuple[str, ...]
-    """Each axis a symbol name, or a decimal integer as text."""
+    """Each axis a symbol name, a decimal integer as text, or a product of these joined by `*`."""
     dtype: str = "float32"
 
 
@@ -272,6 +272,8 @@ class Manifest:
         return sum(self.value_bytes(v, batch=batch) for v in self.boundary(segment_index))
 
     def _axis(self, axis: str, batch: int) -> int:
+        if "*" in axis:
+            return math.prod(self._axis(factor, batch) for factor in axis.split("*"))
         if axis == BATCH:
             return batch
         if axis.isdigit():
@@ -359,8 +361,9 @@ def _value_problems(manifest: Manifest, kind: SegmentKind) -> Any:  # Any: as ab
         if value.dtype not in DTYPES:
             yield f"{kind.name}.{value.name} has unknown dtype {value.dtype!r}"
         for axis in value.shape:
-            if not axis.isdigit() and axis not in manifest.symbols:
-                yield f"{kind.name}.{value.name} has unknown axis {axis!r}"
+            for factor in axis.split("*"):
+                if not factor.isdigit() and factor not in manifest.symbols:
+                    yield f"{kind.name}.{value.name} has unknown axis {axis!r}"
     for port in (*kind.inputs, *kind.outputs):
         if port.role not in PORT_ROLES:
             yield f"{kind.name}.{port.value.name} has unknown role {port.role!r}"

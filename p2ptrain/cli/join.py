@@ -14,6 +14,7 @@ from p2ptrain.cli.speech import say
 from p2ptrain.errors import ConfigError, NotFound
 
 if TYPE_CHECKING:
+    from p2ptrain.runtime.config import PeerConfig
     from p2ptrain.store.groups import Group
     from p2ptrain.store.home import Home
 
@@ -129,21 +130,25 @@ async def _serve(home: Home, group: Group, options: dict[str, Any]) -> None:  # 
     import p2ptrain
 
     async with p2ptrain.open_peer(
-        group.id,
-        home=home.path,
-        name=options["name"],
-        port=options["port"],
-        listen=options["listen"],
-        peers=options["peers"],
-        memory_bytes=options["memory_bytes"],
-        threads=options["threads"],
-        interfaces=options["interfaces"],
-        discovery=not options["no_discovery"],
+        group.id, home=home.path, config=_config(p2ptrain.PeerConfig, options)
     ) as peer:
         status = peer.status()
         say(f"{status.name} joined {status.group_name}, listening at {status.address}")
         say(f"discovery: {status.discovery}")
         await peer.serve()
+
+
+def _config(make: type[PeerConfig], options: dict[str, Any]) -> PeerConfig:  # Any: click's values
+    return make(
+        name=options["name"],
+        port=options["port"],
+        listen_host=options["listen"],
+        peers=tuple(options["peers"]),
+        memory_bytes=options["memory_bytes"],
+        threads=options["threads"],
+        interfaces=tuple(options["interfaces"]) or None,
+        discovery=not options["no_discovery"],
+    )
 
 
 async def _leave_on_signal(signals: Any, scope: Any) -> None:  # Any: trio is not imported

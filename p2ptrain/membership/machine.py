@@ -42,6 +42,21 @@ class MemberView:
     """Seconds since the last sign of life; None: never heard."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MembershipStatistics:
+    """What a membership machine has done, and how it stands."""
+
+    alive_count: int
+    suspect_count: int
+    dead_count: int
+    probe_count: int
+    """Probes sent since the start."""
+    death_count: int
+    """Deaths and restarts of others told since the start."""
+    timeout_scale: float
+    """Timeouts are this much longer because this peer was slow lately; 1.0 at rest."""
+
+
 @dataclass(slots=True, kw_only=True)
 class _Peer:
     """What this peer knows of one other."""
@@ -67,6 +82,7 @@ class Membership:
         self._peers: dict[DeviceId, _Peer] = {}
         self._sequence = 0
         self._round = 0
+        self._death_count = 0
         self._probe_at_s: float | None = None
         self._push_at_s: float | None = None
         self._lag_s = 0.0
@@ -105,6 +121,18 @@ class Membership:
             return self._own
         peer = self._peers.get(device)
         return None if peer is None else peer.record
+
+    def statistics(self) -> MembershipStatistics:
+        """Counts since the start, and the present scale of the timeouts."""
+        states = [peer.state for peer in self._peers.values()]
+        return MembershipStatistics(
+            alive_count=states.count(State.ALIVE),
+            suspect_count=states.count(State.SUSPECT),
+            dead_count=states.count(State.DEAD),
+            probe_count=self._sequence,
+            death_count=self._death_count,
+            timeout_scale=self._scale(),
+        )
 
     # Inputs.
 
@@ -321,6 +349,7 @@ class Membership:
             return
         peer.reason = reason
         if after is State.DEAD:
+            self._death_count += 1
             self._events.append(MemberDown(device=device, reason=reason))
         elif after is State.SUSPECT:
             self._events.append(MemberSuspected(device=device, reason=reason))

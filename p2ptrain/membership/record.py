@@ -24,6 +24,9 @@ class MemberRecord:
     host: str
     """Identity of the machine, so that peers on one host are recognised."""
     cores: int
+    """Of the machine."""
+    threads_max: int
+    """The most compute threads its owner allows."""
     memory_bytes: int
     power_source: str
     """mains, battery or unknown."""

@@ -59,6 +59,11 @@ class LinksStatistics:
         """Encrypted bytes sent to all peers."""
         return sum(p.control_bytes_sent + p.data_bytes_sent for p in self.peers.values())
 
+    @property
+    def bytes_received(self) -> int:
+        """Encrypted bytes received from all peers."""
+        return sum(p.control_bytes_received + p.data_bytes_received for p in self.peers.values())
+
 
 def add_bytes(totals: Totals, connection: Connection) -> None:
     """Add what went over a connection to the totals per device and kind."""

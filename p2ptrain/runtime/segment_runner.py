@@ -63,28 +63,38 @@ class _WiredBinding:
         self._binding.run()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSetting:
+    """What all segments of a stage share."""
+
+    engine: Engine
+    manifest: Manifest
+    contract: Contract
+    slots: int
+    """Microbatches in flight."""
+    scratch: FloatArray
+    """Gradients of one microbatch of one segment, before they are added to the sum."""
+    constants: ConstantBuffers
+
+
 class SegmentRunner:
     """One segment of a stage."""
 
     def __init__(
         self,
+        setting: StageSetting,
         *,
-        engine: Engine,
-        manifest: Manifest,
         segment_index: int,
-        contract: Contract,
         programs: tuple[Program, Program],
         memory: SegmentMemory,
-        scratch: FloatArray,
         entering: Boundary,
         leaving: Boundary,
-        slots: int,
-        ones: OnesBuffers,
     ) -> None:
-        self._engine = engine
-        self._manifest = manifest
+        self._engine = setting.engine
+        self._manifest = manifest = setting.manifest
+        self._contract = contract = setting.contract
+        self._constants = setting.constants
         self._index = segment_index
-        self._contract = contract
         self._forward, self._backward = programs
         self._memory = memory
         self._kind = manifest.kinds[manifest.segments[segment_index].kind]
@@ -100,17 +110,16 @@ class SegmentRunner:
         self._cotangents_out = dict(
             zip(_boundary_names(self._kind.inputs), entering.cotangents, strict=True)
         )
-        self._ones = ones
         self._parameters = memory.parameter_buffers()
         self._gradients = memory.gradient_buffers(memory.gradients)
-        self._scratch = scratch
-        self._scratch_views = memory.gradient_buffers(scratch)
+        self._scratch = setting.scratch
+        self._scratch_views = memory.gradient_buffers(setting.scratch)
         self._masks = {
             site.value.name: _probability(contract, site.probability) for site in self._kind.masks
         }
         self._fed = [port for port in self._kind.inputs if port.role in FED_ROLES]
         self._losses = [port for port in self._kind.outputs if port.role == "loss"]
-        self._slots = [self._slot_values() for _ in range(slots)]
+        self._slots = [self._slot_values() for _ in range(setting.slots)]
         self._forward_bindings: dict[int, _WiredBinding] = {}
         self._backward_bindings: dict[tuple[int, bool], _WiredBinding] = {}
         self._evaluation: _WiredBinding | None = None
@@ -221,7 +230,9 @@ class SegmentRunner:
                 binding.set_input(name, self._value(slot, name))
         for name in self._backward.outputs:
             if name.startswith("gradient."):
-                binding.set_output(name, gradients[name.removeprefix("gradient.")])
+                buffer = gradients.get(name.removeprefix("gradient."))
+                if buffer is not None:  # a frozen tensor's gradient is not handed out
+                    binding.set_output(name, buffer)
                 continue
             outgoing = self._cotangents_out.get(name.removeprefix("cotangent."))
             if outgoing is not None:
@@ -237,7 +248,7 @@ class SegmentRunner:
 
     def _one(self, name: str) -> Buffer:
         (value,) = (site.value for site in self._kind.masks if site.value.name == name)
-        return self._ones.get(
+        return self._constants.get(
             self._manifest.shape(value, batch=self._contract.microbatch_size), 1.0
         )
 
@@ -248,7 +259,7 @@ class SegmentRunner:
             return ring
         (port,) = (port for port in self._kind.outputs if port.value.name == port_name)
         shape = self._manifest.shape(port.value, batch=self._contract.microbatch_size)
-        return (self._ones.get(shape, 1.0 if port.role == "loss" else 0.0),)
+        return (self._constants.get(shape, 1.0 if port.role == "loss" else 0.0),)
 
     def _check_programs(self) -> None:
         """GraphError when the graphs do not have the values that the manifest promises."""
@@ -258,12 +269,12 @@ class SegmentRunner:
         cotangents = {f"cotangent.{port.value.name}" for port in self._kind.outputs}
         unknown = {*self._forward.inputs, *self._forward.outputs} - known
         unknown |= set(self._backward.inputs) - known - cotangents
-        if unknown or gradients != trainable:
-            names = ", ".join(sorted(unknown | (gradients ^ trainable)))
+        if unknown or not trainable <= gradients:
+            names = ", ".join(sorted(unknown | (trainable - gradients)))
             raise GraphError(f"the graphs of kind {self._kind.name!r} do not fit: {names:.200}")
 
 
-class OnesBuffers:
+class ConstantBuffers:
     """Constant float32 buffers shared by whoever needs a mask of ones or a seed."""
 
     def __init__(self, engine: Engine) -> None:

@@ -7,6 +7,8 @@ valid until the ring wraps round, `in_flight + 1` microbatches later.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,8 +19,9 @@ from p2ptrain.ids import Digest
 from p2ptrain.runtime.segment_memory import SegmentMemory, view
 from p2ptrain.runtime.segment_runner import (
     Boundary,
-    OnesBuffers,
+    ConstantBuffers,
     SegmentRunner,
+    StageSetting,
     cotangent_positions,
 )
 from p2ptrain.runtime.segment_updater import SegmentUpdater, UpdateScalars
@@ -29,6 +32,17 @@ from p2ptrain.training.optimizer import optimizer_scalars
 from p2ptrain.training.random import draw_parameter
 from p2ptrain.training.segment_state import SegmentState
 from p2ptrain.training.squares import CHUNK_ELEMENTS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStatistics:
+    """Microbatches and updates of one stage; a microbatch counts once, whatever its segments."""
+
+    forward_count: int
+    evaluation_count: int
+    backward_count: int
+    update_count: int
+    parameter_count: int
 
 
 class StageWorker:
@@ -70,13 +84,24 @@ class StageWorker:
         self._work = np.empty(CHUNK_ELEMENTS)
         self._waiting: set[int] = set()
         self._accumulated = 0
+        self._tensor_indices = self._find_tensors()
+        self._forward_count = self._evaluation_count = 0
+        self._backward_count = self._update_count = 0
 
     @property
     def tensor_indices(self) -> tuple[int, ...]:
         """Manifest indices of the stage's tensors, ascending: the order of `square_sums`."""
-        names = {p.tensor.name for m in self._memories.values() for p in m.layout.places}
-        tensors = enumerate(self._manifest.tensors)
-        return tuple(index for index, tensor in tensors if tensor.name in names)
+        return self._tensor_indices
+
+    def statistics(self) -> StageStatistics:
+        """What this stage has done since it was made."""
+        return StageStatistics(
+            forward_count=self._forward_count,
+            evaluation_count=self._evaluation_count,
+            backward_count=self._backward_count,
+            update_count=self._update_count,
+            parameter_count=sum(self._manifest.tensors[i].elements for i in self._tensor_indices),
+        )
 
     def draw_parameters(self) -> None:
         """Start afresh: seeded parameters, optimizer state zero."""
@@ -149,10 +174,12 @@ class StageWorker:
                 raise InvariantBroken("evaluation while microbatches are in flight")
             for runner in self._runners:
                 loss = runner.evaluate(sequence=sequence, fed=fed)
+            self._evaluation_count += 1
             return loss
         self._occupy(sequence)
         for runner in self._runners:
             loss = runner.forward(step=step, microbatch=microbatch, sequence=sequence, fed=fed)
+        self._forward_count += 1
         return loss
 
     def backward(self, *, microbatch: int, sequence: int) -> None:
@@ -166,6 +193,7 @@ class StageWorker:
             runner.backward(sequence=sequence, first=self._accumulated == 0)
         self._waiting.remove(sequence)
         self._accumulated += 1
+        self._backward_count += 1
 
     def square_sums(self) -> NDArray[np.float64]:
         """Square sums of the accumulated gradients, one per tensor as `tensor_indices` orders.
@@ -202,11 +230,17 @@ class StageWorker:
         for updater in self._updaters:
             updater.run()
         self._accumulated = 0
+        self._update_count += 1
 
     def abandon_step(self) -> None:
         """Forget microbatches in flight and gradients: parameters stay as they are."""
         self._waiting.clear()
         self._accumulated = 0
+
+    def _find_tensors(self) -> tuple[int, ...]:
+        names = {p.tensor.name for m in self._memories.values() for p in m.layout.places}
+        tensors = enumerate(self._manifest.tensors)
+        return tuple(index for index, tensor in tensors if tensor.name in names)
 
     def _occupy(self, sequence: int) -> None:
         slots = {waiting % self._in_flight for waiting in self._waiting}
@@ -237,20 +271,22 @@ class StageWorker:
     def _make_runners(self, bundle: Bundle) -> list[SegmentRunner]:
         longest = max(memory.gradients.size for memory in self._memories.values())
         scratch = self._engine.allocate((longest,), np.float32).host()
-        ones = OnesBuffers(self._engine)
+        setting = StageSetting(
+            engine=self._engine,
+            manifest=self._manifest,
+            contract=self._contract,
+            slots=self._in_flight,
+            scratch=scratch,
+            constants=ConstantBuffers(self._engine),
+        )
         return [
             SegmentRunner(
-                engine=self._engine,
-                manifest=self._manifest,
+                setting,
                 segment_index=index,
-                contract=self._contract,
                 programs=self._programs(bundle, index),
                 memory=self._memories[index],
-                scratch=scratch,
                 entering=self._boundaries[place],
                 leaving=self._boundaries[place + 1],
-                slots=self._in_flight,
-                ones=ones,
             )
             for place, index in enumerate(self._segments)
         ]

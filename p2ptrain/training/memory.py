@@ -39,7 +39,8 @@ def memory_bytes(
     elements = sum(layout.length for layout in layouts)  # parameters
     elements += sum(trainable) * (1 + len(rule.state)) + max(trainable)  # gradients, state, scratch
     stash = [manifest.stash_bytes(index, form=form, batch=batch) for index in segments]
-    workspace = 2 * max(stash)  # forward and backward intermediates of one segment
+    # Intermediates of one segment's forward or backward, transposed weights among them.
+    workspace = 2 * max(stash) + 2 * max(layout.length for layout in layouts) * ELEMENT_BYTES
     kinds = {manifest.segments[index].kind for index in segments}
     sessions = 2 * len(kinds) + 1
     return (

@@ -11,7 +11,7 @@ def test_profile_kinds_gives_every_distinct_segment_a_cost() -> None:
     engine, bundle = OnnxRuntimeEngine(threads=1), tiny_bundle()
     compiled = []
     inner = engine._session
-    engine._session = lambda graph: compiled.append(graph) or inner(graph)  # type: ignore[method-assign] # counts
+    engine._session = lambda graph: compiled.append(graph) or inner(graph)  # type: ignore[method-assign]
     first = profile_kinds(engine, bundle, "portable", 2, 3)
     assert set(first) == {"embed", "block", "head"}
     assert all(cost.forward_ns > 0 and cost.backward_ns > 0 for cost in first.values())

@@ -64,6 +64,7 @@ def make_record(
 ) -> MemberRecord:  # fmt: skip
     return MemberRecord(
         device=owner, name=owner[:4], incarnation=incarnation, version=version,
-        addresses=addresses, host="host", cores=2, memory_bytes=1 << 30,
+        addresses=addresses, host="host", threads_max=1,
+        cores=2, memory_bytes=1 << 30,
         power_source="mains", build=BUILD, activity=activity,
     )  # fmt: skip

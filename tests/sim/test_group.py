@@ -26,6 +26,10 @@ def test_group_keeps_its_rules(first: int) -> None:
     assert decided >= 6
 
 
+def test_member_that_lost_nine_messages_in_a_row_is_told_in_the_end() -> None:
+    assert run_seed(5325).decided > 0
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_broken_rule_is_noticed(name: str) -> None:
     rules, expected = MUTATIONS[name]

@@ -266,6 +266,7 @@ def test_earlier_view_than_the_decided_one_is_refused() -> None:
         (make_plan(HOME, THIRD), HOME, "not a member"),
         (make_plan(HOME, MEMBER, contract=make_contract(5)), HOME, "contract"),
         (make_plan(HOME, MEMBER, view=0), HOME, "count from 1"),
+        (make_plan(HOME, MEMBER, view=limits.VIEW_MAX), HOME, "count from 1"),
         (make_plan(HOME, MEMBER, lineage=-1), HOME, "count from 1"),
     ],
 )
@@ -286,6 +287,25 @@ def test_number_of_waiting_offers_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     ((_, refusal),) = sent(core)
     assert isinstance(refusal, Refuse)
     assert "too many" in refusal.reason
+
+
+def test_refused_offers_are_forgotten_and_acceptances_never(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "PROPOSALS_OPEN_MAX", 2)
+    core = accepted()
+    plans = [make_plan(HOME, MEMBER, view=view) for view in range(2, 9)]
+    for plan in plans:
+        core.receive(Propose(plan=plan, contract=CONTRACT), HOME, 0.0)
+        core.refuse(plan.digest, "no memory", 0.0)
+    core.events()
+    core.receive(Propose(plan=plans[0], contract=CONTRACT), HOME, 1.0)
+    core.receive(Propose(plan=plans[-1], contract=CONTRACT), HOME, 1.0)
+    assert core.events() == [ProposalReceived(plan=plans[0], contract=CONTRACT)]
+    statistics = core.statistics()
+    assert (statistics.accepted_count, statistics.offered_count) == (1, 1)
+    core.receive(DECIDED, HOME, 2.0)
+    assert core.statistics().decided_count == 1
 
 
 def test_refusal_tells_the_proposer_which_view_is_free() -> None:
@@ -414,6 +434,12 @@ def test_damaged_journal_line_is_refused(line: bytes) -> None:
 )
 def test_messages_survive_the_wire(message: object) -> None:
     assert decode(encode(message)) == message
+
+
+@pytest.mark.parametrize("view", [-1, limits.VIEW_MAX + 1])
+def test_view_seen_is_bounded(view: int) -> None:
+    with pytest.raises(ValueError, match="out of range"):
+        Refuse(**NAMES, reason="no", view_seen=ViewNumber(view))
 
 
 @pytest.mark.parametrize("kind", [Refuse, Withdraw])

@@ -183,6 +183,19 @@ def test_lag_stretches_the_timeouts_and_wears_off() -> None:
     assert [type(e) for e in run_until(rested, 65.1)] == [MemberSuspected, MemberDown]
 
 
+def test_statistics_count_probes_and_deaths() -> None:
+    core = joined()
+    core.lag(0.5, 0.0)
+    busy = core.statistics()
+    assert (busy.alive_count, busy.probe_count, busy.timeout_scale) == (1, 1, 1.5)
+    run_until(core, 60.0)
+    core.lag(0.01, 60.0)  # too little to notice
+    dead = core.statistics()
+    assert (dead.alive_count, dead.dead_count, dead.death_count) == (0, 1, 1)
+    assert dead.timeout_scale == 1.0
+    assert dead.probe_count > 5
+
+
 def test_restart_of_a_peer_is_a_down_and_an_up() -> None:
     core = joined()
     again = make_record(PEER, incarnation=2)

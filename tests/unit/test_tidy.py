@@ -44,6 +44,7 @@ IMPORT_EXCEPTIONS: Final[dict[tuple[str, str], str]] = {
     ("__init__", "embed"): "the public API, imported when it is first used",
     ("__init__", "runtime"): "the public API's reports, imported when they are first used",
     ("__init__", "errors"): "the public API's errors",
+    ("__init__", "training"): "the public API's optimizer settings",
 }
 
 IMPURE: Final = frozenset({

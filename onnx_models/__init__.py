@@ -1,0 +1,1 @@
+"""Model definitions, their cards and small exported bundles without weights."""

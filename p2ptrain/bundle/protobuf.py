@@ -1,0 +1,72 @@
+"""Append weights to an ONNX file as protobuf bytes, without importing onnx.
+
+Protobuf messages merge by concatenation: a second `graph` field behind the first adds its
+repeated fields to it. Field numbers are those of onnx.proto (ModelProto.graph = 7,
+GraphProto.initializer = 5, TensorProto dims 1, data_type 2, name 8, raw_data 9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2ptrain.errors import BundleError
+
+_MODEL_GRAPH: Final = 7
+_GRAPH_INITIALIZER: Final = 5
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 8, 9
+_TYPES: Final = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "bool": 9}
+_VARINT, _LENGTH = 0, 2
+PROTOBUF_BYTES_MAX: Final = (1 << 31) - 1
+"""Readers refuse larger messages."""
+
+
+def append_initialisers(
+    model: bytes,
+    tensors: Iterable[tuple[str, NDArray[Any]]],  # Any: every dtype of the table above
+) -> Iterator[bytes]:
+    """The bytes of `model` with initialisers added, one chunk per tensor.
+
+    The file declares the parameters as graph inputs; an initialiser of the same name gives the
+    input its default, so stock onnxruntime loads the result as an ordinary model.
+
+    Raises:
+        BundleError: a dtype that has no place in a bundle, or a model over 2 GiB; what was
+            written so far is not a model, delete it.
+    """
+    written = len(model)
+    yield model
+    for name, array in tensors:
+        chunk = _field(_MODEL_GRAPH, _field(_GRAPH_INITIALIZER, _tensor(name, array)))
+        written += len(chunk)
+        if written > PROTOBUF_BYTES_MAX:
+            raise BundleError("the model with its weights is larger than 2 GiB")
+        yield chunk
+
+
+def _tensor(name: str, array: NDArray[Any]) -> bytes:  # Any: as above
+    kind = _TYPES.get(array.dtype.name)
+    if kind is None:
+        raise BundleError(f"tensor {name!r} has dtype {array.dtype}, which a bundle cannot hold")
+    little = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
+    parts = [_varint(_TENSOR_DIMS << 3 | _VARINT) + _varint(size) for size in array.shape]
+    parts.append(_varint(_TENSOR_TYPE << 3 | _VARINT) + _varint(kind))
+    parts.append(_field(_TENSOR_NAME, name.encode()))
+    parts.append(_field(_TENSOR_RAW, little.tobytes()))
+    return b"".join(parts)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | _LENGTH) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

@@ -1,0 +1,124 @@
+"""What a graph costs and which of its axes can be sharded, read off its matrix products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+
+from p2ptrain.bundle.manifest import ShardGroup
+from p2ptrain.graph.canonical import UNARY, WITH_SCALAR
+from p2ptrain.graph.ir import Axis, Graph, attribute
+from p2ptrain.graph.views import VIEWS
+
+HEADS = "heads"
+COLUMNS = "columns"
+
+
+def product_flops(graph: Graph, sizes: Mapping[str, int]) -> int:
+    """Floating-point operations of all matrix products, 2 per multiply-add.
+
+    Args:
+        sizes: The size of every symbol, `batch` included.
+    """
+    total = 0
+    for node in graph.nodes:
+        if node.op_type == "Gemm":
+            left = _sizes(graph, node.input[0], sizes)
+            inner = left[0] if attribute(node, "transA", 0) else left[1]
+        elif node.op_type in ("MatMul", "FusedMatMul"):
+            left = _sizes(graph, node.input[0], sizes)
+            inner = left[-2] if attribute(node, "transA", 0) else left[-1]
+        else:
+            continue
+        total += 2 * inner * math.prod(_sizes(graph, node.output[0], sizes))
+    return total
+
+
+def _sizes(graph: Graph, name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(axis_size(axis, sizes) for axis in graph.axes(name))
+
+
+def axis_size(axis: Axis, sizes: Mapping[str, int]) -> int:
+    """The size of one axis; symbols may be products such as `batch*sequence`."""
+    if isinstance(axis, int):
+        return axis
+    parts = axis.split("*")
+    return math.prod(int(part) if part.isdigit() else sizes[part] for part in parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shards:
+    """How a segment can be sharded: its symbols' sizes and each parameter's group."""
+
+    sizes: dict[str, int]
+    groups: dict[str, ShardGroup]
+
+
+def find_shards(graph: Graph) -> Shards:
+    """Heads where a linear's result is split into heads, columns between two linears."""
+    producers = graph.producers()
+    sizes: dict[str, int] = {}
+    groups: dict[str, ShardGroup] = {}
+    for node in graph.nodes:
+        if node.op_type != "Gemm" or node.input[1] not in graph.inputs:
+            continue
+        source = _back(graph, producers, node.input[0])
+        below = producers.get(source)
+        axes = graph.axes(source)
+        if len(axes) == 4 and isinstance(axes[2], int) and isinstance(axes[3], int):
+            sizes[HEADS] = axes[2]
+            _put(groups, node, HEADS, axes[3], inner=True)
+        elif below is not None and below.op_type == "Gemm":
+            columns = graph.axes(node.input[0])[-1]
+            if isinstance(columns, int):
+                sizes[COLUMNS] = columns
+                _put(groups, node, COLUMNS, 1, inner=True)
+                _put(groups, below, COLUMNS, 1, inner=False)
+    for node in graph.nodes:
+        _head_split(graph, producers, node, sizes, groups)
+    return Shards(sizes=sizes, groups=groups)
+
+
+def _head_split(
+    graph: Graph,
+    producers: dict[str, onnx.NodeProto],
+    node: onnx.NodeProto,
+    sizes: dict[str, int],
+    groups: dict[str, ShardGroup],
+) -> None:
+    if node.op_type not in VIEWS or len(graph.types[node.output[0]].axes) != 4:
+        return
+    heads, width = graph.axes(node.output[0])[2:]
+    below = producers.get(_back(graph, producers, node.input[0]))
+    if below is None or below.op_type != "Gemm":
+        return
+    if isinstance(heads, int) and isinstance(width, int):
+        sizes[HEADS] = heads
+        _put(groups, below, HEADS, width, inner=False)
+
+
+def _back(graph: Graph, producers: dict[str, onnx.NodeProto], name: str) -> str:
+    """Go up through views and elementwise nodes of one tensor."""
+    while True:
+        node = producers.get(name)
+        if node is None:
+            return name
+        single = node.op_type in UNARY or node.op_type in VIEWS
+        scaled = node.op_type in WITH_SCALAR and node.input[1] in graph.constants
+        if not (single or scaled):
+            return name
+        name = node.input[0]
+
+
+def _put(
+    groups: dict[str, ShardGroup], gemm: onnx.NodeProto, symbol: str, block: int, *, inner: bool
+) -> None:
+    """Mark a Gemm's weight along its inner or outer axis; an outer group takes the bias along."""
+    transposed = bool(attribute(gemm, "transB", 0))
+    axis = int(inner) if transposed else 1 - int(inner)
+    groups[gemm.input[1]] = ShardGroup(symbol=symbol, axis=axis, block=block)
+    if not inner and len(gemm.input) > 2:
+        groups[gemm.input[2]] = ShardGroup(symbol=symbol, axis=0, block=block)

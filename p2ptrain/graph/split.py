@@ -1,0 +1,216 @@
+"""Split a gradient graph into forward, backward and the stash between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import onnx
+
+from p2ptrain.graph.ir import Graph, attribute, depth_first, make
+from p2ptrain.graph.local import apply_names, rename_inner
+from p2ptrain.graph.lowering import rules
+from p2ptrain.graph.lowering.registry import lower
+from p2ptrain.graph.views import drop_identities, rewrite_views, share_equal_nodes
+from p2ptrain.graph.vjp import build_gradient, cotangent
+
+ALIASES: Final = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
+SHAPE_ONLY: Final = frozenset({"Shape", "Concat", "Range", "ConstantOfShape", "Cast", "Greater"})
+CHEAP: Final = frozenset({"Mul", "Add", "Sub", "Transpose", "Neg"})
+"""Worth doing again in the backward when all they read is at hand anyway."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Forward and backward of one segment in one form; `stash` are forward outputs."""
+
+    forward: Graph
+    backward: Graph
+    stash: tuple[str, ...]
+
+
+def differentiate(
+    forward: Graph, *, wanted: dict[str, str], reference: str, portable: bool
+) -> Pair:
+    """Build one form of a segment.
+
+    Args:
+        forward: The localised forward graph; its outputs are the segment's ports.
+        wanted: Differentiable input or parameter -> name of the backward's output for it.
+        reference: The data or boundary input, whose leading axes are (batch, sequence).
+        portable: Lower everything to standard operators; otherwise leave the builder's kernels.
+
+    Raises:
+        GraphError: no gradient, or no lowering rule, for an operator.
+    """
+    whole = build_gradient(forward, wanted=list(wanted))
+    apply_names(whole, {f"{name}_grad": output for name, output in wanted.items()})
+    made = {name for node in forward.nodes for name in node.output if name}
+    if portable:
+        lower(whole, made)
+    tidy(whole, reference)
+    incoming = {cotangent(name) for name in forward.outputs}
+    return split(whole, made=made, forward_outputs=list(forward.outputs), incoming=incoming)
+
+
+def tidy(graph: Graph, reference: str) -> None:
+    """Compose views and transposes, fold scales into Gemm, share what is equal."""
+    drop_identities(graph)
+    rewrite_views(graph, reference)
+    compose_transposes(graph)
+    fold_scales(graph)
+    share_equal_nodes(graph)
+    drop_identities(graph)
+    graph.prune()
+    graph.sort()
+
+
+def compose_transposes(graph: Graph) -> None:
+    """Transpose after Transpose becomes one, or nothing."""
+    producers = graph.producers()
+    for index, node in enumerate(graph.nodes):
+        below = producers.get(node.input[0]) if node.op_type == "Transpose" else None
+        if below is None or below.op_type != "Transpose":
+            continue
+        first, second = attribute(below, "perm"), attribute(node, "perm")
+        order = [first[axis] for axis in second]
+        replacement = onnx.NodeProto()
+        if order == sorted(order):
+            replacement.CopyFrom(onnx.helper.make_node("Identity", [below.input[0]], node.output))
+        else:
+            replacement.CopyFrom(
+                onnx.helper.make_node("Transpose", [below.input[0]], node.output, perm=order)
+            )
+        graph.nodes[index] = replacement
+        producers[node.output[0]] = replacement
+    drop_identities(graph)
+    graph.prune()
+
+
+def fold_scales(graph: Graph) -> None:
+    """A scalar factor on a Gemm without bias that nothing else reads becomes its alpha."""
+    producers, readers = graph.producers(), graph.readers()
+    for index, node in enumerate(graph.nodes):
+        if node.op_type != "Mul" or len(node.input) != 2 or node.output[0] in graph.outputs:
+            continue
+        factor = graph.constants.get(node.input[1])
+        gemm = producers.get(node.input[0])
+        if factor is None or factor.size != 1 or gemm is None or gemm.op_type != "Gemm":
+            continue
+        bare = len([name for name in gemm.input if name]) == 2
+        if not bare or len(readers[gemm.output[0]]) > 1 or gemm.output[0] in graph.outputs:
+            continue
+        settings = {name: attribute(gemm, name, 0) for name in ("transA", "transB")}
+        alpha = float(attribute(gemm, "alpha", 1.0)) * float(factor.item())
+        graph.nodes[index] = onnx.helper.make_node(
+            "Gemm", list(gemm.input), list(node.output), alpha=alpha, **settings
+        )
+    graph.prune()
+
+
+def split(whole: Graph, *, made: set[str], forward_outputs: list[str], incoming: set[str]) -> Pair:
+    """Cut a graph whose outputs are the ports, then the gradients.
+
+    Args:
+        made: Names of the values that belong to the forward pass.
+        forward_outputs: The ports.
+        incoming: Inputs that only the backward has.
+    """
+    gradients = [name for name in whole.outputs if name not in forward_outputs]
+    stash, again = _choose_stash(whole, made, gradients)
+    forward = _part(whole, [*forward_outputs, *stash])
+    forward.inputs = {n: t for n, t in whole.inputs.items() if n not in incoming}
+    backward = whole.copy()
+    for name in stash:
+        backward.inputs[name] = whole.types[name]
+    backward.nodes = [
+        n for n in backward.nodes if not made.intersection(n.output) or again.intersection(n.output)
+    ]
+    _share_transposed(whole, forward, backward, stash)
+    backward = _part(backward, gradients)
+    stash = [name for name in stash if name in backward.inputs]
+    forward.outputs = [*forward_outputs, *stash]
+    return Pair(forward=forward, backward=backward, stash=tuple(stash))
+
+
+def _choose_stash(whole: Graph, made: set[str], gradients: list[str]) -> tuple[list[str], set[str]]:
+    """What the backward reads from the forward, and the forward values it makes again."""
+    forward_nodes = [node for node in whole.nodes if made.intersection(node.output)]
+    free = set(whole.inputs) | set(whole.constants) | {""}
+    needed = _part(whole, gradients)
+    stash = {
+        name
+        for node in needed.nodes
+        if not made.intersection(node.output)
+        for name in node.input
+        if name in made
+    }
+    again: set[str] = set()
+    changed = True
+    while changed:
+        changed = False
+        for node in reversed(forward_nodes):
+            if not stash.intersection(node.output) or not _again(node, stash | again, free):
+                continue
+            stash.difference_update(node.output)
+            again.update(node.output)
+            stash.update(n for n in node.input if n in made and n not in again)
+            changed = True
+    order = {name: i for i, node in enumerate(forward_nodes) for name in node.output}
+    return sorted(stash, key=lambda name: order[name]), again
+
+
+def _share_transposed(whole: Graph, forward: Graph, backward: Graph, stash: list[str]) -> None:
+    """Keep the transposed tensor that the forward makes anyway, not the one it came from."""
+    for position, root in enumerate(stash):
+        kept = _single_transpose(forward, root)
+        if kept is None or root in whole.outputs:
+            continue
+        order = list(attribute(kept, "perm"))
+        back = [order.index(axis) for axis in range(len(order))]
+        turned = kept.output[0]
+        backward.inputs[turned] = whole.types[turned]
+        del backward.inputs[root]
+        backward.nodes.insert(0, make("Transpose", [turned], [root], perm=back))
+        backward.sort()
+        compose_transposes(backward)
+        stash[position] = turned
+
+
+def _single_transpose(forward: Graph, root: str) -> onnx.NodeProto | None:
+    readers = forward.readers().get(root, [])
+    chain: list[onnx.NodeProto] = [node for node in readers if node.op_type == "Transpose"]
+    return chain[0] if len(readers) == 1 and chain else None
+
+
+def _again(node: onnx.NodeProto, known: set[str], free: set[str]) -> bool:
+    """Whether the backward makes this forward node again rather than keep its result."""
+    if node.op_type in ALIASES or node.op_type in SHAPE_ONLY:
+        return True
+    return node.op_type in CHEAP and all(name in known or name in free for name in node.input)
+
+
+def _part(whole: Graph, outputs: list[str]) -> Graph:
+    """What `outputs` need, with only the inputs that are read, in canonical order."""
+    part = whole.copy()
+    part.outputs = list(outputs)
+    part.prune()
+    read = {name for node in part.nodes for name in node.input}
+    part.inputs = {n: t for n, t in part.inputs.items() if n in read}
+    depth_first(part)
+    return part
+
+
+def name_stash(pair: Pair) -> Pair:
+    """Canonical inner names on both sides; stash values are `stash_0`, `stash_1`, ..."""
+    names = {old: f"stash_{index}" for index, old in enumerate(pair.stash)}
+    for graph in (pair.forward, pair.backward):
+        apply_names(graph, names)
+    rename_inner(pair.forward, "f")
+    rename_inner(pair.backward, "b")
+    return Pair(
+        forward=pair.forward, backward=pair.backward, stash=tuple(names[n] for n in pair.stash)
+    )
+
+
+RULES_LOADED: Final = rules.__name__

@@ -1,0 +1,38 @@
+"""Where this device can be reached: the addresses of its interfaces."""
+
+from __future__ import annotations
+
+import ipaddress
+
+WILDCARDS = ("0.0.0.0", "::", "")
+ADDRESSES_MAX = 8
+
+
+def reachable_addresses(host: str, port: int) -> tuple[str, ...]:
+    """host:port for every address that others may dial, most useful first.
+
+    A peer that listens on one address is reached there; one that listens on all is reached at
+    every interface's address, the loopback one last (peers on the same machine).
+    """
+    if host not in WILDCARDS:
+        return (join_address(host, port),)
+    found = sorted(_interface_addresses(), key=lambda ip: (ip.is_loopback, ip.version, str(ip)))
+    return tuple(join_address(str(ip), port) for ip in found[:ADDRESSES_MAX])
+
+
+def join_address(host: str, port: int) -> str:
+    """`10.0.0.2:7000`, `[fe80::1]:7000`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _interface_addresses() -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    import ifaddr  # with zeroconf, which depends on it; imported late: not every peer listens
+
+    found: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = []
+    for adapter in ifaddr.get_adapters():
+        for ip in adapter.ips:
+            text = ip.ip if isinstance(ip.ip, str) else ip.ip[0]
+            address = ipaddress.ip_address(text)
+            if not address.is_link_local:
+                found.append(address)
+    return found

@@ -1,0 +1,153 @@
+"""Content-addressed blobs between members: bundles, checkpoints. Hash in, hash out."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from p2ptrain import limits
+from p2ptrain.errors import PeerLost, RemoteProtocolError
+from p2ptrain.ids import DeviceId, Digest
+from p2ptrain.training.messages import BlobMissing, BlobRequest
+from p2ptrain.wire.frames import BulkHeader
+
+
+def blob_digest(content: bytes | memoryview) -> Digest:
+    """The name of a blob: its sha256."""
+    return Digest(hashlib.sha256(content).hexdigest())
+
+
+@dataclass(slots=True)
+class _Fetch:
+    device: DeviceId
+    digest: Digest
+    content: bytearray
+    received: int = 0
+    done: trio.Event = field(default_factory=trio.Event)
+    failure: str | None = None
+
+
+SendBulk = Callable[[DeviceId, BulkHeader, memoryview], Awaitable[None]]
+
+
+class BlobExchange:
+    """Serves the blobs this peer has published and fetches those of others.
+
+    A fetch allocates exactly the size that the requester was told beforehand, checks each chunk's
+    place and hash, and the whole hash at the end.
+    """
+
+    def __init__(self, *, send: Callable[[DeviceId, object], None], send_bulk: SendBulk) -> None:
+        self._send = send
+        self._send_bulk = send_bulk
+        self._published: dict[Digest, bytes] = {}
+        self._fetches: dict[int, _Fetch] = {}
+        self._requests = itertools.count(1)
+
+    def publish(self, content: bytes) -> Digest:
+        """Offer a blob to every member until it is withdrawn."""
+        digest = blob_digest(content)
+        self._published[digest] = content
+        return digest
+
+    def withdraw(self, digest: Digest) -> None:
+        """Stop offering a blob; an unknown one is no error."""
+        self._published.pop(digest, None)
+
+    def published(self, digest: Digest) -> bytes | None:
+        """A blob of ours."""
+        return self._published.get(digest)
+
+    async def fetch(self, device: DeviceId, digest: Digest, *, size: int) -> bytes:
+        """Get a blob of exactly `size` bytes from a member, or from ourselves.
+
+        Raises:
+            PeerLost: it does not have the blob, went away, or took longer than the limit.
+            RemoteProtocolError: what came is not what the digest names.
+        """
+        own = self._published.get(digest)
+        if own is not None:
+            await trio.lowlevel.checkpoint()
+            return own
+        request = next(self._requests)
+        fetch = _Fetch(device=device, digest=digest, content=bytearray(size))
+        self._fetches[request] = fetch
+        try:
+            self._send(device, BlobRequest(request=request, digest=digest))
+            await _wait_progressing(fetch)
+        finally:
+            del self._fetches[request]
+        if fetch.failure is not None:
+            raise PeerLost(fetch.failure)
+        content = bytes(fetch.content)
+        if blob_digest(content) != digest:
+            raise RemoteProtocolError(f"a blob from {device[:8]} does not match its digest")
+        return content
+
+    async def serve(self, device: DeviceId, request: BlobRequest) -> None:
+        """Answer a request; the caller runs this in a task of its own."""
+        content = self._published.get(request.digest)
+        if content is None:
+            self._send(device, BlobMissing(request=request.request))
+            await trio.lowlevel.checkpoint()
+            return
+        view = memoryview(content)
+        step = limits.BULK_CHUNK_BYTES_MAX
+        for offset in range(0, max(len(view), 1), step):
+            chunk = view[offset : offset + step]
+            header = BulkHeader(
+                request=request.request,
+                kind="blob",
+                digest=request.digest,
+                offset=offset,
+                total=len(view),
+                chunk=blob_digest(chunk),
+            )
+            await self._send_bulk(device, header, chunk)
+
+    def missing(self, device: DeviceId, message: BlobMissing) -> None:
+        """A member says that it does not have what we asked for."""
+        fetch = self._fetches.get(message.request)
+        if fetch is not None and fetch.device == device:
+            fetch.failure = f"{device[:8]} no longer has blob {fetch.digest[:12]}"
+            fetch.done.set()
+
+    def chunk_received(self, device: DeviceId, header: BulkHeader, chunk: bytes) -> None:
+        """A chunk came off a data link, already checked against its own hash.
+
+        Raises:
+            RemoteProtocolError: it does not continue what we asked for; the link is closed.
+        """
+        fetch = self._fetches.get(header.request)
+        if fetch is None or fetch.device != device:
+            return  # a fetch that we gave up
+        size = len(fetch.content)
+        fits = header.offset == fetch.received and header.offset + len(chunk) <= size
+        if header.digest != fetch.digest or header.total != size or not fits:
+            raise RemoteProtocolError("a blob chunk that does not continue the blob")
+        fetch.content[header.offset : header.offset + len(chunk)] = chunk
+        fetch.received += len(chunk)
+        if fetch.received == size:
+            fetch.done.set()
+
+    def peer_down(self, device: DeviceId) -> None:
+        """Fail every fetch from a member that is gone."""
+        for fetch in self._fetches.values():
+            if fetch.device == device:
+                fetch.failure = f"{device[:8]} went away during a transfer"
+                fetch.done.set()
+
+
+async def _wait_progressing(fetch: _Fetch) -> None:
+    """Wait for the end of a fetch as long as something keeps arriving."""
+    while not fetch.done.is_set():
+        before = fetch.received
+        with trio.move_on_after(limits.BLOB_TIMEOUT_S):
+            await fetch.done.wait()
+        if not fetch.done.is_set() and fetch.received == before:
+            silence = f"{limits.BLOB_TIMEOUT_S:.0f} s"
+            raise PeerLost(f"a transfer from {fetch.device[:8]} stood still for {silence}")

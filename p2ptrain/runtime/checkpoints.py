@@ -1,0 +1,71 @@
+"""The home peer's collector of checkpoints: fetch every segment, then commit the step."""
+
+from __future__ import annotations
+
+import trio
+
+from p2ptrain import limits
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.plan import Plan
+from p2ptrain.runtime.job import Job
+from p2ptrain.runtime.services import Services
+from p2ptrain.runtime.signal import Signal
+from p2ptrain.store.runs import CheckpointRecord, SavedSegment
+from p2ptrain.training.contract import Contract
+from p2ptrain.training.messages import CheckpointStored, SegmentSaved, stamp_of
+
+
+class CheckpointCollector:
+    """Stores segments as they are announced; a step is committed when all are there."""
+
+    def __init__(
+        self, *, job: Job, plan: Plan, contract: Contract, services: Services, signal: Signal
+    ) -> None:
+        self._job, self._plan, self._contract = job, plan, contract
+        self._services, self._signal = services, signal
+        self._segment_count = len(job.bundle.manifest.segments)
+        self._stored: dict[int, dict[int, SavedSegment]] = {}
+        self._send, self._announced = trio.open_memory_channel[tuple[DeviceId, SegmentSaved]](
+            limits.SEGMENTS_MAX
+        )
+        self.latest: CheckpointRecord | None = job.checkpoint
+
+    def announce(self, device: DeviceId, saved: SegmentSaved) -> None:
+        """A stage peer has a segment ready to fetch."""
+        self._send.send_nowait((device, saved))
+
+    async def run(self) -> None:
+        """Fetch and store until cancelled; a half stored step is no checkpoint."""
+        async for device, saved in self._announced:
+            content = await self._services.blobs.fetch(device, saved.blob, size=saved.blob_bytes)
+            await trio.to_thread.run_sync(
+                self._job.directory.write_segment, saved.step, saved.segment, content
+            )
+            segments = self._stored.setdefault(saved.step, {})
+            segments[saved.segment] = SavedSegment(
+                segment=saved.segment,
+                blob=saved.blob,
+                blob_bytes=saved.blob_bytes,
+                state=saved.state,
+            )
+            if len(segments) == self._segment_count:
+                await self._commit(saved.step)
+
+    async def _commit(self, step: int) -> None:
+        segments = self._stored.pop(step)
+        record = CheckpointRecord(
+            run=self._plan.run,
+            lineage=self._plan.lineage,
+            view=self._plan.view,
+            plan=self._plan.digest,
+            step=step,
+            bundle=self._contract.bundle,
+            contract=self._contract.digest,
+            segments=tuple(segments[index] for index in sorted(segments)),
+        )
+        await trio.to_thread.run_sync(self._job.directory.commit_checkpoint, record)
+        self.latest = record
+        for stage in self._plan.stages:
+            stored = CheckpointStored(stamp=stamp_of(self._plan), step=step)
+            self._services.outlet.send(stage.device, stored)
+        self._signal.notify()

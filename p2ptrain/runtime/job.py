@@ -1,0 +1,189 @@
+"""What a home peer brings to a run: the model, the data, the contract, where to begin."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from p2ptrain.errors import CheckpointError, ConfigError, DataError
+from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
+from p2ptrain.runtime.reports import TrainRequest
+from p2ptrain.store.bundles import Bundle, find_bundle, load_bundle
+from p2ptrain.store.runs import CheckpointRecord, RunDirectory, RunRecord, find_run
+from p2ptrain.training.contract import Contract
+from p2ptrain.training.text import byte_tokens, split_heldout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything the home peer knows before it asks the others; `contract.builds` is empty until
+    the participants of a new run are known."""
+
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    bundle: Bundle
+    contract: Contract
+    training_tokens: np.ndarray
+    """uint8 (bytes of text,)."""
+    heldout_tokens: np.ndarray
+    data: str
+    heldout: str | None
+    directory: RunDirectory
+    checkpoint: CheckpointRecord | None
+    checkpoint_every: int
+
+    @property
+    def first_step(self) -> int:
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def resumed(self) -> bool:
+        return len(self.contract.builds) > 0
+
+    def record(self, contract: Contract) -> RunRecord:
+        """What `run.json` holds once the contract is complete."""
+        return RunRecord(
+            run=self.run,
+            lineage=self.lineage,
+            view=self.view,
+            bundle_name=self.bundle.manifest.name,
+            contract=contract,
+            data=self.data,
+            heldout=self.heldout,
+            checkpoint_every=self.checkpoint_every,
+        )
+
+
+def open_job(
+    request: TrainRequest, *, runs_path: Path, new_run: RunId, default_threads: int
+) -> Job:
+    """Read and check what a request names; blocking, and nothing is written.
+
+    Raises:
+        ConfigError, BundleError, DataError, CheckpointError, NotFound: the request cannot be
+            met; the sentence says what is wrong with it.
+    """
+    if request.resume is not None:
+        return _resumed_job(request, runs_path)
+    if not request.bundle or not request.data:
+        raise ConfigError("a new run needs a model and data", hint="give --model and --data")
+    bundle = load_bundle(find_bundle(request.bundle))
+    training, heldout = _read_data(bundle, request.data, request.heldout)
+    contract = _new_contract(request, bundle, training, heldout, default_threads)
+    return Job(
+        run=new_run,
+        lineage=Lineage(0),
+        view=ViewNumber(1),
+        bundle=bundle,
+        contract=contract,
+        training_tokens=training,
+        heldout_tokens=heldout,
+        data=request.data,
+        heldout=request.heldout,
+        directory=RunDirectory(runs_path / new_run),
+        checkpoint=None,
+        checkpoint_every=request.checkpoint_every,
+    )
+
+
+def _resumed_job(request: TrainRequest, runs_path: Path) -> Job:
+    directory = find_run(runs_path, request.resume or "")
+    record = directory.read_record()
+    bundle = load_bundle(directory.bundle_path)
+    if request.bundle:
+        other = load_bundle(find_bundle(request.bundle)).manifest
+        if other.digest != bundle.digest:
+            raise CheckpointError(
+                f"run {record.run[:8]} trains {record.bundle_name}, not this {other.name} bundle",
+                hint="leave --model out to resume with the run's own model",
+            )
+    checkpoint = directory.read_checkpoint(bundle.manifest)
+    training, heldout = _read_data(bundle, record.data, record.heldout)
+    digests = (_tokens_digest(training), _tokens_digest(heldout))
+    if digests != (record.contract.training_data, record.contract.heldout_data):
+        raise DataError(
+            f"the data of run {record.run[:8]} has changed: {record.data}",
+            hint="restore the file, or start a new run without --resume",
+        )
+    if checkpoint is not None and checkpoint.contract != record.contract.digest:
+        raise CheckpointError("the checkpoint belongs to another contract")
+    return Job(
+        run=record.run,
+        lineage=record.lineage,
+        view=ViewNumber(record.view + 1),
+        bundle=bundle,
+        contract=record.contract,
+        training_tokens=training,
+        heldout_tokens=heldout,
+        data=record.data,
+        heldout=record.heldout,
+        directory=directory,
+        checkpoint=checkpoint,
+        checkpoint_every=record.checkpoint_every,
+    )
+
+
+def _read_data(bundle: Bundle, data: str, heldout: str | None) -> tuple[np.ndarray, np.ndarray]:
+    training = read_tokens(Path(data))
+    context = bundle.manifest.data.context
+    if heldout is None:
+        split = split_heldout(training, context=context)
+        training, rest = split.training, split.heldout
+    else:
+        rest = read_tokens(Path(heldout))
+    least = context + 1
+    for tokens, what in ((training, "training"), (rest, "held-out")):
+        if len(tokens) < least:
+            raise DataError(
+                f"{data}: {len(tokens)} bytes of {what} text; one sample needs {least}",
+                hint="give a longer text with --data, or a held-out file with --heldout",
+            )
+    return training, rest
+
+
+def read_tokens(path: Path) -> np.ndarray:
+    """A text file as bytes, uint8 (n,); DataError when missing, unreadable or empty."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    if not content:
+        raise DataError(f"{path} is empty")
+    return byte_tokens(content)
+
+
+def _tokens_digest(tokens: np.ndarray) -> Digest:
+    return Digest(hashlib.sha256(tokens.tobytes()).hexdigest())
+
+
+def _new_contract(
+    request: TrainRequest,
+    bundle: Bundle,
+    training: np.ndarray,
+    heldout: np.ndarray,
+    default_threads: int,
+) -> Contract:
+    try:
+        return Contract(
+            bundle=bundle.digest,
+            seed=request.seed,
+            steps=request.steps,
+            microbatch_size=request.microbatch_size,
+            microbatches=request.microbatches,
+            form=request.form,
+            codec="fp32",
+            threads=request.threads or default_threads,
+            dropout=request.dropout,
+            optimizer=request.optimizer,
+            training_data=_tokens_digest(training),
+            heldout_data=_tokens_digest(heldout),
+            evaluate_every=request.evaluate_every,
+            heldout_microbatches=request.heldout_microbatches,
+            builds=(),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,127 @@
+"""Answer offers: fetch the bundle, open an engine, measure ourselves on it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+
+import trio
+
+from p2ptrain.bundle.manifest import parse_manifest
+from p2ptrain.engine.contract import Engine
+from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost
+from p2ptrain.ids import DeviceId, Digest, RunId, short
+from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.runtime.profiling import profile_kinds
+from p2ptrain.runtime.services import Services
+from p2ptrain.store.bundles import Bundle, bundle_from_parts
+from p2ptrain.training.contract import Contract
+from p2ptrain.training.messages import Declined, Offer, Profiled
+
+PREPARED_MAX = 2
+"""Offers whose engines are kept open at once; an older one is forgotten."""
+PROFILE_REPEATS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    bundle: Bundle
+    engine: Engine
+    offer: Offer
+    at_s: float
+
+
+class OfferDesk:
+    """Keeps what was prepared for an offer until its plan is decided or forgotten."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._prepared: dict[RunId, _Prepared] = {}
+
+    async def answer(self, home: DeviceId, offer: Offer, busy_with: RunId | None) -> None:
+        """Prepare for an offer and send the measurement, or say why not."""
+        answer: Profiled | Declined
+        try:
+            if busy_with is not None and busy_with != offer.run:
+                raise PeerLost(f"busy with run {short(busy_with)}")
+            if offer.threads > self._services.threads_max:
+                raise PeerLost(f"its owner allows {self._services.threads_max} threads")
+            answer = await self._measure(home, offer)
+        except P2PTrainError as error:
+            answer = Declined(run=offer.run, view=offer.view, reason=error.message)
+        with contextlib.suppress(PeerLost):
+            self._services.outlet.send(home, answer)
+
+    def refusal(self, plan: Plan, contract: Contract) -> str | None:
+        """Why we cannot run our stage of this plan; None when we can."""
+        index = plan.stage_of(self._services.device)
+        if index is None:
+            return None
+        prepared = self._prepared.get(plan.run)
+        if prepared is None or prepared.offer.view != plan.view:
+            return "it was not offered this run"
+        if contract.bundle != prepared.bundle.digest:
+            return "the plan is for another bundle than was offered"
+        if (contract.threads, contract.form) != (prepared.offer.threads, prepared.offer.form):
+            return "the plan has other threads or another graph form than was offered"
+        if prepared.engine.build not in contract.builds:
+            return "its runtime build is not in the numerics contract"
+        need, have = plan.stages[index].memory_bytes, self._services.memory_bytes()
+        return (
+            f"its stage needs {need} bytes of memory and {have} are left" if need > have else None
+        )
+
+    def prepared(self, run: RunId) -> tuple[Bundle, Engine]:
+        """What a decided plan runs on; InvariantBroken when nothing was prepared."""
+        prepared = self._prepared.get(run)
+        if prepared is None:
+            raise InvariantBroken("a plan was decided that this peer never prepared for")
+        return prepared.bundle, prepared.engine
+
+    def forget(self, run: RunId) -> None:
+        """Close the engine of a run that is over."""
+        self._prepared.pop(run, None)
+
+    async def _measure(self, home: DeviceId, offer: Offer) -> Profiled:
+        bundle = await self._fetch_bundle(home, offer)
+        engine = await trio.to_thread.run_sync(self._services.open_engine, offer.threads)
+        kinds = await trio.to_thread.run_sync(
+            lambda: profile_kinds(
+                engine,
+                bundle,
+                form=offer.form,
+                batch=offer.microbatch_size,
+                repeats=PROFILE_REPEATS,
+            )
+        )
+        self._keep(offer, _Prepared(bundle, engine, offer, time.monotonic()))
+        profile = PeerProfile(
+            device=self._services.device,
+            kinds=kinds,
+            memory_bytes=self._services.memory_bytes(),
+            host=self._services.host,
+            cores=self._services.cores,
+            build=engine.build,
+        )
+        return Profiled(run=offer.run, view=offer.view, profile=profile)
+
+    def _keep(self, offer: Offer, prepared: _Prepared) -> None:
+        self._prepared[offer.run] = prepared
+        while len(self._prepared) > PREPARED_MAX:
+            oldest = min(self._prepared, key=lambda run: self._prepared[run].at_s)
+            del self._prepared[oldest]
+
+    async def _fetch_bundle(self, home: DeviceId, offer: Offer) -> Bundle:
+        for prepared in self._prepared.values():
+            if prepared.bundle.digest == offer.bundle:
+                return prepared.bundle
+        blobs = self._services.blobs
+        content = await blobs.fetch(home, offer.bundle, size=offer.bundle_bytes)
+        manifest = parse_manifest(content)
+        graphs: dict[Digest, bytes] = {}
+        for digest, file in manifest.graphs.items():
+            name = Digest(digest)
+            graphs[name] = await blobs.fetch(home, name, size=file.bytes)
+        return bundle_from_parts(content, graphs)

@@ -1,0 +1,368 @@
+"""The peer: everything this device does in one group, composed here and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+
+import trio
+
+from p2ptrain import limits
+from p2ptrain.agreement.events import PlanDecided, ProposalFailed, ProposalReceived
+from p2ptrain.agreement.machine import Agreement
+from p2ptrain.agreement.messages import Accept, Decided, Propose, Refuse, Withdraw
+from p2ptrain.engine.contract import Array
+from p2ptrain.engine.onnxruntime_engine import open_engine, runtime_build
+from p2ptrain.errors import P2PTrainError, PeerLost, RemoteProtocolError
+from p2ptrain.ids import DeviceId, RunId, short
+from p2ptrain.membership.events import AddressLearned, MemberDown, MemberUp
+from p2ptrain.membership.machine import Membership
+from p2ptrain.membership.messages import Ack, Ping, Records
+from p2ptrain.membership.record import MemberRecord
+from p2ptrain.net.addresses import reachable_addresses
+from p2ptrain.net.discovery import DiscoveryState, discover
+from p2ptrain.net.enrol import serve_enrolment
+from p2ptrain.net.links import LinkDown, Links, LinkUp
+from p2ptrain.planner.plan import Plan
+from p2ptrain.power.host import available_memory_bytes, host_identity, power_source
+from p2ptrain.power.meter import open_meter
+from p2ptrain.runtime.blobs import BlobExchange
+from p2ptrain.runtime.config import PeerConfig
+from p2ptrain.runtime.driver import Driver
+from p2ptrain.runtime.energy_report import energy_report
+from p2ptrain.runtime.inbox import BodyReader
+from p2ptrain.runtime.journal import Journal
+from p2ptrain.runtime.reports import EnergyReport, PeerStatus, TrainRequest, TrainResult
+from p2ptrain.runtime.run_service import RunService
+from p2ptrain.runtime.services import Emit, Services
+from p2ptrain.runtime.status import status_report
+from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
+from p2ptrain.store.groups import Group, create_invite, load_addresses, save_addresses
+from p2ptrain.store.home import Home
+from p2ptrain.training.contract import Contract
+from p2ptrain.wire.frames import BulkHeader, TensorHeader
+
+SWITCH_INTERVAL_S = 0.0005
+"""Short, so that a thread that holds Python does not hold up the links."""
+MEMORY_UNKNOWN_BYTES = 1024**3
+"""What a run may use where the platform does not say what is free."""
+SELF_QUEUE_MAX = 4 * limits.CONTROL_QUEUE_MAX
+
+
+class Peer:
+    """One device in one group: links, membership, agreement, runs.
+
+    Made by `open_peer`. `run` owns every task and ends when it is cancelled.
+    """
+
+    def __init__(self, *, home: Home, group: Group, config: PeerConfig) -> None:
+        self.home, self.group, self.config = home, group, config
+        self.started_s = time.time()
+        self.discovery = DiscoveryState()
+        self.last_enrolment: str | None = None
+        self._rng = random.Random()
+        self._build = runtime_build()
+        self._host = host_identity()
+        self._cores = os.cpu_count() or 1
+        self._threads_max = config.threads or self._cores
+        self._to_self, self._from_self = trio.open_memory_channel[object](SELF_QUEUE_MAX)
+        self._addresses = load_addresses(group)
+        self.links = Links(
+            credentials=group.credentials,
+            build=self._build,
+            listen_host=config.listen_host,
+            listen_port=config.port,
+            enrolment=self._enrol,
+            on_tensor=self._tensor_arrived,
+            on_bulk=self._bulk_arrived,
+        )
+        self.meter = PeerMeter(
+            device=group.device,
+            name=group.device_name,
+            meter=open_meter(),
+            traffic=self._traffic,
+        )
+        self.blobs = BlobExchange(send=self.send, send_bulk=self.links.send_bulk)
+        self.membership: Driver[Membership]
+        self.agreement: Driver[Agreement]
+        self.runs = RunService(
+            Services(
+                device=group.device,
+                directory=self,
+                outlet=self,
+                blobs=self.blobs,
+                runs_path=home.runs,
+                open_engine=lambda threads: open_engine(threads=threads),
+                open_meter=self._open_run_meter,
+                memory_bytes=self._memory_bytes,
+                host=self._host,
+                cores=self._cores,
+                threads_max=self._threads_max,
+            ),
+            propose=self._propose,
+            default_threads=self._default_threads,
+        )
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; started when the peer listens.
+
+        Raises:
+            PortInUse: another program has the port.
+        """
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        journal = Journal(self.group.folder / "agreement.jsonl")
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.links.run)
+            self._open_machines(journal)
+            await nursery.start(self.membership.run)
+            await nursery.start(self.agreement.run)
+            await nursery.start(self.runs.run)
+            nursery.start_soon(self._follow_links)
+            nursery.start_soon(self._follow_inbox)
+            nursery.start_soon(self._follow_self)
+            nursery.start_soon(self._find_others)
+            for address in (*self.config.peers, *self._addresses):
+                self.links.dial(address)
+            task_status.started()
+
+    # The public API (through open_peer).
+
+    async def serve(self) -> None:
+        """Take part in the group until cancelled."""
+        await trio.sleep_forever()
+
+    async def train(
+        self, request: TrainRequest, on_event: Emit = lambda name, report: None
+    ) -> TrainResult:
+        """Train as the run's home peer; see `RunService.train` for what it raises."""
+        return await self.runs.train(request, on_event)
+
+    def stop_training(self) -> None:
+        """End the run this peer conducts after the step that has begun; it can be resumed."""
+        self.runs.stop()
+
+    def status(self) -> PeerStatus:
+        """Who is there, what runs, and why this peer is alone if it is."""
+        return status_report(self)
+
+    def energy(self) -> EnergyReport:
+        """What this peer has used since it started."""
+        self.meter.settle()
+        return energy_report([self.meter.booking()])
+
+    def invite(self, *, ttl_s: float, addresses: Sequence[str] = ()) -> bytes:
+        """An invite file's content for one more device."""
+        return create_invite(self.group, tuple(addresses) or self.addresses(), ttl_s)
+
+    def addresses(self) -> tuple[str, ...]:
+        """Where other devices may reach this peer, most useful first."""
+        host, port = self.links.address
+        return reachable_addresses(host, port)
+
+    # What runs need of the peer (runtime.services).
+
+    def alive(self) -> tuple[MemberRecord, ...]:
+        """Every member that answers and has told about itself, this device first."""
+        machine = self.membership.machine
+        records = (machine.record_of(device) for device in machine.alive())
+        return (machine.own, *(record for record in records if record is not None))
+
+    def name_of(self, device: DeviceId) -> str:
+        """What people call a device; its short id when unknown."""
+        record = self.membership.machine.record_of(device)
+        return short(device) if record is None else record.name
+
+    def send(self, device: DeviceId, message: object) -> None:
+        """Queue a control message to a member or to ourselves; PeerLost without a link."""
+        if device == self.group.device:
+            self._to_self.send_nowait(message)
+        else:
+            self.links.send_control(device, message)
+
+    async def send_tensor(self, device: DeviceId, header: TensorHeader, *arrays: Array) -> None:
+        """Send one tensor to a member, or hand it to our own stage."""
+        if device == self.group.device:
+            await trio.lowlevel.checkpoint()
+            for array in arrays:
+                self.runs.deliver(header, array)
+        else:
+            await self.links.send_tensor(device, header, *(array.data for array in arrays))
+
+    # What arrives.
+
+    async def _follow_links(self) -> None:
+        async for event in self.links.events:
+            now = trio.current_time()
+            match event:
+                case LinkUp(device=device, address=address):
+                    self.membership.call(Membership.link_up, device, now)
+                    self._remember(device, address)
+                case LinkDown(device=device, reason=reason, refused=refused):
+                    self.membership.call(Membership.link_down, device, refused, now)
+                    self.runs.peer_down(device, reason)
+                    self.agreement.call(Agreement.member_down, device, now)
+
+    async def _follow_inbox(self) -> None:
+        async for device, message in self.links.inbox:
+            await self._dispatch(device, message)
+
+    async def _follow_self(self) -> None:
+        async for message in self._from_self:
+            await self._dispatch(self.group.device, message)
+
+    async def _dispatch(self, device: DeviceId, message: object) -> None:
+        match message:
+            case Ping() | Ack() | Records():
+                await self.membership.deliver(device, message)
+            case Propose() | Accept() | Refuse() | Decided() | Withdraw():
+                await self.agreement.deliver(device, message)
+            case _:
+                self.runs.receive(device, message)
+
+    async def _tensor_arrived(
+        self, device: DeviceId, header: TensorHeader, length: int, reader: BodyReader
+    ) -> None:
+        self.membership.call(Membership.heard, device, trio.current_time())
+        await self.runs.receive_tensor(device, header, length, reader)
+
+    async def _bulk_arrived(self, device: DeviceId, header: BulkHeader, chunk: bytes) -> None:
+        self.blobs.chunk_received(device, header, chunk)
+        await trio.lowlevel.checkpoint()
+
+    # What the machines say.
+
+    def _open_machines(self, journal: Journal) -> None:
+        self.membership = Driver(
+            Membership(own=self._own_record(), rng=self._rng),
+            send=self._send_or_drop,
+            on_event=self._membership_event,
+            on_violation=self._violation,
+            lag=lambda seconds, now: self.membership.machine.lag(seconds, now),
+        )
+        agreement = Agreement(device=self.group.device, rng=self._rng)
+        agreement.restore(journal.read(), trio.current_time())
+        self.agreement = Driver(
+            agreement,
+            send=self._send_or_drop,
+            on_event=self._agreement_event,
+            on_violation=self._violation,
+            persist=journal.append,
+        )
+
+    def _membership_event(self, event: object) -> None:
+        match event:
+            case MemberDown(device=device, reason=reason):
+                self.runs.peer_down(device, reason)
+                self.agreement.call(Agreement.member_down, device, trio.current_time())
+            case AddressLearned(device=device, addresses=addresses):
+                for address in addresses:
+                    self.links.dial(address, device=device)
+            case MemberUp():
+                pass
+
+    def _agreement_event(self, event: object) -> None:
+        now = trio.current_time()
+        match event:
+            case ProposalReceived(plan=plan, contract=contract):
+                reason = self.runs.refusal(plan, contract)
+                if reason is None:
+                    self.agreement.call(Agreement.accept, plan.digest, now)
+                else:
+                    self.agreement.call(Agreement.refuse, plan.digest, reason, now)
+            case PlanDecided(plan=plan, contract=contract):
+                self.runs.decided(plan, contract)
+            case ProposalFailed(reason=reason):
+                self.runs.proposal_failed(reason)
+
+    def _propose(self, plan: Plan, contract: Contract) -> None:
+        self.agreement.call(Agreement.propose, plan, contract, trio.current_time())
+
+    def _send_or_drop(self, device: DeviceId, message: object) -> None:
+        """Machines repeat themselves: a message without a link is a lost one."""
+        with contextlib.suppress(PeerLost):
+            self.send(device, message)
+
+    def _violation(self, device: DeviceId, error: RemoteProtocolError) -> None:
+        self.links.close(device, error.message)
+
+    async def _enrol(self, sock: trio.socket.SocketType) -> None:
+        """Admit whoever dials our port with an invite; a failure is theirs, and noted here."""
+        try:
+            await serve_enrolment(trio.SocketStream(sock), self.group)
+        except P2PTrainError as error:
+            self.last_enrolment = f"refused: {error.message}"
+        except OSError as error:
+            self.last_enrolment = f"broken off: {error}"
+        else:
+            self.last_enrolment = "a device was admitted"
+
+    # Finding others.
+
+    async def _find_others(self) -> None:
+        if not self.config.discovery:
+            self.discovery.text = "switched off"
+            await trio.lowlevel.checkpoint()
+            return
+        send, receive = trio.open_memory_channel[str](limits.DISCOVERED_ADDRESSES_MAX)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._discover, send)
+            async for address in receive:
+                self.links.dial(address)
+
+    def _remember(self, device: DeviceId, address: str | None) -> None:
+        if address is None or self._addresses.get(address) == device:
+            return
+        self._addresses.pop(address, None)
+        self._addresses[address] = device
+        save_addresses(self.group, self._addresses)
+
+    async def _discover(self, found: trio.MemorySendChannel[str]) -> None:
+        await discover(
+            group=self.group.id,
+            device=self.group.device,
+            port=self.links.address[1],
+            interfaces=self.config.interfaces,
+            found=found,
+            state=self.discovery,
+        )
+
+    # About this device.
+
+    def _traffic(self) -> Traffic:
+        statistics = self.links.statistics()
+        return Traffic(statistics.bytes_sent, statistics.bytes_received)
+
+    def _open_run_meter(self, run: RunId, samples_per_step: int) -> RunMeter:
+        return RunMeter(self.meter, run, samples_per_step=samples_per_step)
+
+    def _own_record(self) -> MemberRecord:
+        return MemberRecord(
+            device=self.group.device,
+            name=self.config.name or self.group.device_name,
+            incarnation=int(self.started_s),
+            version=0,
+            addresses=self.addresses(),
+            host=self._host,
+            cores=self._cores,
+            threads_max=self._threads_max,
+            memory_bytes=self._memory_bytes(),
+            power_source=power_source(),
+            build=self._build,
+            activity="idle",
+        )
+
+    def _memory_bytes(self) -> int:
+        if self.config.memory_bytes is not None:
+            return self.config.memory_bytes
+        available = available_memory_bytes()
+        return MEMORY_UNKNOWN_BYTES if available is None else available // 2
+
+    def _default_threads(self) -> int:
+        """Half of the smallest machine's cores, within what every owner allows."""
+        records = self.alive()
+        allowed = min(record.threads_max for record in records)
+        return max(1, min(allowed, min(record.cores for record in records) // 2))

@@ -1,0 +1,91 @@
+"""From measured profiles to a plan and the complete numerics contract of its run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from p2ptrain.errors import PlanInfeasible
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.choose import choose_plan
+from p2ptrain.planner.input import LeftOut, PlanningInput
+from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.runtime.job import Job
+from p2ptrain.runtime.reports import TrainRequest
+from p2ptrain.training.contract import Contract, RuntimeBuild
+from p2ptrain.training.memory import memory_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What the home peer proposes."""
+
+    plan: Plan
+    contract: Contract
+    left_out: tuple[LeftOut, ...]
+
+
+def place(
+    request: TrainRequest,
+    job: Job,
+    profiles: Mapping[DeviceId, PeerProfile],
+    *,
+    home: DeviceId,
+) -> Placement:
+    """Choose a plan; blocking, pure computation.
+
+    A resumed run takes only peers whose runtime build its contract names: another would change
+    the bits.
+
+    Raises:
+        PlanInfeasible: no placement fits; the sentence names the nearest change.
+    """
+    outsiders = _outsiders(job, profiles.values())
+    able = tuple(p for p in profiles.values() if p.device not in {o.device for o in outsiders})
+    if not able:
+        raise PlanInfeasible("no peer can take part in this run")
+    manifest, contract = job.bundle.manifest, job.contract
+    choice = choose_plan(
+        PlanningInput(
+            manifest=manifest,
+            contract=contract,
+            profiles=able,
+            home=home,
+            stage_memory=lambda segments, in_flight: memory_bytes(
+                manifest,
+                segments,
+                contract.form,
+                contract.microbatch_size,
+                in_flight,
+                contract.optimizer.name,
+            ),
+            run=job.run,
+            lineage=job.lineage,
+            view=job.view,
+            schedule=request.schedule,
+            stages=request.stages,
+        )
+    )
+    if not job.resumed:
+        taking_part = {stage.device for stage in choice.plan.stages}
+        contract = with_builds(contract, (p.build for p in able if p.device in taking_part))
+    plan = dataclasses.replace(choice.plan, contract=contract.digest)
+    return Placement(plan=plan, contract=contract, left_out=(*outsiders, *choice.left_out))
+
+
+def with_builds(contract: Contract, builds: Iterable[RuntimeBuild]) -> Contract:
+    """The contract of a new run, complete with the distinct runtime builds that take part."""
+    return dataclasses.replace(contract, builds=tuple(sorted(set(builds), key=repr)))
+
+
+def _outsiders(job: Job, profiles: Iterable[PeerProfile]) -> tuple[LeftOut, ...]:
+    if not job.resumed:
+        return ()
+    reason = "its runtime build is not in the run's numerics contract"
+    return tuple(
+        LeftOut(device=profile.device, reason=reason)
+        for profile in profiles
+        if profile.build not in job.contract.builds
+    )

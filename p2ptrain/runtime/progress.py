@@ -1,0 +1,172 @@
+"""What the home peer sees of a run: totals per step, usage per peer, the reports made of them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from p2ptrain.errors import InvariantBroken
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.input import stage_shares
+from p2ptrain.planner.plan import Plan
+from p2ptrain.runtime.energy_report import energy_report
+from p2ptrain.runtime.job import Job
+from p2ptrain.runtime.reports import (
+    EnergyReport,
+    EvaluationReport,
+    PlanReport,
+    StageReport,
+    StepReport,
+    TrainResult,
+)
+from p2ptrain.runtime.services import Emit, Services
+from p2ptrain.runtime.signal import Signal
+from p2ptrain.training.barrier import StepBarrier
+from p2ptrain.training.contract import Contract
+from p2ptrain.training.learning_rate import learning_rate
+from p2ptrain.training.messages import Done, Evaluated, Usage
+
+
+class ProgressTracker:
+    """Follows one session; counts complete items so that the feeder knows how far to go."""
+
+    def __init__(
+        self,
+        *,
+        job: Job,
+        plan: Plan,
+        contract: Contract,
+        services: Services,
+        signal: Signal,
+        emit: Emit,
+    ) -> None:
+        self._job, self._plan, self._contract = job, plan, contract
+        self._services, self._signal, self._emit = services, signal, emit
+        manifest = job.bundle.manifest
+        self._barrier = StepBarrier(
+            plan=plan, manifest=manifest, clip_norm=contract.optimizer.clip_norm
+        )
+        self._next_step = job.first_step + 1
+        self._usage: dict[DeviceId, Usage] = {}
+        self._losses: list[float] = []
+        self._heldout: list[float] = []
+        self._step_began_s: float | None = None
+        self._training_s = 0.0
+        self.completed_items = 0
+        self.evaluated_at: int | None = None
+
+    def receive(self, device: DeviceId, message: Done | Evaluated | Usage) -> None:
+        """Take one report of a stage peer.
+
+        Raises:
+            NumericsError: the step's loss or a gradient is not finite; the session ends.
+        """
+        match message:
+            case Done():
+                self._barrier.add(device, message)
+                while not self._barrier.missing(self._next_step):
+                    self._step_complete(self._next_step)
+            case Evaluated():
+                self._evaluation_complete(message)
+            case Usage():
+                self._usage[device] = message
+
+    def _evaluation_complete(self, message: Evaluated) -> None:
+        self.evaluated_at = message.step
+        self._heldout.append(message.loss)
+        self.completed_items += 1
+        self._step_began_s = time.monotonic()
+        self._emit("evaluation", EvaluationReport(step=message.step, heldout_loss=message.loss))
+
+    def _step_complete(self, step: int) -> None:
+        totals = self._barrier.take(step)
+        now = time.monotonic()
+        seconds = now - self._step_began_s if self._step_began_s is not None else 0.0
+        self._step_began_s = now
+        self._training_s += seconds
+        self._next_step, self.completed_items = step + 1, self.completed_items + 1
+        self._losses.append(totals.loss)
+        report = StepReport(
+            step=step,
+            steps=self._contract.steps,
+            loss=totals.loss,
+            learning_rate=learning_rate(
+                self._contract.optimizer, step=step, steps=self._contract.steps
+            ),
+            gradient_norm=totals.gradient_norm,
+            seconds=seconds,
+            samples_per_s=self._contract.minibatch_size / seconds if seconds > 0 else 0.0,
+            joules_per_sample=self.energy().joules_per_sample,
+            activities={
+                self._services.directory.name_of(device): usage.activity
+                for device, usage in self._usage.items()
+            },
+        )
+        self._job.directory.append_progress(
+            {"step": step, "loss": totals.loss, "gradient_norm": totals.gradient_norm}
+        )
+        self._emit("step", report)
+
+    def energy(self) -> EnergyReport:
+        """What the session has cost all stage peers so far."""
+        bookings = [usage.booking for usage in self._usage.values()]
+        return energy_report(bookings, samples=len(self._losses) * self._contract.minibatch_size)
+
+    def plan_report(self) -> PlanReport:
+        """The plan as a person reads it."""
+        segments = self._job.bundle.manifest.segments
+        shares = stage_shares(self._plan)
+        stages = tuple(
+            StageReport(
+                device=stage.device,
+                name=self._services.directory.name_of(stage.device),
+                stage=index,
+                first_segment=stage.first_segment,
+                last_segment=stage.segments[-1],
+                segments=tuple(segments[i].name for i in stage.segments),
+                parameters=stage.parameter_count,
+                memory_bytes=stage.memory_bytes,
+                share=shares[index],
+            )
+            for index, stage in enumerate(self._plan.stages)
+        )
+        return PlanReport(
+            run=self._plan.run,
+            bundle=self._job.bundle.manifest.name,
+            plan=self._plan.digest,
+            view=self._plan.view,
+            schedule=self._plan.schedule,
+            stages=stages,
+            predicted_step_s=self._plan.step_ns / 1e9,
+            exactness=self._contract.exactness,
+            reasons=self._plan.reasons,
+        )
+
+    def result(
+        self, *, seconds: float, state_digest: str, model_path: Path | None, stopped: bool
+    ) -> TrainResult:
+        """The session's end; at least one evaluation has been made."""
+        if not self._heldout:
+            raise InvariantBroken("a session ended without an evaluation")
+        energy = self.energy()
+        samples = len(self._losses) * self._contract.minibatch_size
+        rate = samples / self._training_s if self._training_s > 0 else 0.0
+        return TrainResult(
+            run=self._plan.run,
+            bundle=self._job.bundle.manifest.name,
+            peers=len(self._plan.members),
+            stages=len(self._plan.stages),
+            first_step=self._job.first_step,
+            steps=self._job.first_step + len(self._losses),
+            losses=tuple(self._losses),
+            heldout_first=self._heldout[0],
+            heldout_last=self._heldout[-1],
+            seconds=seconds,
+            samples_per_s=rate,
+            tokens_per_s=rate * self._job.bundle.manifest.data.context,
+            bytes_sent=sum(usage.booking.amounts.bytes_sent for usage in self._usage.values()),
+            energy=energy,
+            state_digest=state_digest,
+            model_path=None if model_path is None else str(model_path),
+            stopped=stopped,
+        )

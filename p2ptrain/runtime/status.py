@@ -1,0 +1,74 @@
+"""What `p2ptrain status` shows, gathered from the peer's parts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from p2ptrain.membership.machine import MemberView
+from p2ptrain.runtime.reports import MemberReport, PeerStatus
+from p2ptrain.store.runs import summaries
+
+if TYPE_CHECKING:
+    from p2ptrain.runtime.peer import Peer
+
+
+def status_report(peer: Peer) -> PeerStatus:
+    """The state of a running peer."""
+    own = peer.membership.machine.own
+    others = peer.membership.machine.members(trio.current_time())
+    self_line = MemberReport(
+        device=own.device,
+        name=own.name,
+        state="self",
+        addresses=own.addresses,
+        runtime=f"{own.build.runtime} {own.build.version}",
+        activity=own.activity,
+        last_heard_s=0.0,
+    )
+    return PeerStatus(
+        group=peer.group.id,
+        group_name=peer.group.name,
+        device=peer.group.device,
+        name=peer.group.device_name,
+        address=", ".join(peer.addresses()),
+        discovery=peer.discovery.text,
+        alone_because=_alone_because(peer),
+        members=(self_line, *(member_report(view) for view in others)),
+        run=peer.runs.current_run,
+        run_state=_run_state(peer),
+        plan=None,
+        runs=tuple(summaries(peer.home.runs)),
+    )
+
+
+def member_report(view: MemberView) -> MemberReport:
+    """One other member's line."""
+    record = view.record
+    state = view.state.value
+    return MemberReport(
+        device=view.device,
+        name=view.device[:8] if record is None else record.name,
+        state=f"{state}: {view.reason}" if view.reason else state,
+        addresses=() if record is None else record.addresses,
+        runtime="" if record is None else f"{record.build.runtime} {record.build.version}",
+        activity="" if record is None else record.activity,
+        last_heard_s=view.last_heard_s,
+    )
+
+
+def _alone_because(peer: Peer) -> str | None:
+    if peer.membership.machine.alive():
+        return None
+    refusals = [f"{address}: {reason}" for address, reason in peer.links.refusals().items()]
+    if refusals:
+        return "; ".join(refusals)
+    return f"no other member was found ({peer.discovery.text}); try --peer host:port"
+
+
+def _run_state(peer: Peer) -> str:
+    if peer.runs.current_run is not None:
+        return f"running {peer.runs.current_run[:8]}"
+    failure = peer.runs.last_failure
+    return "idle" if failure is None else f"idle; the last run ended: {failure}"

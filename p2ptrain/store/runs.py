@@ -1,0 +1,221 @@
+"""The home peer's record of its runs: contract, bundle, checkpoints per segment, model.
+
+    runs/<run id>/run.json                                    what the run is
+    runs/<run id>/bundle/                                     its graphs
+    runs/<run id>/checkpoints/step-00000020/segment-0003.safetensors
+    runs/<run id>/checkpoints/step-00000020/checkpoint.json   written last: it commits the step
+    runs/<run id>/progress.jsonl                              one line per step
+
+A checkpoint without `checkpoint.json` does not exist. Checkpoints are per segment, so that any
+number of peers can resume them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.errors import CheckpointError, NotFound, RemoteProtocolError
+from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber, is_base32
+from p2ptrain.store.atomic import write_atomic
+from p2ptrain.training.contract import Contract
+from p2ptrain.wire.codec import from_plain, to_plain
+
+RUN_FORMAT: Final = "p2ptrain-run"
+CHECKPOINT_FORMAT: Final = "p2ptrain-checkpoint"
+VERSION: Final = 1
+KEPT_CHECKPOINTS: Final = 2
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """What a run is, and the newest view this device took part in."""
+
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    bundle_name: str
+    contract: Contract
+    data: str
+    heldout: str | None
+    checkpoint_every: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedSegment:
+    """One segment of a checkpoint: the file's digest and size, the digest of its state."""
+
+    segment: int
+    blob: Digest
+    blob_bytes: int
+    state: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRecord:
+    """A whole, durable step."""
+
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    plan: Digest
+    step: int
+    bundle: Digest
+    contract: Digest
+    segments: tuple[SavedSegment, ...]
+
+
+class RunDirectory:
+    """One run's files on its home peer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def bundle_path(self) -> Path:
+        return self.path / "bundle"
+
+    @property
+    def model_path(self) -> Path:
+        """Where `trained.onnx` goes unless the user names another place."""
+        return self.path / "trained.onnx"
+
+    def write_record(self, record: RunRecord) -> None:
+        """Create or replace `run.json`."""
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomic(self.path / "run.json", [_document(RUN_FORMAT, record)])
+
+    def read_record(self) -> RunRecord:
+        """The run's record; CheckpointError when it is damaged or of an unknown version."""
+        return _read(self.path / "run.json", RUN_FORMAT, RunRecord)
+
+    def write_bundle(self, manifest: bytes, graphs: Mapping[Digest, bytes]) -> None:
+        """Keep the bundle beside the run, so that it can be resumed without the original."""
+        folder = self.bundle_path / "graphs"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for digest, content in graphs.items():
+            write_atomic(folder / f"{digest}.onnx", [content])
+        write_atomic(self.bundle_path / "manifest.json", [manifest])
+
+    def append_progress(self, line: Mapping[str, object]) -> None:
+        """Add one step to the log; the log is for people, nothing is read back from it."""
+        with (self.path / "progress.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def write_segment(self, step: int, segment: int, content: bytes) -> None:
+        """Store one segment of a checkpoint that is not yet complete."""
+        folder = self._checkpoint_path(step)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomic(folder / _segment_name(segment), [content])
+
+    def commit_checkpoint(self, record: CheckpointRecord) -> None:
+        """Make a checkpoint whole, then forget the oldest ones."""
+        path = self._checkpoint_path(record.step) / "checkpoint.json"
+        write_atomic(path, [_document(CHECKPOINT_FORMAT, record)])
+        for step in self.checkpoint_steps()[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(self._checkpoint_path(step), ignore_errors=True)
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of all whole checkpoints, ascending."""
+        folder = self.path / "checkpoints"
+        found = folder.glob("step-*/checkpoint.json") if folder.is_dir() else iter(())
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+
+    def read_checkpoint(self, manifest: Manifest) -> CheckpointRecord | None:
+        """The newest whole checkpoint, or None before the first.
+
+        Raises:
+            CheckpointError: it is damaged, of an unknown version, or of another model.
+        """
+        steps = self.checkpoint_steps()
+        if not steps:
+            return None
+        path = self._checkpoint_path(steps[-1]) / "checkpoint.json"
+        record = _read(path, CHECKPOINT_FORMAT, CheckpointRecord)
+        if record.bundle != manifest.digest:
+            raise CheckpointError(f"the checkpoint of step {record.step} is of another model")
+        if [saved.segment for saved in record.segments] != list(range(len(manifest.segments))):
+            raise CheckpointError(f"the checkpoint of step {record.step} lacks segments")
+        return record
+
+    def read_segment(self, step: int, saved: SavedSegment) -> bytes:
+        """One segment's file, exactly as long as its record says; the reader checks its hash."""
+        path = self._checkpoint_path(step) / _segment_name(saved.segment)
+        try:
+            if path.stat().st_size != saved.blob_bytes:
+                raise CheckpointError(f"{path.name} of step {step} has the wrong size")
+            return path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path.name} of step {step}: {error.strerror}") from error
+
+    def _checkpoint_path(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
+
+def _segment_name(segment: int) -> str:
+    return f"segment-{segment:04d}.safetensors"
+
+
+def find_run(runs: Path, prefix: str) -> RunDirectory:
+    """The run whose id begins with `prefix`.
+
+    Raises:
+        NotFound: none does, or several do; the message lists them.
+    """
+    matches = [path for path in run_paths(runs) if path.name.startswith(prefix)]
+    if len(matches) == 1:
+        return RunDirectory(matches[0])
+    known = ", ".join(path.name[:8] for path in (matches or run_paths(runs))) or "none"
+    what = f"run {prefix!r} is ambiguous" if matches else f"this device has no run {prefix!r}"
+    raise NotFound(f"{what} (runs here: {known})")
+
+
+def run_paths(runs: Path) -> list[Path]:
+    """All runs of this device, the most recently written first."""
+    if not runs.is_dir():
+        return []
+    found = [p for p in runs.iterdir() if is_base32(p.name, 26) and (p / "run.json").is_file()]
+    return sorted(found, key=lambda path: (path / "run.json").stat().st_mtime, reverse=True)
+
+
+def summaries(runs: Path) -> Iterator[str]:
+    """`3f2a...: gpt-nano, step 40 of 100` for every run, newest first."""
+    for path in run_paths(runs):
+        directory = RunDirectory(path)
+        try:
+            record = directory.read_record()
+        except CheckpointError as error:
+            yield f"{path.name}: {error.message}"
+            continue
+        last = (directory.checkpoint_steps() or [0])[-1]
+        yield f"{path.name}: {record.bundle_name}, step {last} of {record.contract.steps}"
+
+
+def _document(kind: str, record: object) -> bytes:
+    plain = to_plain(record)
+    return (json.dumps({"format": kind, "version": VERSION, **plain}, indent=1) + "\n").encode()
+
+
+def _read(path: Path, kind: str, cls: type[_T]) -> _T:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != kind:
+        raise CheckpointError(f"{path.name} is not a {kind} file")
+    if document.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path.name} has version {document.get('version')!r}; this p2ptrain reads {VERSION}",
+            hint="resume it with the p2ptrain that wrote it, or update this one",
+        )
+    try:
+        return from_plain(cls, document)
+    except RemoteProtocolError as error:
+        raise CheckpointError(f"{path.name}: {error.message}") from error

@@ -1,0 +1,78 @@
+"""Bring every stage's gradients of a step together: the loss, the norm, one clip scale for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.errors import NumericsError, RemoteProtocolError
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.plan import Plan
+from p2ptrain.training.clipping import clip_scale
+from p2ptrain.training.messages import Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTotals:
+    """What all stages together found in one step."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    clip_scale: float
+
+
+def stage_tensor_indices(manifest: Manifest, segments: Iterable[int]) -> tuple[int, ...]:
+    """Manifest positions of a stage's tensors, ascending."""
+    position = {tensor.name: index for index, tensor in enumerate(manifest.tensors)}
+    names = [t.name for segment in segments for t in manifest.segment_tensors(segment)]
+    return tuple(sorted(position[name] for name in names))
+
+
+class StepBarrier:
+    """Collects `Done` of every stage; one float64 square sum per tensor in manifest order."""
+
+    def __init__(self, *, plan: Plan, manifest: Manifest, clip_norm: float) -> None:
+        self._clip_norm = clip_norm
+        self._indices: Mapping[DeviceId, tuple[int, ...]] = {
+            stage.device: stage_tensor_indices(manifest, stage.segments) for stage in plan.stages
+        }
+        self._tensor_count = len(manifest.tensors)
+        self._waiting: dict[int, dict[DeviceId, Done]] = {}
+
+    def add(self, device: DeviceId, done: Done) -> None:
+        """Note one stage's result; a repeated one changes nothing.
+
+        Raises:
+            RemoteProtocolError: from a peer without a stage, or with a wrong number of sums.
+        """
+        indices = self._indices.get(device)
+        if indices is None or len(done.square_sums) != 8 * len(indices):
+            raise RemoteProtocolError(f"step {done.step}: square sums that do not fit the plan")
+        self._waiting.setdefault(done.step, {})[device] = done
+
+    def missing(self, step: int) -> tuple[DeviceId, ...]:
+        """Stages whose `Done` of this step has not arrived."""
+        have = self._waiting.get(step, {})
+        return tuple(device for device in self._indices if device not in have)
+
+    def take(self, step: int) -> StepTotals:
+        """The totals of a complete step, which is then forgotten.
+
+        Raises:
+            NumericsError: a loss or gradient is not finite; the step must not be applied.
+        """
+        dones = self._waiting.pop(step)
+        sums = np.zeros(self._tensor_count, dtype=np.float64)
+        for device, indices in self._indices.items():
+            sums[list(indices)] = np.frombuffer(dones[device].square_sums, dtype="<f8")
+        losses = [done.loss for done in dones.values() if done.loss is not None]
+        loss = losses[0] if losses else math.nan
+        if any(done.skip for done in dones.values()) or not math.isfinite(loss):
+            raise NumericsError(f"step {step}: the loss or a gradient is not finite")
+        norm, scale = clip_scale(sums.tolist(), self._clip_norm)
+        return StepTotals(step=step, loss=loss, gradient_norm=norm, clip_scale=scale)

@@ -1,0 +1,193 @@
+"""Control messages of a run. Every one carries the stamp (run, lineage, view, plan)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from p2ptrain.energy.combine import PeerBooking
+from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
+from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.wire.codec import message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """What a training message belongs to; a message with another stamp is dropped."""
+
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    plan: Digest
+
+
+def stamp_of(plan: Plan) -> Stamp:
+    """The stamp of every message sent under this plan."""
+    return Stamp(run=plan.run, lineage=plan.lineage, view=plan.view, plan=plan.digest)
+
+
+@message("offer")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """Home to every member: fetch this bundle from me, measure yourself on it, answer."""
+
+    run: RunId
+    view: ViewNumber
+    bundle: Digest
+    bundle_bytes: int
+    microbatch_size: int
+    form: str
+    threads: int
+
+
+@message("profiled")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profiled:
+    """Answer to an offer: what I measured."""
+
+    run: RunId
+    view: ViewNumber
+    profile: PeerProfile
+
+
+@message("declined")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declined:
+    """Answer to an offer: leave me out, because."""
+
+    run: RunId
+    view: ViewNumber
+    reason: str
+
+
+@message("begin")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """Home to members after the decision: prepare your stage at this step."""
+
+    stamp: Stamp
+    first_step: int
+    checkpoint_every: int
+    checkpoint: Digest | None
+    """Blob that lists the digest of every segment's state; None: draw the parameters."""
+    checkpoint_bytes: int
+
+
+@message("ready")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """Stage peer to home: my buffers exist, my state is loaded."""
+
+    stamp: Stamp
+
+
+@message("go")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Go:
+    """Home to stage peers: everybody is ready, begin."""
+
+    stamp: Stamp
+
+
+@message("done")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """Stage peer to all members: my gradients of this step are complete, not yet applied."""
+
+    stamp: Stamp
+    step: int
+    square_sums: bytes
+    """Little-endian float64, one per tensor of the stage in manifest order."""
+    loss: float | None
+    """Mean loss of the minibatch, from the last stage only."""
+    skip: bool
+    """This peer saw a value that is not finite: nobody may apply the step."""
+
+
+@message("evaluated")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """Last stage to home: the held-out loss after this step."""
+
+    stamp: Stamp
+    step: int
+    loss: float
+
+
+@message("stop_after")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopAfter:
+    """Home to stage peers: this is the last step of the session."""
+
+    stamp: Stamp
+    step: int
+
+
+@message("segment_saved")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentSaved:
+    """Stage peer to home: this segment's state at this step can be fetched as a blob."""
+
+    stamp: Stamp
+    step: int
+    segment: int
+    blob: Digest
+    blob_bytes: int
+    state: Digest
+    """Digest of parameters and optimizer state alone, equal wherever they were computed."""
+
+
+@message("checkpoint_stored")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointStored:
+    """Home to stage peers: the checkpoint of this step is durable, its blobs may go."""
+
+    stamp: Stamp
+    step: int
+
+
+@message("usage")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Stage peer to home, after each step: what the run has cost me so far."""
+
+    stamp: Stamp
+    step: int
+    activity: str
+    booking: PeerBooking
+
+
+@message("abort")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    """Any member to all: this run cannot go on here."""
+
+    stamp: Stamp
+    error: str
+    """Name of the error class."""
+    reason: str
+
+
+@message("finish")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """Home to stage peers: everything is stored; forget the run."""
+
+    stamp: Stamp
+
+
+@message("blob_request")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobRequest:
+    """Send me this blob in bulk frames that carry `request`."""
+
+    request: int
+    digest: Digest
+
+
+@message("blob_missing")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobMissing:
+    """I do not have that blob."""
+
+    request: int

@@ -1,0 +1,50 @@
+"""Groups minted on the spot, and peers linked over loopback. No scrypt, no waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from p2ptrain.store.groups import Group, NewMember, store_member
+from p2ptrain.store.home import Home, open_home
+from p2ptrain.trust import certificates as certs
+
+MintGroup = Callable[..., list[Group]]
+
+
+@pytest.fixture
+def make_home(tmp_path: Path) -> Callable[[str], Home]:
+    """Open a fresh home by name."""
+    return lambda name: open_home(tmp_path / name)
+
+
+@pytest.fixture
+def mint_group(make_home: Callable[[str], Home]) -> MintGroup:
+    """Make `count` members of one new group, sorted by device id, each in its own home."""
+    made = 0
+
+    def mint(count: int, *, now: float | None = None) -> list[Group]:
+        nonlocal made
+        made += 1
+        at = time.time() if now is None else now
+        fresh = certs.create_group(f"group-{made}", now=at)
+        members = []
+        for index in range(count):
+            issuer = certs.issue_first_issuer(
+                fresh, Ed25519PrivateKey.generate(), name=f"peer-{index}", now=at
+            )
+            member = NewMember(
+                root=fresh.root,
+                issuer=issuer,
+                device_key=Ed25519PrivateKey.generate(),
+                device_name=f"peer-{index}",
+            )
+            home = make_home(f"home-{made}-{index}")
+            members.append(store_member(home, f"group-{made}", member))
+        return sorted(members, key=lambda group: group.device)
+
+    return mint
