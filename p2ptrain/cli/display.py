@@ -102,7 +102,9 @@ class RunDisplay:
     def result(self, result: TrainResult) -> None:
         """The summary at the end."""
         self._stop_live()
+        self._out.print()
         self._out.print(result_table(result))
+        self._out.print()
         self._out.print(energy_table(result.energy))
 
     def _redraw(self, step: StepReport) -> None:
@@ -133,10 +135,12 @@ class DemoDisplay(RunDisplay):
         table.add_row("counting bytes (unigram)", f"{counted.unigram:.4f}")
         table.add_row("counting pairs (bigram)", f"{counted.bigram:.4f}")
         table.add_row("after training", f"{result.heldout_last:.4f}")
+        self._out.print()
         self._out.print(table)
 
     def written(self, text: str) -> None:
         """What the trained model wrote."""
+        self._out.print()
         self._out.print("written by trained.onnx:", highlight=False)
         for line in text.splitlines():
             self._out.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)

@@ -75,8 +75,8 @@ def make_corpus(texts: Iterable[str]) -> Corpus:
 
 def normalise(text: str) -> str:
     """Plain printable ASCII with single-spaced words, lines kept, blank lines collapsed."""
-    ascii_text = text.expandtabs(4).encode("ascii", "ignore").decode()
-    lines = (re.sub(r"(?<=\S) {2,}", " ", line).rstrip() for line in ascii_text.splitlines())
+    plain = "".join(c for c in text.expandtabs(4) if c == "\n" or " " <= c <= "~")
+    lines = (re.sub(r"(?<=\S) {2,}", " ", line).rstrip() for line in plain.split("\n"))
     kept = (line for line in lines if not re.fullmatch(r"[\s*=~^\-+#.|_]+", line))
     return "\n".join(kept).strip("\n")
 

@@ -69,6 +69,7 @@ def test_duplicates_and_scraps_are_dropped() -> None:
         ("  indented   line  ", "  indented line"),
         ("Title\n=====\ntext", "Title\ntext"),
         ("caf\u00e9 \u2014 ok", "caf ok"),
+        ("a\x00b\x1b[1m\x0cc\r\nd", "ab[1mc\nd"),
         ("", ""),
     ],
 )
