@@ -141,12 +141,11 @@ def head_graphs() -> tuple[bytes, bytes]:
     forward.op("Softmax", logits, out="p", axis=-1)
     index = forward.op("Unsqueeze", "labels", forward.ints(-1))
     chosen = forward.op("GatherElements", forward.op("LogSoftmax", logits, axis=-1), index, axis=2)
-    mean = forward.op("ReduceMean", forward.op("Neg", chosen), keepdims=0)
-    forward.op("Mul", mean, "loss_weight", out="loss")
+    total = forward.op("ReduceSum", forward.op("Neg", chosen), keepdims=0)
+    forward.op("Mul", total, "loss_weight", out="loss")
     back = GraphBuilder()
     hot = back.op("OneHot", "labels", back.ints(VOCABULARY), _zero_one(back), axis=-1)
-    count = back.op("Cast", back.op("Size", "labels"), to=TensorProto.FLOAT)
-    factor = back.op("Div", back.op("Mul", "loss_weight", "cotangent.loss"), count)
+    factor = back.op("Mul", "loss_weight", "cotangent.loss")
     dlogits = back.op("Mul", back.op("Sub", "p", hot), factor)
     flat = back.op("Reshape", dlogits, back.ints(-1, VOCABULARY))
     x_flat = back.op("Reshape", "x", back.ints(-1, WIDTH))
@@ -262,7 +261,7 @@ def tiny_bundle(*, blocks: int = 4, dropout: float = 0.1, in_place: bool = True)
             kind="bytes", tokenizer="bytes", vocabulary=VOCABULARY, context=CONTEXT, dtype="uint8",
             sampling="philox-1",
         ),
-        loss="mean cross-entropy in nats per byte",
+        loss="cross-entropy",
         golden_parameters=Digest("0" * 64),
     )  # fmt: skip
     files = {
