@@ -141,8 +141,8 @@ def head_graphs() -> tuple[bytes, bytes]:
     forward.op("Softmax", logits, out="p", axis=-1)
     index = forward.op("Unsqueeze", "labels", forward.ints(-1))
     chosen = forward.op("GatherElements", forward.op("LogSoftmax", logits, axis=-1), index, axis=2)
-    whole = forward.op("ReduceSum", forward.op("Neg", chosen), keepdims=0)
-    forward.op("Mul", whole, "loss_weight", out="loss")
+    total = forward.op("ReduceSum", forward.op("Neg", chosen), keepdims=0)
+    forward.op("Mul", total, "loss_weight", out="loss")
     back = GraphBuilder()
     hot = back.op("OneHot", "labels", back.ints(VOCABULARY), _zero_one(back), axis=-1)
     factor = back.op("Mul", "loss_weight", "cotangent.loss")
@@ -261,7 +261,7 @@ def tiny_bundle(*, blocks: int = 4, dropout: float = 0.1, in_place: bool = True)
             kind="bytes", tokenizer="bytes", vocabulary=VOCABULARY, context=CONTEXT, dtype="uint8",
             sampling="philox-1",
         ),
-        loss="mean cross-entropy in nats per byte",
+        loss="cross-entropy",
         golden_parameters=Digest("0" * 64),
     )  # fmt: skip
     files = {

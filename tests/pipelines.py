@@ -14,6 +14,7 @@ from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.clipping import Clip, clip_scale
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
+from p2ptrain.training.loss import loss_weight
 from p2ptrain.training.sampling import Windows, heldout_windows, training_windows
 from p2ptrain.training.segment_state import SegmentState, StateHeader, state_digest
 
@@ -150,7 +151,10 @@ class LocalPipeline:
             training=training,
             inputs=windows.inputs if stage == 0 else None,
             labels=windows.labels if last else None,
-            loss_weight=1.0 / count,
+            loss_weight=loss_weight(
+                samples=count * self.contract.microbatch_size,
+                context=self.bundle.manifest.data.context,
+            ),
         )
         if not last:
             _send(worker.exit(self.sequence), self.workers[stage + 1].entry(self.sequence))

@@ -159,7 +159,7 @@ class StageWorker:
             training: False evaluates: no dropout, nothing kept for a backward.
             inputs: Token ids (B, T), needed by the first stage.
             labels: Token ids (B, T), needed by the last stage.
-            loss_weight: Factor of this microbatch's loss, 1 / microbatches for a mean.
+            loss_weight: Factor of the summed cross-entropy, as `training.loss` gives it.
 
         Returns:
             The loss on the last stage, else None. It may be infinite or NaN: abandon the step.

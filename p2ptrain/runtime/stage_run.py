@@ -25,6 +25,7 @@ from p2ptrain.schedule.actions import Action, stage_actions
 from p2ptrain.training.barrier import StepBarrier
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
+from p2ptrain.training.loss import loss_weight
 from p2ptrain.training.messages import Done, Evaluated, stamp_of
 from p2ptrain.training.program import Item, Program
 from p2ptrain.wire.frames import TensorHeader
@@ -266,7 +267,7 @@ class StageRun:
 
     def _loss_weight(self, item: Item) -> float:
         samples = self._contract.microbatch_size * self._program.microbatches(item)
-        return 1.0 / (samples * self._manifest.data.context)
+        return loss_weight(samples=samples, context=self._manifest.data.context)
 
     @property
     def _entry_ports(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,7 @@ def test_stage_losses_and_state_have_the_same_bits_for_1_to_4_stages(
     runs = {n: trained(engine, bundle, optimizer=optimizer, stages=n) for n in PLACEMENTS}
     one = runs[1]
     assert max(one.norms) > 0.2, "clipping is active"
+    assert one.losses[0] == pytest.approx(math.log(256), rel=0.2), "a mean per token"
     assert one.losses[-1] < one.losses[0] - 0.2, "it learns"
     for other in runs.values():
         assert other.losses == one.losses
