@@ -101,6 +101,7 @@ class Dialler:
         while True:
             if target.device is not None and await self._wait_missing(target.device):
                 backoff_s = limits.REDIAL_BACKOFF_MIN_S
+            target.wake = trio.Event()  # hints that came while a peer was linked are old
             target.last = await self._attempt(address)
             if target.last.refusal is not None:
                 target.refused_at = trio.current_time()
@@ -108,5 +109,4 @@ class Dialler:
             target.device = target.last.device or target.device
             with trio.move_on_after(backoff_s * (0.75 + 0.5 * self._jitter.random())):
                 await target.wake.wait()
-            target.wake = trio.Event()
             backoff_s = min(2 * backoff_s, limits.REDIAL_BACKOFF_MAX_S)

@@ -41,7 +41,6 @@ REFUSALS: Final = {
     "confirmation": "the invite's secret does not fit",
     "request": "the sponsor could not read our request",
     "chain": "the sponsor may not admit anybody",
-    "version": "the sponsor speaks another enrolment version; update p2ptrain",
 }
 """Every reason a sponsor may give, and what the joiner is told."""
 
