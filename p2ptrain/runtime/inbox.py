@@ -43,8 +43,8 @@ class TensorInbox:
 
     Inputs and labels (`fed`) are kept until their item comes. A boundary tensor for a later item
     waits for that item and holds up only its own data link; that cannot deadlock, because its
-    sender begins an item only when the one before needs nothing more from it (PROTOCOL.md,
-    section 5).
+    sender begins an item only when the one before needs nothing more from it (PROTOCOL.md
+    section 6.2).
     """
 
     def __init__(self, signal: Signal, *, fed_shape: tuple[int, int]) -> None:
