@@ -77,9 +77,11 @@ async def linked(mint_group: MintGroup) -> AsyncIterator[tuple[TlsLink, TlsLink]
             nursery.start_soon(b.handshake)
         assert a.peer_device(first.credentials) == second.device
         assert b.peer_device(second.credentials) == first.device
-        yield a, b
-    a.close()
-    b.close()
+        try:
+            yield a, b
+        finally:
+            a.close()
+            b.close()
 
 
 def with_leaf(
@@ -360,3 +362,28 @@ async def test_closing_wakes_a_reader(mint_group: MintGroup) -> None:
         nursery.start_soon(wait_broken, a)
         await trio.testing.wait_all_tasks_blocked()
         a.close()
+
+
+async def test_receiver_that_takes_nothing_breaks_the_link_in_time(
+    mint_group: MintGroup, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "LINK_STALL_TIMEOUT_S", 1.0)
+    async with linked(mint_group) as (a, _):
+        begun = trio.current_time()
+        with pytest.raises(LinkBroken, match="takes no data"):
+            await a.send_all(bytearray(32 << 20))
+        assert 1.0 <= trio.current_time() - begun < 3.0
+
+
+async def test_sender_that_stops_within_a_frame_breaks_the_link_in_time(
+    mint_group: MintGroup, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "LINK_STALL_TIMEOUT_S", 1.0)
+    async with linked(mint_group) as (a, b):
+        with trio.move_on_after(2.5):
+            await b.recv_frame_start(memoryview(bytearray(16)))  # between frames: no hurry
+        await a.send_all(b"half")
+        with pytest.raises(LinkBroken, match="stopped in the middle"):
+            await b.recv_frame_start(memoryview(bytearray(16)))
+        with pytest.raises(LinkBroken):
+            await a.recv_exactly(memoryview(bytearray(1)))
