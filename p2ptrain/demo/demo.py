@@ -33,8 +33,10 @@ from p2ptrain.runtime.reports import TrainRequest, TrainResult
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.wire.codec import from_plain, to_plain
 
-STEPS: Final = 160
+STEPS: Final = 200
 STEPS_LONG: Final = 2500
+MICROBATCHES: Final = 4
+MICROBATCH_SIZE: Final = 2
 DISCOVERY_S: Final = 10.0
 TOGETHER_S: Final = 30.0
 PROMPT: Final = b"The function returns "
@@ -199,8 +201,8 @@ def _request(
         heldout=str(heldout),
         steps=options.steps,
         stages=options.peers,
-        microbatches=8,
-        microbatch_size=4,
+        microbatches=MICROBATCHES,
+        microbatch_size=MICROBATCH_SIZE,
         threads=1,
         optimizer=OptimizerChoice(warmup_steps=min(20, max(1, options.steps // 8))),
         checkpoint_every=max(1, options.steps),

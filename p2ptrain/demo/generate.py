@@ -77,7 +77,7 @@ def write_text(model: Path, manifest: Manifest, sampling: Sampling) -> str:
     draws = np.random.Generator(np.random.Philox(sampling.seed)).random(sampling.count)
     for draw in draws:
         text += bytes([pick(writer.next_logits(text), float(draw), sampling.temperature)])
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text.decode("latin-1"))
+    return "".join(c if " " <= c <= "~" or c == "\n" else "?" for c in text.decode("latin-1"))
 
 
 def pick(logits_V: NDArray[np.float32], draw: float, temperature: float) -> int:
