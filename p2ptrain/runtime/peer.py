@@ -150,7 +150,10 @@ class Peer:
         return status_report(self)
 
     def energy(self) -> EnergyReport:
-        """What this peer has used since it started."""
+        """What the last run that this peer conducted cost, all its peers together; before the
+        first one, what this peer has used since it started."""
+        if self.runs.last_energy is not None:
+            return self.runs.last_energy
         self.meter.settle()
         return energy_report([self.meter.booking()])
 

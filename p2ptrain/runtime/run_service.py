@@ -28,7 +28,7 @@ from p2ptrain.runtime.inbox import BodyReader, discard
 from p2ptrain.runtime.job import Job, open_job
 from p2ptrain.runtime.member_run import MemberRun
 from p2ptrain.runtime.offers import OfferDesk
-from p2ptrain.runtime.reports import TrainRequest, TrainResult
+from p2ptrain.runtime.reports import EnergyReport, TrainRequest, TrainResult
 from p2ptrain.runtime.services import Emit, Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.contract import Contract
@@ -85,6 +85,8 @@ class RunService:
         self._changed = Signal()
         self._nursery: trio.Nursery | None = None
         self.last_failure: str | None = None
+        self.last_energy: EnergyReport | None = None
+        """Of the last run that this peer conducted, all its peers together."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""
@@ -122,6 +124,7 @@ class RunService:
         self._conduct = conduct
         try:
             result = await self._run_conduct(conduct)
+            self.last_energy = result.energy
             await self._changed.wait_until(lambda: self._part is None)
             return result
         finally:
