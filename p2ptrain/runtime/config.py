@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from p2ptrain import limits
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerConfig:
@@ -12,7 +14,7 @@ class PeerConfig:
     name: str | None = None
     """What others call this device; None: the name it enrolled under."""
     listen_host: str = "0.0.0.0"
-    port: int = 0
+    port: int = limits.PEER_PORT_DEFAULT
     """0: any free port."""
     peers: tuple[str, ...] = ()
     """host:port of members to dial, beside those that are discovered or remembered."""

@@ -96,7 +96,7 @@ class ProgressTracker:
             gradient_norm=totals.gradient_norm,
             seconds=seconds,
             samples_per_s=self._contract.minibatch_size / seconds if seconds > 0 else 0.0,
-            joules_per_sample=self.energy().joules_per_sample,
+            joules_per_sample=self._joules_per_sample(),
             activities={
                 self._services.directory.name_of(device): usage.activity
                 for device, usage in self._usage.items()
@@ -111,6 +111,12 @@ class ProgressTracker:
         """What the session has cost all stage peers so far."""
         bookings = [usage.booking for usage in self._usage.values()]
         return energy_report(bookings, samples=len(self._losses) * self._contract.minibatch_size)
+
+    def _joules_per_sample(self) -> float | None:
+        """None until every stage has booked a step."""
+        if len(self._usage) < len(self._plan.stages):
+            return None
+        return self.energy().joules_per_sample
 
     def plan_report(self) -> PlanReport:
         """The plan as a person reads it."""
