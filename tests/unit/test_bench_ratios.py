@@ -64,12 +64,13 @@ def test_verdicts_add_the_share_of_the_ceiling() -> None:
     one, two = ours(1, 8), ours(2, 8)
     steps_s = {one: [3.0, 3.4], two: [2.0, 2.0]}
     wanted = [Target(fast=two, slow=one, least=1.5)]
-    speed_up, share = verdicts(steps_s, wanted, {(two, one): 1.6})
+    speed_up, share = verdicts(steps_s, wanted, {(two, one): [1.6, 1.7]})
     assert speed_up.reached.median == pytest.approx(1.6)
     assert speed_up.is_met
-    assert share.reached.median == pytest.approx(1.0)
+    assert share.reached.median == pytest.approx((1.5 / 1.6 + 1.0) / 2)
     assert share.reached.least == pytest.approx(1.5 / 1.6)
-    assert "1.600" in share.what
+    assert share.reached.greatest == pytest.approx(1.0)
+    assert "1.650" in share.what
 
 
 def test_verdicts_show_a_miss() -> None:

@@ -195,8 +195,8 @@ def measured(manifest: Manifest, one_s: float) -> Measured:
     return Measured(
         manifest=manifest,
         turns=turns,
-        peaks_bytes=dict.fromkeys(names, (2**29, None)),
-        plans={ours(1, 8): plan_report(manifest), ours(2, 8): plan_report(manifest, 5)},
+        peaks_bytes={name: [(2**29, None), (2**30, None)] for name in names},
+        plans={ours(1, 8): [plan_report(manifest)] * 2, ours(2, 8): [plan_report(manifest, 5)] * 2},
         digests={ours(1, 8): {"d"}, ours(2, 8): {"d"}},
         costs=[costs, costs],
         torch_version="2",
@@ -223,7 +223,7 @@ def test_report_holds_figures_ceiling_and_misses(manifest: Manifest) -> None:
     assert not reached[f"{ours(1, 8)} / {TORCH}"].is_met
     assert reached[f"{ours(2, 8)} / {ours(1, 8)}"].is_met
     # Ten equal segments cut in the middle: 8 microbatches allow 16 / 9.
-    assert report.balances[ours(2, 8)].ceiling == pytest.approx(16 / 9)
+    assert report.balances[ours(2, 8)][0].ceiling == pytest.approx(16 / 9)
     share = next(v for what, v in reached.items() if "ceiling 1.778" in what)
     assert share.reached.median == pytest.approx(1.6 * 9 / 16)
     assert report.compute_share[ours(1, 8)] == pytest.approx(10 * 3e-3 * 8 / 1.6)
@@ -238,6 +238,7 @@ def test_report_prints_misses_and_unknown_memory(manifest: Manifest) -> None:
     for text in (console.export_text(), markdown(report)):
         assert "MISSED" in text
         assert "512 + ?" in text
+        assert "1024 + ?" in text
         assert "cores 2" in text
 
 
@@ -259,3 +260,15 @@ def test_the_same_losses_are_asked_to_the_last_bit(manifest: Manifest) -> None:
     found.turns[ours(2, 8)] = [first, near]
     checks = make_report(settings(), found, command="c", hardware={}).checks
     assert [check.is_met for check in checks] == [True, True, False]
+
+
+def test_ceiling_follows_the_cuts_of_each_round(manifest: Manifest) -> None:
+    found = measured(manifest, 1.6)
+    found.plans[ours(2, 8)] = [plan_report(manifest, 5), plan_report(manifest, 2)]
+    report = make_report(settings(), found, command="c", hardware={})
+    even, odd = report.balances[ours(2, 8)]
+    assert odd.ceiling < even.ceiling
+    share = next(v for v in report.verdicts if "ceiling" in v.what)
+    assert share.reached.least == pytest.approx(1.6 / even.ceiling)
+    assert share.reached.greatest == pytest.approx(1.6 / odd.ceiling)
+    assert sum("in 1 of 2 rounds" in line for line in markdown(report).splitlines()) == 2

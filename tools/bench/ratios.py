@@ -87,15 +87,15 @@ def targets(short: int, long: int | None) -> tuple[Target, ...]:
 def verdicts(
     steps_s: Mapping[str, Sequence[float]],
     wanted: Sequence[Target],
-    ceilings: Mapping[tuple[str, str], float],
+    ceilings: Mapping[tuple[str, str], Sequence[float]],
 ) -> tuple[Verdict, ...]:
     """Every target whose two contenders were measured, in order.
 
     Args:
         steps_s: Median seconds per step by contender, one per round.
         wanted: The speed-ups to reach.
-        ceilings: By (fast, slow): the speed-up that the schedule allows; adds a verdict on the
-            share of it that was reached.
+        ceilings: By (fast, slow), one per round: the speed-up that the schedule allows with the
+            cuts of that round; adds a verdict on the share of it that was reached.
     """
     found = []
     for target in wanted:
@@ -104,14 +104,11 @@ def verdicts(
         reached = ratios(steps_s[target.slow], steps_s[target.fast])
         what = f"{target.fast} / {target.slow}"
         found.append(Verdict(what=what, reached=reached, least=target.least))
-        ceiling = ceilings.get((target.fast, target.slow))
-        if ceiling is not None:
-            share = Spread(
-                median=reached.median / ceiling,
-                least=reached.least / ceiling,
-                greatest=reached.greatest / ceiling,
-            )
-            what = f"share of the schedule's ceiling {ceiling:.3f}: {target.fast}"
+        own = ceilings.get((target.fast, target.slow))
+        if own is not None:
+            allowed_s = [a / b for a, b in zip(steps_s[target.slow], own, strict=True)]
+            share = ratios(allowed_s, steps_s[target.fast])
+            what = f"share of the schedule's ceiling {spread(own).median:.3f}: {target.fast}"
             found.append(Verdict(what=what, reached=share, least=SHARE_OF_CEILING_MIN))
     return tuple(found)
 

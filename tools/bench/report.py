@@ -11,6 +11,7 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
+from p2ptrain.runtime.reports import PlanReport
 from tools.bench.balance import Balance, balance, median_costs
 from tools.bench.ratios import (
     LOSS_TOLERANCE,
@@ -37,6 +38,9 @@ class Line:
     step_s: Spread
     samples_per_s: float
     peaks_bytes: tuple[int | None, ...]
+    """Of each process at the end of the contender's first turn."""
+    last_peaks_bytes: tuple[int | None, ...]
+    """The same at the end of its last turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +68,10 @@ class Report:
     lines: tuple[Line, ...]
     verdicts: tuple[Verdict, ...]
     checks: tuple[Check, ...]
-    balances: Mapping[str, Balance]
-    plans: Mapping[str, tuple[str, ...]]
-    """By contender: the segments of each stage, first and last."""
+    balances: Mapping[str, tuple[Balance, ...]]
+    """By contender of ours, one per round."""
+    plans: Mapping[str, tuple[tuple[str, ...], ...]]
+    """By contender and round: the segments of each stage, first and last."""
     compute_share: Mapping[str, float]
     """Of our one-peer steps: profiled forward and backward time / measured step."""
     torch_trials: Mapping[str, float]
@@ -112,11 +117,11 @@ def make_report(
         checks=_checks(settings, measured),
         balances=balances,
         plans={
-            name: tuple(f"{stage.segments[0]} - {stage.segments[-1]}" for stage in plan.stages)
-            for name, plan in measured.plans.items()
+            name: tuple(_stage_names(plan) for plan in plans)
+            for name, plans in measured.plans.items()
         },
         compute_share={
-            name: _compute_ns(balances[name]) * count / 1e9 / statistics.median(steps_s[name])
+            name: _compute_ns(balances[name][0]) * count / 1e9 / statistics.median(steps_s[name])
             for count in _counts(settings)
             if (name := ours(1, count)) in balances
         },
@@ -143,23 +148,30 @@ def _line(settings: Settings, name: str, seconds: list[float], measured: Measure
         contender=name,
         step_s=step_s,
         samples_per_s=microbatches * settings.workload.microbatch_size / step_s.median,
-        peaks_bytes=measured.peaks_bytes[name],
+        peaks_bytes=measured.peaks_bytes[name][0],
+        last_peaks_bytes=measured.peaks_bytes[name][-1],
     )
 
 
-def _balances(settings: Settings, measured: Measured) -> dict[str, Balance]:
+def _stage_names(plan: PlanReport) -> tuple[str, ...]:
+    return tuple(f"{stage.segments[0]} - {stage.segments[-1]}" for stage in plan.stages)
+
+
+def _balances(settings: Settings, measured: Measured) -> dict[str, tuple[Balance, ...]]:
     kinds = [segment.kind for segment in measured.manifest.segments]
     costs = median_costs(measured.costs)
     found = {}
     for count in _counts(settings):
         for peers in (1, 2):
-            plan = measured.plans[ours(peers, count)]
-            found[ours(peers, count)] = balance(
-                costs,
-                kinds,
-                [range(stage.first_segment, stage.last_segment + 1) for stage in plan.stages],
-                schedule=plan.schedule,
-                microbatches=count,
+            found[ours(peers, count)] = tuple(
+                balance(
+                    costs,
+                    kinds,
+                    [range(stage.first_segment, stage.last_segment + 1) for stage in plan.stages],
+                    schedule=plan.schedule,
+                    microbatches=count,
+                )
+                for plan in measured.plans[ours(peers, count)]
             )
     return found
 
@@ -168,9 +180,11 @@ def _compute_ns(own: Balance) -> int:
     return sum(own.forward_ns) + sum(own.backward_ns)
 
 
-def _ceilings(settings: Settings, balances: Mapping[str, Balance]) -> dict[tuple[str, str], float]:
+def _ceilings(
+    settings: Settings, balances: Mapping[str, tuple[Balance, ...]]
+) -> dict[tuple[str, str], list[float]]:
     return {
-        (ours(2, count), ours(1, count)): balances[ours(2, count)].ceiling
+        (ours(2, count), ours(1, count)): [own.ceiling for own in balances[ours(2, count)]]
         for count in _counts(settings)
     }
 
@@ -204,7 +218,9 @@ def _checks(settings: Settings, measured: Measured) -> tuple[Check, ...]:
 
 def print_report(console: Console, report: Report) -> None:
     """Tables for a person."""
-    table = Table("contender", "s per step", "least..greatest", "samples/s", "peak MiB")
+    table = Table(
+        "contender", "s per step", "least..greatest", "samples/s", "peak MiB", "at the end"
+    )
     for line in report.lines:
         table.add_row(*_cells(line))
     console.print(table)
@@ -220,8 +236,8 @@ def print_report(console: Console, report: Report) -> None:
 
 def markdown(report: Report) -> str:
     """An entry for tools/BENCHMARKS.md."""
-    rows = ["| contender | s per step | least..greatest | samples/s | peak MiB |"]
-    rows += ["| --- | --- | --- | --- | --- |"]
+    rows = ["| contender | s per step | least..greatest | samples/s | peak MiB | at end |"]
+    rows += ["| --- | --- | --- | --- | --- | --- |"]
     rows += [f"| {' | '.join(_cells(line))} |" for line in report.lines]
     rows += ["", "| figure | reached | least..greatest | target | |"]
     rows += ["| --- | --- | --- | --- | --- |"]
@@ -244,28 +260,37 @@ def _sentences(report: Report) -> list[str]:
         f"{name}: forward and backward as profiled are {share:.3f} of the step"
         for name, share in report.compute_share.items()
     ]
-    for name, stages in report.plans.items():
-        own = report.balances[name]
-        times = ", ".join(
-            f"{segments}: {forward / 1e6:.1f} + {backward / 1e6:.1f} ms"
-            for segments, forward, backward in zip(
-                stages, own.forward_ns, own.backward_ns, strict=True
+    for name, plans in report.plans.items():
+        for stages in dict.fromkeys(plans):
+            own = report.balances[name][plans.index(stages)]
+            found.append(
+                f"{name}, in {plans.count(stages)} of {len(plans)} rounds: {_stage_times(stages, own)}"
             )
-        )
-        found.append(f"{name}: {times}")
     found += [f"torch tried {name}: {value:.3f} s" for name, value in report.torch_trials.items()]
     return found
 
 
+def _stage_times(stages: tuple[str, ...], own: Balance) -> str:
+    times = zip(stages, own.forward_ns, own.backward_ns, strict=True)
+    return ", ".join(
+        f"{segments}: {forward / 1e6:.1f} + {backward / 1e6:.1f} ms"
+        for segments, forward, backward in times
+    )
+
+
 def _cells(line: Line) -> tuple[str, ...]:
-    peaks = ["?" if peak is None else f"{peak / 2**20:.0f}" for peak in line.peaks_bytes]
     return (
         line.contender,
         f"{line.step_s.median:.3f}",
         f"{line.step_s.least:.3f}..{line.step_s.greatest:.3f}",
         f"{line.samples_per_s:.1f}",
-        " + ".join(peaks),
+        _mebibytes(line.peaks_bytes),
+        _mebibytes(line.last_peaks_bytes),
     )
+
+
+def _mebibytes(peaks: tuple[int | None, ...]) -> str:
+    return " + ".join("?" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks)
 
 
 def _verdict_cells(verdict: Verdict) -> tuple[str, ...]:

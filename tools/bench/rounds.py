@@ -55,10 +55,10 @@ class Measured:
     manifest: Manifest
     turns: dict[str, list[Turn]] = field(default_factory=dict)
     """By contender, one per round."""
-    peaks_bytes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
-    """By contender, one per process, over all its turns."""
-    plans: dict[str, PlanReport] = field(default_factory=dict)
-    """Of our contenders, in the last round."""
+    peaks_bytes: dict[str, list[tuple[int | None, ...]]] = field(default_factory=dict)
+    """By contender, one per round: the peak of each process since it started."""
+    plans: dict[str, list[PlanReport]] = field(default_factory=dict)
+    """Of our contenders, one per round: the planner measures anew in each session."""
     digests: dict[str, set[str]] = field(default_factory=dict)
     """Of our contenders: hashes of parameters and optimizer state after each session."""
     costs: list[dict[str, KindCost]] = field(default_factory=list)
@@ -84,10 +84,10 @@ async def measure(settings: Settings, note: Note) -> Measured:
             for name in turn_order(list(takes), number):
                 turn = await takes[name]()
                 measured.turns.setdefault(name, []).append(turn)
+                peaks = tuple(peak_bytes(pid) for pid in pids[name])
+                measured.peaks_bytes.setdefault(name, []).append(peaks)
                 seconds = turn.median_s(dropped=settings.workload.warm_up)
                 note(f"round {number + 1} of {settings.rounds}: {name}: {seconds:.3f} s per step")
-        for name, own in pids.items():
-            measured.peaks_bytes[name] = tuple(peak_bytes(pid) for pid in own)
     return measured
 
 
@@ -171,7 +171,7 @@ def _peer_take(
 ) -> Take:
     async def take() -> Turn:
         session = await group.train(settings.workload, microbatches, settings.bundle, texts)
-        measured.plans[name] = session.plan
+        measured.plans.setdefault(name, []).append(session.plan)
         measured.digests.setdefault(name, set()).add(session.result.state_digest)
         return session.turn
 
