@@ -218,9 +218,7 @@ def _checks(settings: Settings, measured: Measured) -> tuple[Check, ...]:
 
 def print_report(console: Console, report: Report) -> None:
     """Tables for a person."""
-    table = Table(
-        "contender", "s per step", "least..greatest", "samples/s", "peak MiB", "at the end"
-    )
+    table = Table("contender", "s per step", "least..greatest", "samples/s", "peak MiB", "at end")
     for line in report.lines:
         table.add_row(*_cells(line))
     console.print(table)
@@ -262,10 +260,9 @@ def _sentences(report: Report) -> list[str]:
     ]
     for name, plans in report.plans.items():
         for stages in dict.fromkeys(plans):
-            own = report.balances[name][plans.index(stages)]
-            found.append(
-                f"{name}, in {plans.count(stages)} of {len(plans)} rounds: {_stage_times(stages, own)}"
-            )
+            times = _stage_times(stages, report.balances[name][plans.index(stages)])
+            rounds = f"in {plans.count(stages)} of {len(plans)} rounds"
+            found.append(f"{name}, {rounds}: {times}")
     found += [f"torch tried {name}: {value:.3f} s" for name, value in report.torch_trials.items()]
     return found
 
