@@ -8,6 +8,7 @@ from pathlib import Path
 
 import trio
 
+from p2ptrain.errors import unwrap
 from p2ptrain.runtime.config import PeerConfig
 from p2ptrain.runtime.control import serve_control_socket
 from p2ptrain.runtime.peer import Peer
@@ -27,6 +28,7 @@ async def open_peer(
         config: What the owner decides; None: the defaults.
 
     The peer ends with the block: a run that it conducts is abandoned at its last checkpoint.
+    Of several errors that end the block together, the one that explains most is raised.
 
     Raises:
         NotFound: this device has no such group.
@@ -37,8 +39,11 @@ async def open_peer(
     known = load_group(opened, group)
     with lock_group(opened, known.id):
         peer = Peer(home=opened, group=known, config=config or PeerConfig())
-        async with trio.open_nursery() as nursery:
-            await nursery.start(peer.run)
-            await nursery.start(serve_control_socket, peer)
-            yield peer
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(peer.run)
+                await nursery.start(serve_control_socket, peer)
+                yield peer
+                nursery.cancel_scope.cancel()
+        except ExceptionGroup as group:
+            raise unwrap(group) from group

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -31,6 +32,15 @@ class _Fetch:
     failure: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobStatistics:
+    """Blobs of this peer now."""
+
+    published_count: int
+    published_bytes: int
+    fetch_count: int
+
+
 SendBulk = Callable[[DeviceId, BulkHeader, memoryview], Awaitable[None]]
 
 
@@ -45,30 +55,45 @@ class BlobExchange:
         self._send = send
         self._send_bulk = send_bulk
         self._published: dict[Digest, bytes] = {}
+        self._offers: Counter[Digest] = Counter()
         self._fetches: dict[int, _Fetch] = {}
         self._requests = itertools.count(1)
 
     def publish(self, content: bytes) -> Digest:
-        """Offer a blob to every member until it is withdrawn."""
+        """Offer a blob to every member until it is withdrawn as often as it was published."""
         digest = blob_digest(content)
         self._published[digest] = content
+        self._offers[digest] += 1
         return digest
 
     def withdraw(self, digest: Digest) -> None:
-        """Stop offering a blob; an unknown one is no error."""
-        self._published.pop(digest, None)
+        """Take back one `publish`; an unknown blob is no error."""
+        self._offers[digest] -= 1
+        if self._offers[digest] <= 0:
+            del self._offers[digest]
+            self._published.pop(digest, None)
 
     def published(self, digest: Digest) -> bytes | None:
         """A blob of ours."""
         return self._published.get(digest)
+
+    def statistics(self) -> BlobStatistics:
+        """What is offered and under way now."""
+        return BlobStatistics(
+            published_count=len(self._published),
+            published_bytes=sum(len(content) for content in self._published.values()),
+            fetch_count=len(self._fetches),
+        )
 
     async def fetch(self, device: DeviceId, digest: Digest, *, size: int) -> bytes:
         """Get a blob of exactly `size` bytes from a member, or from ourselves.
 
         Raises:
             PeerLost: it does not have the blob, went away, or took longer than the limit.
-            RemoteProtocolError: what came is not what the digest names.
+            RemoteProtocolError: what came is not what the digest names, or no blob is that long.
         """
+        if not 0 <= size <= limits.BLOB_BYTES_MAX:
+            raise RemoteProtocolError(f"{device[:8]} announced a blob of {size} bytes")
         own = self._published.get(digest)
         if own is not None:
             await trio.lowlevel.checkpoint()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import trio
 
 from p2ptrain import limits
+from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.job import Job
@@ -13,6 +14,9 @@ from p2ptrain.runtime.signal import Signal
 from p2ptrain.store.runs import CheckpointRecord, SavedSegment
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import CheckpointStored, SegmentSaved, stamp_of
+
+FLOAT32_BYTES = 4
+HEADER_BYTES_MAX = 64 * 1024
 
 
 class CheckpointCollector:
@@ -31,8 +35,31 @@ class CheckpointCollector:
         self.latest: CheckpointRecord | None = job.checkpoint
 
     def announce(self, device: DeviceId, saved: SegmentSaved) -> None:
-        """A stage peer has a segment ready to fetch."""
-        self._send.send_nowait((device, saved))
+        """A stage peer has a segment ready to fetch.
+
+        Raises:
+            RemoteProtocolError: not a segment of its stage, not a step of the run, not a size that
+                a segment has, or more than can be waiting.
+        """
+        if not self._fits(device, saved):
+            raise RemoteProtocolError(f"segment {saved.segment} was saved against the plan")
+        try:
+            self._send.send_nowait((device, saved))
+        except trio.WouldBlock as error:
+            raise RemoteProtocolError("more segments were saved than the model has") from error
+
+    def _fits(self, device: DeviceId, saved: SegmentSaved) -> bool:
+        stage = self._plan.stage_of(device)
+        if stage is None or saved.segment not in self._plan.stages[stage].segments:
+            return False
+        manifest, name = self._job.bundle.manifest, self._contract.optimizer.name
+        vectors = 1 + len(manifest.updates[name].state)
+        tensors = manifest.segment_tensors(saved.segment)
+        elements = sum(tensor.elements for tensor in tensors)
+        names_bytes = HEADER_BYTES_MAX + vectors * sum(256 + len(t.name) for t in tensors)
+        size_max = FLOAT32_BYTES * vectors * elements + names_bytes
+        steps = range(self._job.first_step, self._contract.steps + 1)
+        return saved.step in steps and 0 < saved.blob_bytes <= size_max
 
     async def run(self) -> None:
         """Fetch and store until cancelled; a half stored step is no checkpoint."""

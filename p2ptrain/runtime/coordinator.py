@@ -7,6 +7,7 @@ whoever notices that the run cannot go on says so to all.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +24,10 @@ from p2ptrain.runtime.feeder import Feeder
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.member_run import checkpoint_listing
 from p2ptrain.runtime.placement import place
+from p2ptrain.runtime.plan_report import plan_report
 from p2ptrain.runtime.progress import ProgressTracker
 from p2ptrain.runtime.reports import NoteReport, TrainRequest, TrainResult
-from p2ptrain.runtime.services import Emit, Services
+from p2ptrain.runtime.services import Emit, Proposals, Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.trained_model import write_trained_model
 from p2ptrain.store.bundles import Bundle
@@ -49,8 +51,6 @@ from p2ptrain.training.messages import (
 from p2ptrain.training.program import Program
 from p2ptrain.training.segment_state import state_digest
 
-Propose = Callable[[Plan, Contract], None]
-
 
 class Coordinator:
     """One session of a run, from the request to the result."""
@@ -61,16 +61,17 @@ class Coordinator:
         request: TrainRequest,
         job: Job,
         services: Services,
-        propose: Propose,
+        proposals: Proposals,
         emit: Emit,
     ) -> None:
         self._request, self.job, self._services = request, job, services
-        self._propose, self._emit = propose, emit
+        self._proposals, self._emit = proposals, emit
         self._signal = Signal()
         self._answers: dict[DeviceId, Profiled | Declined | None] = {}
         self._ready: set[DeviceId] = set()
         self._decided = self._stopping = False
         self._refusal: str | None = None
+        self._published: list[Digest] = []
         self.plan: Plan | None = None
         self._contract: Contract = job.contract
         self._program: Program | None = None
@@ -100,7 +101,8 @@ class Coordinator:
         plan, contract = placement.plan, placement.contract
         await self._agree(plan, contract)
         await trio.to_thread.run_sync(self._write_run, contract)
-        self._emit("plan", self._tracker().plan_report())
+        manifest, name_of = self.job.bundle.manifest, self._services.directory.name_of
+        self._emit("plan", plan_report(plan, contract, manifest, name_of))
         await self._begin(plan)
         await self._train(plan)
         return await self._finish(plan, started_s)
@@ -109,7 +111,7 @@ class Coordinator:
         """Take a control message addressed to the run's home peer."""
         match message:
             case Profiled() | Declined() if device in self._answers:
-                self._answers[device] = message
+                self._answers[device] = self._checked(device, message)
             case Ready():
                 self._ready.add(device)
             case Done() | Evaluated() | Usage() if self._progress is not None:
@@ -118,9 +120,19 @@ class Coordinator:
                 self._collector.announce(device, message)
         self._signal.notify()
 
+    def close(self, reason: str) -> None:
+        """The session is over, however it ended: offer nothing more to anybody."""
+        self._withdraw_blobs()
+        if self.plan is not None and not self._decided:
+            self._proposals.withdraw(self.plan.digest, reason)
+
+    def proposed(self, plan: Plan) -> bool:
+        """Whether this is the plan that this session has asked its members about."""
+        return self.plan is not None and plan.digest == self.plan.digest
+
     def decided(self, plan: Plan) -> None:
         """The members agreed on a plan; ours, if it is the one we proposed."""
-        self._decided = self.plan is not None and plan.digest == self.plan.digest
+        self._decided = self.proposed(plan)
         self._signal.notify()
 
     def refused(self, reason: str) -> None:
@@ -143,7 +155,8 @@ class Coordinator:
             self._program.stop_after(step)
             for stage in self.plan.stages:
                 stop = StopAfter(stamp=stamp_of(self.plan), step=step)
-                self._services.outlet.send(stage.device, stop)
+                with contextlib.suppress(PeerLost):  # then the run ends by itself
+                    self._services.outlet.send(stage.device, stop)
         self._signal.notify()
 
     async def _collect_profiles(self) -> dict[DeviceId, PeerProfile]:
@@ -151,7 +164,7 @@ class Coordinator:
         bundle = self.job.bundle
         blobs = [bundle.manifest_bytes, *_graphs(bundle).values()]
         for content in blobs:
-            self._services.blobs.publish(content)
+            self._publish(content)
         offer = Offer(
             run=self.job.run,
             view=self.job.view,
@@ -164,7 +177,10 @@ class Coordinator:
         members = [record.device for record in self._services.directory.alive()]
         self._answers = dict.fromkeys(members)
         for device in members:
-            self._services.outlet.send(device, offer)
+            try:
+                self._services.outlet.send(device, offer)
+            except PeerLost:
+                self.peer_down(device)
         with trio.move_on_after(limits.OFFER_TIMEOUT_S):
             await self._wait_until(lambda: None not in self._answers.values())
         profiles = {}
@@ -198,7 +214,7 @@ class Coordinator:
             services=self._services,
             signal=self._signal,
         )
-        self._propose(plan, contract)
+        self._proposals.propose(plan, contract)
         await self._wait_until(lambda: self._decided or self._refusal is not None)
         if self._refusal is not None:
             raise PlanInfeasible(f"the members did not agree: {self._refusal}")
@@ -213,12 +229,12 @@ class Coordinator:
         checkpoint, listing = self.job.checkpoint, b""
         if checkpoint is not None:
             listing = checkpoint_listing(checkpoint.segments)
-            await trio.to_thread.run_sync(self._publish_checkpoint)
+            await self._publish_checkpoint(checkpoint)
         begin = Begin(
             stamp=stamp_of(plan),
             first_step=self.job.first_step,
             checkpoint_every=self.job.checkpoint_every,
-            checkpoint=self._services.blobs.publish(listing) if listing else None,
+            checkpoint=self._publish(listing) if listing else None,
             checkpoint_bytes=len(listing),
         )
         for stage in plan.stages:
@@ -229,16 +245,25 @@ class Coordinator:
         if scope.cancelled_caught:
             late = ", ".join(map(self._services.directory.name_of, everyone - self._ready))
             raise PeerLost(f"{late} did not get ready within {limits.PREPARE_TIMEOUT_S:.0f} s")
+        self._withdraw_blobs()
         for stage in plan.stages:
             self._services.outlet.send(stage.device, Go(stamp=stamp_of(plan)))
 
-    def _publish_checkpoint(self) -> None:
-        checkpoint = self.job.checkpoint
-        if checkpoint is None:
-            return
+    async def _publish_checkpoint(self, checkpoint: CheckpointRecord) -> None:
+        """Offer every segment of a checkpoint until all stages have theirs."""
+        read = self.job.directory.read_segment
         for saved in checkpoint.segments:
-            content = self.job.directory.read_segment(checkpoint.step, saved)
-            self._services.blobs.publish(content)
+            self._publish(await trio.to_thread.run_sync(read, checkpoint.step, saved))
+
+    def _publish(self, content: bytes) -> Digest:
+        digest = self._services.blobs.publish(content)
+        self._published.append(digest)
+        return digest
+
+    def _withdraw_blobs(self) -> None:
+        for digest in self._published:
+            self._services.blobs.withdraw(digest)
+        self._published.clear()
 
     async def _train(self, plan: Plan) -> None:
         progress, program, collector = self._tracker(), self._program, self._collector
@@ -303,6 +328,16 @@ class Coordinator:
         if self._progress is None:
             raise InvariantBroken("a run made progress before it was agreed")
         return self._progress
+
+    def _checked(self, device: DeviceId, answer: Profiled | Declined) -> Profiled | Declined:
+        """An answer, or what a measurement of another device or model amounts to."""
+        if isinstance(answer, Declined):
+            return answer
+        profile, kinds = answer.profile, self.job.bundle.manifest.kinds
+        if profile.device == device and profile.kinds.keys() == kinds.keys():
+            return answer
+        reason = "its measurement does not fit the model"
+        return Declined(run=answer.run, view=answer.view, reason=reason)
 
     def _note(self, text: str) -> None:
         self._emit("note", NoteReport(text=text))

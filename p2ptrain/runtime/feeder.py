@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.job import Job
-from p2ptrain.runtime.outlet import Outlet
+from p2ptrain.runtime.outlet import Outlet, send_whole
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import stamp_of
@@ -62,12 +62,10 @@ class Feeder:
     async def _feed(self, item: Item, microbatch: int) -> None:
         windows = self._windows(item, microbatch)
         first, last = self._plan.stages[0].device, self._plan.stages[-1].device
-        await self._outlet.send_tensor(
-            first, self._header(item, "input", microbatch), windows.inputs
-        )
-        await self._outlet.send_tensor(
-            last, self._header(item, "labels", microbatch), windows.labels
-        )
+        header = self._header(item, "input", microbatch)
+        await send_whole(self._outlet, first, header, windows.inputs)
+        header = self._header(item, "labels", microbatch)
+        await send_whole(self._outlet, last, header, windows.labels)
 
     def _windows(self, item: Item, microbatch: int) -> Windows:
         size = self._contract.microbatch_size

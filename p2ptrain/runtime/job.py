@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from p2ptrain import limits
 from p2ptrain.errors import CheckpointError, ConfigError, DataError
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
 from p2ptrain.runtime.reports import TrainRequest
@@ -15,6 +16,8 @@ from p2ptrain.store.bundles import Bundle, find_bundle, load_bundle
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory, RunRecord, find_run
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.text import byte_tokens, split_heldout
+
+SCHEDULES = ("1f1b", "gpipe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,7 @@ def open_job(
         ConfigError, BundleError, DataError, CheckpointError, NotFound: the request cannot be
             met; the sentence says what is wrong with it.
     """
+    _check_request(request)
     if request.resume is not None:
         return _resumed_job(request, runs_path)
     if not request.bundle or not request.data:
@@ -94,6 +98,8 @@ def _resumed_job(request: TrainRequest, runs_path: Path) -> Job:
     directory = find_run(runs_path, request.resume or "")
     record = directory.read_record()
     bundle = load_bundle(directory.bundle_path)
+    if bundle.digest != record.contract.bundle:
+        raise CheckpointError(f"the bundle stored with run {record.run[:8]} is another model")
     if request.bundle:
         other = load_bundle(find_bundle(request.bundle)).manifest
         if other.digest != bundle.digest:
@@ -127,6 +133,15 @@ def _resumed_job(request: TrainRequest, runs_path: Path) -> Job:
     )
 
 
+def _check_request(request: TrainRequest) -> None:
+    if request.schedule not in SCHEDULES:
+        raise ConfigError(f"unknown schedule {request.schedule!r}", hint="use 1f1b or gpipe")
+    if request.stages is not None and not 1 <= request.stages <= limits.STAGES_MAX:
+        raise ConfigError(f"stages must be between 1 and {limits.STAGES_MAX}")
+    if request.checkpoint_every < 0:
+        raise ConfigError("steps between checkpoints are 0 or more")
+
+
 def _read_data(bundle: Bundle, data: str, heldout: str | None) -> tuple[np.ndarray, np.ndarray]:
     training = read_tokens(Path(data))
     context = bundle.manifest.data.context
@@ -136,10 +151,10 @@ def _read_data(bundle: Bundle, data: str, heldout: str | None) -> tuple[np.ndarr
     else:
         rest = read_tokens(Path(heldout))
     least = context + 1
-    for tokens, what in ((training, "training"), (rest, "held-out")):
+    for tokens, what, path in ((training, "training", data), (rest, "held-out", heldout or data)):
         if len(tokens) < least:
             raise DataError(
-                f"{data}: {len(tokens)} bytes of {what} text; one sample needs {least}",
+                f"{path}: {len(tokens)} bytes of {what} text; one sample needs {least}",
                 hint="give a longer text with --data, or a held-out file with --heldout",
             )
     return training, rest

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import trio
 
+from p2ptrain import limits
 from p2ptrain.engine.contract import Array, Engine
-from p2ptrain.errors import CheckpointError, InvariantBroken
+from p2ptrain.errors import CheckpointError, InvariantBroken, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.blobs import BlobExchange
@@ -62,15 +64,20 @@ class MemberRun:
             raise InvariantBroken("a member run on a device without a stage")
         self._stage = plan.stages[index]
         self._worker: StageWorker | None = None
-        self._meter = services.open_meter(plan.run, contract.minibatch_size)
+        self._meter = services.open_meter(plan, contract.minibatch_size)
 
     async def run(self) -> None:
-        """From the decision to `finish`. Cancelling it abandons the run on this device."""
+        """From the decision to `finish`. Cancelling it abandons the run on this device.
+
+        Raises:
+            PeerLost: the home peer stays silent, or a neighbour's link broke.
+            NumericsError, CheckpointError, EngineError: the session cannot go on.
+        """
         try:
-            await self._signal.wait_until(lambda: self._begin is not None)
+            await self._hear_from_home(lambda: self._begin is not None, "begin the run")
             stage_run = await self._prepare(self._required_begin())
             self._services.outlet.send(self.plan.home, Ready(stamp=self.stamp))
-            await self._signal.wait_until(lambda: self._go)
+            await self._hear_from_home(lambda: self._go, "say go")
             await stage_run.run()
             await self._signal.wait_until(lambda: self._finished)
         finally:
@@ -108,6 +115,15 @@ class MemberRun:
         """Take inputs or labels that this very peer feeds."""
         if self._stage_run is not None:
             self._stage_run.inbox.deliver(header, array)
+
+    async def _hear_from_home(self, heard: Callable[[], bool], what: str) -> None:
+        """Wait for the home peer, which itself waits for its slowest member at most as long."""
+        limit_s = limits.PREPARE_TIMEOUT_S + limits.PROPOSAL_TIMEOUT_S
+        with trio.move_on_after(limit_s):
+            await self._signal.wait_until(heard)
+        if not heard():
+            name = self._services.directory.name_of(self.plan.home)
+            raise PeerLost(f"the home peer {name} did not {what} within {limit_s:.0f} s")
 
     def _required_begin(self) -> Begin:
         if self._begin is None:
@@ -165,7 +181,9 @@ class MemberRun:
             bundle=manifest.digest,
             state_names=manifest.updates[self._contract.optimizer.name].state,
         )
-        if stored.header.segment != segment or stored.header.run != self.stamp.run:
+        begin, header = self._required_begin(), stored.header
+        place = (header.run, header.segment, header.step)
+        if place != (self.stamp.run, segment, begin.first_step):
             raise CheckpointError(f"what came as segment {segment} is something else")
         worker.load(segment, stored.state)
 
@@ -211,5 +229,11 @@ class MemberRun:
 
 
 def _parse_listing(content: bytes) -> dict[int, SavedSegment]:
-    segments = [from_plain(SavedSegment, item) for item in json.loads(content)]
+    try:
+        document = json.loads(content)
+        if not isinstance(document, list):
+            raise CheckpointError("the checkpoint's listing is not a list")
+        segments = [from_plain(SavedSegment, item) for item in document]
+    except (ValueError, RemoteProtocolError) as error:
+        raise CheckpointError(f"the checkpoint's listing is damaged: {error}") from error
     return {saved.segment: saved for saved in segments}

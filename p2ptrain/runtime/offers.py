@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass
 
 import trio
 
+from p2ptrain import limits
 from p2ptrain.bundle.manifest import parse_manifest
 from p2ptrain.engine.contract import Engine
-from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost
+from p2ptrain.errors import BundleError, PeerLost
 from p2ptrain.ids import DeviceId, Digest, RunId, short
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.runtime.foreign import SURVIVABLE, as_ours
 from p2ptrain.runtime.profiling import profile_kinds
 from p2ptrain.runtime.services import Services
 from p2ptrain.store.bundles import Bundle, bundle_from_parts
@@ -30,6 +31,7 @@ class _Prepared:
     bundle: Bundle
     engine: Engine
     offer: Offer
+    home: DeviceId
     at_s: float
 
 
@@ -39,6 +41,12 @@ class OfferDesk:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._prepared: dict[RunId, _Prepared] = {}
+        self._measuring = trio.Lock()
+
+    @property
+    def prepared_count(self) -> int:
+        """Engines that are kept open for runs."""
+        return len(self._prepared)
 
     async def answer(self, home: DeviceId, offer: Offer, busy_with: RunId | None) -> None:
         """Prepare for an offer and send the measurement, or say why not."""
@@ -48,11 +56,15 @@ class OfferDesk:
                 raise PeerLost(f"busy with run {short(busy_with)}")
             if offer.threads > self._services.threads_max:
                 raise PeerLost(f"its owner allows {self._services.threads_max} threads")
-            answer = await self._measure(home, offer)
-        except P2PTrainError as error:
-            answer = Declined(run=offer.run, view=offer.view, reason=error.message)
-        with contextlib.suppress(PeerLost):
+            async with self._measuring:  # two at once would measure each other
+                answer = await self._measure(home, offer)
+        except SURVIVABLE as error:
+            reason = as_ours(error).message[: limits.REASON_CHARACTERS_MAX]
+            answer = Declined(run=offer.run, view=offer.view, reason=reason)
+        try:
             self._services.outlet.send(home, answer)
+        except PeerLost:
+            self.forget(offer.run)
 
     def refusal(self, plan: Plan, contract: Contract) -> str | None:
         """Why we cannot run our stage of this plan; None when we can."""
@@ -73,16 +85,25 @@ class OfferDesk:
             f"its stage needs {need} bytes of memory and {have} are left" if need > have else None
         )
 
-    def prepared(self, run: RunId) -> tuple[Bundle, Engine]:
-        """What a decided plan runs on; InvariantBroken when nothing was prepared."""
+    def prepared(self, run: RunId) -> tuple[Bundle, Engine] | None:
+        """What a decided plan runs on; None when nothing was prepared, or too long ago."""
         prepared = self._prepared.get(run)
-        if prepared is None:
-            raise InvariantBroken("a plan was decided that this peer never prepared for")
-        return prepared.bundle, prepared.engine
+        return None if prepared is None else (prepared.bundle, prepared.engine)
 
     def forget(self, run: RunId) -> None:
-        """Close the engine of a run that is over."""
+        """Close the engine of a run that is over; one that is taking part keeps its own."""
         self._prepared.pop(run, None)
+
+    def expire(self, offer: Offer) -> None:
+        """Nobody came back to this offer in time: forget it, unless a newer one took its place."""
+        prepared = self._prepared.get(offer.run)
+        if prepared is not None and prepared.offer is offer:
+            self.forget(offer.run)
+
+    def home_down(self, device: DeviceId) -> None:
+        """A peer is gone: its offers will not be decided."""
+        for run in [run for run, p in self._prepared.items() if p.home == device]:
+            self.forget(run)
 
     async def _measure(self, home: DeviceId, offer: Offer) -> Profiled:
         bundle = await self._fetch_bundle(home, offer)
@@ -96,7 +117,7 @@ class OfferDesk:
                 repeats=PROFILE_REPEATS,
             )
         )
-        self._keep(offer, _Prepared(bundle, engine, offer, time.monotonic()))
+        self._keep(offer, _Prepared(bundle, engine, offer, home, time.monotonic()))
         profile = PeerProfile(
             device=self._services.device,
             kinds=kinds,
@@ -118,6 +139,8 @@ class OfferDesk:
             if prepared.bundle.digest == offer.bundle:
                 return prepared.bundle
         blobs = self._services.blobs
+        if offer.bundle_bytes > limits.MANIFEST_BYTES_MAX:
+            raise BundleError(f"a manifest of {offer.bundle_bytes} bytes is too long")
         content = await blobs.fetch(home, offer.bundle, size=offer.bundle_bytes)
         manifest = parse_manifest(content)
         graphs: dict[Digest, bytes] = {}

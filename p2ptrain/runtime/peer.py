@@ -7,18 +7,17 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import trio
 
 from p2ptrain import limits
-from p2ptrain.agreement.events import PlanDecided, ProposalFailed, ProposalReceived
 from p2ptrain.agreement.machine import Agreement
 from p2ptrain.agreement.messages import Accept, Decided, Propose, Refuse, Withdraw
 from p2ptrain.engine.contract import Array
 from p2ptrain.engine.onnxruntime_engine import open_engine, runtime_build
-from p2ptrain.errors import P2PTrainError, PeerLost, RemoteProtocolError
-from p2ptrain.ids import DeviceId, RunId, short
+from p2ptrain.errors import ConfigError, P2PTrainError, PeerLost, RemoteProtocolError
+from p2ptrain.ids import DeviceId, short
 from p2ptrain.membership.events import AddressLearned, MemberDown, MemberUp
 from p2ptrain.membership.machine import Membership
 from p2ptrain.membership.messages import Ack, Ping, Records
@@ -30,6 +29,7 @@ from p2ptrain.net.links import LinkDown, Links, LinkUp
 from p2ptrain.planner.plan import Plan
 from p2ptrain.power.host import available_memory_bytes, host_identity, power_source
 from p2ptrain.power.meter import open_meter
+from p2ptrain.runtime.ballots import Ballots, follow_ballot
 from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.runtime.config import PeerConfig
 from p2ptrain.runtime.driver import Driver
@@ -43,7 +43,6 @@ from p2ptrain.runtime.status import status_report
 from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
 from p2ptrain.store.groups import Group, create_invite, load_addresses, save_addresses
 from p2ptrain.store.home import Home
-from p2ptrain.training.contract import Contract
 from p2ptrain.wire.frames import BulkHeader, TensorHeader
 
 SWITCH_INTERVAL_S = 0.0005
@@ -102,8 +101,9 @@ class Peer:
                 host=self._host,
                 cores=self._cores,
                 threads_max=self._threads_max,
+                say_activity=self._say_activity,
             ),
-            propose=self._propose,
+            proposals=Ballots(lambda: self.agreement),
             default_threads=self._default_threads,
         )
 
@@ -125,8 +125,11 @@ class Peer:
             nursery.start_soon(self._follow_inbox)
             nursery.start_soon(self._follow_self)
             nursery.start_soon(self._find_others)
-            for address in (*self.config.peers, *self._addresses):
+            nursery.start_soon(self._book_energy)
+            for address in self.config.peers:
                 self.links.dial(address)
+            for address in self._addresses:
+                self._dial_hint(address)
             task_status.started()
 
     # The public API (through open_peer).
@@ -182,9 +185,13 @@ class Peer:
     def send(self, device: DeviceId, message: object) -> None:
         """Queue a control message to a member or to ourselves; PeerLost without a link."""
         if device == self.group.device:
-            self._to_self.send_nowait(message)
+            try:
+                self._to_self.send_nowait(message)
+            except trio.WouldBlock as error:
+                raise PeerLost("this peer is too busy to hear itself") from error
         else:
-            self.links.send_control(device, message)
+            with self._naming(device):
+                self.links.send_control(device, message)
 
     async def send_tensor(self, device: DeviceId, header: TensorHeader, *arrays: Array) -> None:
         """Send one tensor to a member, or hand it to our own stage."""
@@ -193,7 +200,16 @@ class Peer:
             for array in arrays:
                 self.runs.deliver(header, array)
         else:
-            await self.links.send_tensor(device, header, *(array.data for array in arrays))
+            with self._naming(device):
+                await self.links.send_tensor(device, header, *(array.data for array in arrays))
+
+    @contextlib.contextmanager
+    def _naming(self, device: DeviceId) -> Iterator[None]:
+        try:
+            yield
+        except PeerLost as error:
+            name = self.name_of(device)
+            raise PeerLost(f"peer {name} ({short(device)}) is gone: {error.message}") from error
 
     # What arrives.
 
@@ -263,26 +279,16 @@ class Peer:
                 self.agreement.call(Agreement.member_down, device, trio.current_time())
             case AddressLearned(device=device, addresses=addresses):
                 for address in addresses:
-                    self.links.dial(address, device=device)
+                    self._dial_hint(address, device)
             case MemberUp():
                 pass
 
     def _agreement_event(self, event: object) -> None:
-        now = trio.current_time()
-        match event:
-            case ProposalReceived(plan=plan, contract=contract):
-                reason = self.runs.refusal(plan, contract)
-                if reason is None:
-                    self.agreement.call(Agreement.accept, plan.digest, now)
-                else:
-                    self.agreement.call(Agreement.refuse, plan.digest, reason, now)
-            case PlanDecided(plan=plan, contract=contract):
-                self.runs.decided(plan, contract)
-            case ProposalFailed(reason=reason):
-                self.runs.proposal_failed(reason)
+        follow_ballot(event, runs=self.runs, agreement=self.agreement)
 
-    def _propose(self, plan: Plan, contract: Contract) -> None:
-        self.agreement.call(Agreement.propose, plan, contract, trio.current_time())
+    def _say_activity(self, activity: str) -> None:
+        self.membership.machine.update_own(activity=activity)
+        self.membership.poke()
 
     def _send_or_drop(self, device: DeviceId, message: object) -> None:
         """Machines repeat themselves: a message without a link is a lost one."""
@@ -314,14 +320,20 @@ class Peer:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._discover, send)
             async for address in receive:
-                self.links.dial(address)
+                self._dial_hint(address)
+
+    def _dial_hint(self, address: str, device: DeviceId | None = None) -> None:
+        """Dial what others say; what is no address is no reason to stop."""
+        with contextlib.suppress(ConfigError):
+            self.links.dial(address, device=device)
 
     def _remember(self, device: DeviceId, address: str | None) -> None:
         if address is None or self._addresses.get(address) == device:
             return
         self._addresses.pop(address, None)
         self._addresses[address] = device
-        save_addresses(self.group, self._addresses)
+        with contextlib.suppress(OSError):  # a hint for the next start, no more
+            save_addresses(self.group, self._addresses)
 
     async def _discover(self, found: trio.MemorySendChannel[str]) -> None:
         await discover(
@@ -339,8 +351,14 @@ class Peer:
         statistics = self.links.statistics()
         return Traffic(statistics.bytes_sent, statistics.bytes_received)
 
-    def _open_run_meter(self, run: RunId, samples_per_step: int) -> RunMeter:
-        return RunMeter(self.meter, run, samples_per_step=samples_per_step)
+    def _open_run_meter(self, plan: Plan, samples_per_step: int) -> RunMeter:
+        return RunMeter(self.meter, plan, samples_per_step=samples_per_step)
+
+    async def _book_energy(self) -> None:
+        """Book idle time too: a meter's counter must not wrap unread between two steps."""
+        while True:
+            await trio.sleep(limits.ENERGY_BOOKED_EVERY_S)
+            self.meter.settle()
 
     def _own_record(self) -> MemberRecord:
         return MemberRecord(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
-from p2ptrain.errors import InvariantBroken
+from p2ptrain.errors import InvariantBroken, NumericsError
 from p2ptrain.ids import DeviceId
-from p2ptrain.planner.input import stage_shares
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.energy_report import energy_report
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.reports import (
     EnergyReport,
     EvaluationReport,
-    PlanReport,
-    StageReport,
     StepReport,
     TrainResult,
 )
@@ -44,7 +42,10 @@ class ProgressTracker:
         self._services, self._signal, self._emit = services, signal, emit
         manifest = job.bundle.manifest
         self._barrier = StepBarrier(
-            plan=plan, manifest=manifest, clip_norm=contract.optimizer.clip_norm
+            plan=plan,
+            manifest=manifest,
+            clip_norm=contract.optimizer.clip_norm,
+            first_step=job.first_step,
         )
         self._next_step = job.first_step + 1
         self._usage: dict[DeviceId, Usage] = {}
@@ -66,12 +67,14 @@ class ProgressTracker:
                 self._barrier.add(device, message)
                 while not self._barrier.missing(self._next_step):
                     self._step_complete(self._next_step)
-            case Evaluated():
+            case Evaluated() if device == self._plan.stages[-1].device:
                 self._evaluation_complete(message)
-            case Usage():
+            case Usage() if device == message.booking.device:
                 self._usage[device] = message
 
     def _evaluation_complete(self, message: Evaluated) -> None:
+        if not math.isfinite(message.loss):
+            raise NumericsError(f"the held-out loss after step {message.step} is not finite")
         self.evaluated_at = message.step
         self._heldout.append(message.loss)
         self.completed_items += 1
@@ -117,36 +120,6 @@ class ProgressTracker:
         if len(self._usage) < len(self._plan.stages):
             return None
         return self.energy().joules_per_sample
-
-    def plan_report(self) -> PlanReport:
-        """The plan as a person reads it."""
-        segments = self._job.bundle.manifest.segments
-        shares = stage_shares(self._plan)
-        stages = tuple(
-            StageReport(
-                device=stage.device,
-                name=self._services.directory.name_of(stage.device),
-                stage=index,
-                first_segment=stage.first_segment,
-                last_segment=stage.segments[-1],
-                segments=tuple(segments[i].name for i in stage.segments),
-                parameters=stage.parameter_count,
-                memory_bytes=stage.memory_bytes,
-                share=shares[index],
-            )
-            for index, stage in enumerate(self._plan.stages)
-        )
-        return PlanReport(
-            run=self._plan.run,
-            bundle=self._job.bundle.manifest.name,
-            plan=self._plan.digest,
-            view=self._plan.view,
-            schedule=self._plan.schedule,
-            stages=stages,
-            predicted_step_s=self._plan.step_ns / 1e9,
-            exactness=self._contract.exactness,
-            reasons=self._plan.reasons,
-        )
 
     def result(
         self, *, seconds: float, state_digest: str, model_path: Path | None, stopped: bool

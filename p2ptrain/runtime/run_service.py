@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import trio
 
+from p2ptrain import limits
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import (
     ConfigError,
@@ -19,17 +21,19 @@ from p2ptrain.errors import (
     P2PTrainError,
     PeerLost,
     error_class,
-    first_error,
 )
 from p2ptrain.ids import DeviceId, RunId, short
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.coordinator import Coordinator
+from p2ptrain.runtime.expected import ExpectedPlan
+from p2ptrain.runtime.foreign import SURVIVABLE, as_ours
 from p2ptrain.runtime.inbox import BodyReader, discard
 from p2ptrain.runtime.job import Job, open_job
 from p2ptrain.runtime.member_run import MemberRun
 from p2ptrain.runtime.offers import OfferDesk
-from p2ptrain.runtime.reports import EnergyReport, TrainRequest, TrainResult
-from p2ptrain.runtime.services import Emit, Services
+from p2ptrain.runtime.plan_report import plan_report
+from p2ptrain.runtime.reports import EnergyReport, PlanReport, TrainRequest, TrainResult
+from p2ptrain.runtime.services import Emit, Proposals, Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import (
@@ -51,7 +55,9 @@ class _Part:
 
     plan: Plan
     member: MemberRun | None
+    report: PlanReport
     scope: trio.CancelScope
+    failure: P2PTrainError | None = None
 
 
 @dataclass(slots=True)
@@ -61,6 +67,7 @@ class _Conduct:
     coordinator: Coordinator
     scope: trio.CancelScope
     failure: P2PTrainError | None = None
+    finished: bool = False
 
 
 class RunService:
@@ -73,15 +80,16 @@ class RunService:
         self,
         services: Services,
         *,
-        propose: Callable[[Plan, Contract], None],
+        proposals: Proposals,
         default_threads: Callable[[], int],
     ) -> None:
         self._services = services
-        self._propose = propose
+        self._proposals = proposals
         self._default_threads = default_threads
         self._desk = OfferDesk(services)
         self._conduct: _Conduct | None = None
         self._part: _Part | None = None
+        self._expected = ExpectedPlan()
         self._changed = Signal()
         self._nursery: trio.Nursery | None = None
         self.last_failure: str | None = None
@@ -97,10 +105,17 @@ class RunService:
 
     @property
     def current_run(self) -> RunId | None:
-        """The run this peer is in, as home or as a stage."""
+        """The run this peer is in, as home or as a stage, or has promised itself to."""
         if self._part is not None:
             return self._part.plan.run
-        return None if self._conduct is None else self._conduct.coordinator.job.run
+        if self._conduct is not None:
+            return self._conduct.coordinator.job.run
+        return self._expected.run
+
+    @property
+    def plan_report(self) -> PlanReport | None:
+        """The plan of the run this peer takes part in."""
+        return None if self._part is None else self._part.report
 
     async def train(self, request: TrainRequest, emit: Emit) -> TrainResult:
         """Conduct a run as its home peer.
@@ -113,11 +128,12 @@ class RunService:
         self._refuse_when_busy()
         job = await trio.to_thread.run_sync(self._open_job, request)
         self._refuse_when_busy()
+        view = max(job.view, self._proposals.next_view(job.run, job.lineage))
         coordinator = Coordinator(
             request=request,
-            job=job,
+            job=dataclasses.replace(job, view=view),
             services=self._services,
-            propose=self._propose,
+            proposals=self._proposals,
             emit=emit,
         )
         conduct = _Conduct(coordinator, trio.CancelScope())
@@ -126,9 +142,11 @@ class RunService:
             result = await self._run_conduct(conduct)
             self.last_energy = result.energy
             await self._changed.wait_until(lambda: self._part is None)
-            return result
         finally:
             self._end_conduct(conduct)
+        if result is None:
+            raise self._with_run(conduct.failure or Interrupted("the run was cancelled"), conduct)
+        return result
 
     def stop(self) -> None:
         """End the run that this peer conducts after the step that has begun."""
@@ -139,8 +157,8 @@ class RunService:
         """Take a control message about runs or blobs."""
         try:
             self._receive(device, message)
-        except P2PTrainError as error:
-            self._fail(error)
+        except SURVIVABLE as error:
+            self._fail(as_ours(error))
 
     async def receive_tensor(
         self, device: DeviceId, header: TensorHeader, length: int, reader: BodyReader
@@ -158,39 +176,58 @@ class RunService:
         if part is not None and part.member is not None:
             part.member.deliver(header, array)
 
-    def refusal(self, plan: Plan, contract: Contract) -> str | None:
-        """Why this peer cannot take the part a proposal gives it; None when it can."""
-        if self._part is not None:
-            return f"busy with run {self._part.plan.run[:8]}"
-        return self._desk.refusal(plan, contract)
+    # What the agreement machine says (runtime.ballots).
+
+    def consider(self, plan: Plan, contract: Contract) -> str | None:
+        """Why this peer cannot take the part a proposal gives it.
+
+        None: it can, and from now on it is promised to this plan until that is decided or
+        withdrawn, or the plan's home peer is gone.
+        """
+        busy_with = self.current_run
+        if self._part is not None or busy_with not in (None, plan.run):
+            return f"busy with run {short(busy_with or plan.run)}"
+        reason = self._desk.refusal(plan, contract)
+        if reason is None:
+            self._expected.expect(plan)
+        return reason
+
+    def withdrawn(self, plan: Plan) -> None:
+        """A proposal will not be decided: its engine may go."""
+        self._expected.forget(plan)
+        self._desk.forget(plan.run)
 
     def decided(self, plan: Plan, contract: Contract) -> None:
-        """All members agreed: begin our part."""
-        if self._part is not None:
-            raise InvariantBroken("a second run was decided on a busy peer")
-        member = None
-        if plan.stage_of(self._services.device) is not None:
-            bundle, engine = self._desk.prepared(plan.run)
-            member = MemberRun(
-                plan=plan,
-                contract=contract,
-                bundle=bundle,
-                engine=engine,
-                services=self._services,
-            )
-        self._part = _Part(plan, member, trio.CancelScope())
-        self._start(self._take_part, self._part)
-        if self._conduct is not None:
-            self._conduct.coordinator.decided(plan)
+        """All members agreed: begin our part, or say that it is too late."""
+        early = self._expected.take(plan)
+        conduct = self._conduct
+        is_home = plan.home == self._services.device
+        abandoned = is_home and (conduct is None or not conduct.coordinator.proposed(plan))
+        part = None if early is None or abandoned else self._make_part(plan, contract)
+        if part is None or early is None or self._part is not None:
+            self._abort(plan, PeerLost(f"{self._own_name()} is not ready for this run any more"))
+            return
+        self._part = part
+        self.last_failure = None
+        self._services.say_activity(_activity(plan, self._services.device))
+        self._start(self._take_part, part)
+        if is_home and conduct is not None:
+            conduct.coordinator.decided(plan)
+        for device, message in early:
+            self.receive(device, message)
 
-    def proposal_failed(self, reason: str) -> None:
-        """Our proposal was not agreed."""
-        if self._conduct is not None:
+    def proposal_failed(self, plan: Plan, reason: str, devices: tuple[DeviceId, ...]) -> None:
+        """A proposal of this peer was not agreed."""
+        for device in devices:
+            reason = reason.replace(short(device), self._services.directory.name_of(device))
+        if self._conduct is not None and self._conduct.coordinator.proposed(plan):
             self._conduct.coordinator.refused(reason)
 
     def peer_down(self, device: DeviceId, reason: str) -> None:
         """A member of the group is gone; a run it takes part in ends here and now."""
         self._services.blobs.peer_down(device)
+        self._expected.home_down(device)
+        self._desk.home_down(device)
         if self._conduct is not None:
             self._conduct.coordinator.peer_down(device)
         if self._part is not None and device in self._part.plan.members:
@@ -200,7 +237,7 @@ class RunService:
     def _receive(self, device: DeviceId, message: object) -> None:
         match message:
             case Offer():
-                self._start(self._desk.answer, device, message, self.current_run)
+                self._start(self._answer_offer, device, message, self.current_run)
             case BlobRequest():
                 self._start(self._serve_blob, device, message)
             case BlobMissing():
@@ -209,81 +246,116 @@ class RunService:
                 conduct = self._conduct
                 if conduct is not None and conduct.coordinator.job.run == message.run:
                     conduct.coordinator.receive(device, message)
-            case Abort():
-                self._aborted(device, message)
             case _:
                 self._receive_stamped(device, message)
 
     def _receive_stamped(self, device: DeviceId, message: object) -> None:
         stamp = getattr(message, "stamp", None)
-        part = self._part_of(stamp) if isinstance(stamp, Stamp) else None
+        if not isinstance(stamp, Stamp) or self._expected.keep(device, stamp, message):
+            return
+        part = self._part_of(stamp)
         if part is None or device not in part.plan.members:
+            return
+        if isinstance(message, Abort):
+            self._aborted(device, message)
             return
         if part.member is not None:
             part.member.receive(device, message)
         if self._conduct is not None and part.plan.home == self._services.device:
             self._conduct.coordinator.receive(device, message)
 
-    async def _run_conduct(self, conduct: _Conduct) -> TrainResult:
+    def _make_part(self, plan: Plan, contract: Contract) -> _Part | None:
+        """Our part in a plan; None when what it needs is not there any more."""
+        member, conduct = None, self._conduct
+        if plan.stage_of(self._services.device) is None:
+            if conduct is None:
+                return None
+            manifest = conduct.coordinator.job.bundle.manifest
+        else:
+            prepared = self._desk.prepared(plan.run)
+            if prepared is None:
+                return None
+            bundle, engine = prepared
+            manifest = bundle.manifest
+            member = MemberRun(
+                plan=plan,
+                contract=contract,
+                bundle=bundle,
+                engine=engine,
+                services=self._services,
+            )
+        report = plan_report(plan, contract, manifest, self._services.directory.name_of)
+        return _Part(plan, member, report, trio.CancelScope())
+
+    async def _run_conduct(self, conduct: _Conduct) -> TrainResult | None:
+        """The result, or None when the session failed or was told to end."""
         result: TrainResult | None = None
         try:
             with conduct.scope:
                 result = await conduct.coordinator.conduct()
-        except* P2PTrainError as group:
-            self._fail(first_error(group))
-        if result is not None:
-            return result
-        raise self._with_run(conduct.failure or Interrupted("the run was cancelled"), conduct)
+        except* SURVIVABLE as group:
+            self._fail(as_ours(group))
+        finally:
+            conduct.finished = True
+            self._changed.notify()
+        return result
 
     def _end_conduct(self, conduct: _Conduct) -> None:
         """Whatever happened, nothing of the run goes on when its home peer has left it."""
         self._conduct = None
+        error = conduct.failure or Interrupted("its home peer ended the run")
+        conduct.coordinator.close(error.message)
         if self._part is not None:
-            self._abort_part(Interrupted("its home peer ended the run"))
+            self._fail(error)
         self._desk.forget(conduct.coordinator.job.run)
+        self._changed.notify()
 
     async def _take_part(self, part: _Part) -> None:
         """Run our stage to its end; a home peer without one waits for the session to end."""
         try:
             with part.scope:
                 if part.member is None:
-                    await self._changed.wait_until(lambda: self._conduct is None)
+                    await self._changed.wait_until(
+                        lambda: self._conduct is None or self._conduct.finished
+                    )
                 else:
                     await part.member.run()
-        except* P2PTrainError as group:
-            self._fail(first_error(group))
+        except* SURVIVABLE as group:
+            self._fail(as_ours(group))
         finally:
-            if self._part is part:
-                self._part = None
+            self._part = None
             self._desk.forget(part.plan.run)
+            self._services.say_activity("idle")
             self._changed.notify()
 
     def _aborted(self, device: DeviceId, message: Abort) -> None:
-        part = self._part_of(message.stamp)
-        if part is None or device not in part.plan.members:
-            return
         name = self._services.directory.name_of(device)
-        error = error_class(message.error)(message.reason)
-        self._fail(error, told_by=name)
+        reason = message.reason[: limits.REASON_CHARACTERS_MAX]
+        self._fail(error_class(message.error)(reason), told_by=name)
 
     def _fail(self, error: P2PTrainError, *, told_by: str | None = None) -> None:
-        """End the current run on this device, and tell the others unless they told us."""
-        self.last_failure = error.message if told_by is None else f"{error.message} ({told_by})"
-        if self._conduct is not None and self._conduct.failure is None:
-            self._conduct.failure = error
-            self._conduct.scope.cancel()
-        if told_by is None or (self._conduct is not None and self._part is not None):
-            self._abort_part(error)
-        elif self._part is not None:
-            self._part.scope.cancel()
+        """End the current run on this device; what comes after the first reason changes nothing.
 
-    def _abort_part(self, error: P2PTrainError) -> None:
-        part = self._part
-        if part is None or part.scope.cancel_called:
-            return
-        part.scope.cancel()
-        message = Abort(stamp=stamp_of(part.plan), error=type(error).__name__, reason=error.message)
-        for device in part.plan.members:
+        The others are told, unless they told us; the home peer repeats it to all.
+        """
+        conduct, part = self._conduct, self._part
+        sentence = error.message if told_by is None else f"{error.message} ({told_by})"
+        if conduct is not None and conduct.failure is None:
+            conduct.failure = error
+            conduct.scope.cancel()
+            self.last_failure = sentence
+        if part is not None and part.failure is None:
+            part.failure = error
+            part.scope.cancel()
+            self.last_failure = sentence
+            if told_by is None or part.plan.home == self._services.device:
+                self._abort(part.plan, error)
+
+    def _abort(self, plan: Plan, error: P2PTrainError) -> None:
+        """Tell all members that the run cannot go on."""
+        reason = error.message[: limits.REASON_CHARACTERS_MAX]
+        message = Abort(stamp=stamp_of(plan), error=type(error).__name__, reason=reason)
+        for device in plan.members:
             if device != self._services.device:
                 with contextlib.suppress(PeerLost):
                     self._services.outlet.send(device, message)
@@ -291,10 +363,19 @@ class RunService:
     def _with_run(self, error: P2PTrainError, conduct: _Conduct) -> P2PTrainError:
         """Say which run can be resumed, where a checkpoint of it exists."""
         job = conduct.coordinator.job
-        if isinstance(error, PeerLost | NumericsError) and job.directory.checkpoint_steps():
-            step = job.directory.checkpoint_steps()[-1]
-            error.hint = f"go on from step {step} with: --resume {short(job.run)}"
+        steps = job.directory.checkpoint_steps()
+        if isinstance(error, PeerLost | NumericsError) and steps:
+            error.hint = f"go on from step {steps[-1]} with: --resume {short(job.run)}"
         return error
+
+    async def _answer_offer(self, device: DeviceId, offer: Offer, busy_with: RunId | None) -> None:
+        """Answer; an engine that no decision claims in time is closed."""
+        await self._desk.answer(device, offer, busy_with)
+        await trio.sleep(limits.OFFER_KEPT_S)
+        self._desk.expire(offer)
+
+    def _own_name(self) -> str:
+        return self._services.directory.name_of(self._services.device)
 
     async def _serve_blob(self, device: DeviceId, request: BlobRequest) -> None:
         with contextlib.suppress(PeerLost):
@@ -323,6 +404,13 @@ class RunService:
         if self._nursery is None:
             raise InvariantBroken("the run service is not running")
         self._nursery.start_soon(task, *args)
+
+
+def _activity(plan: Plan, device: DeviceId) -> str:
+    """`run 3f2a1b2c, stage 1 of 3`, for status."""
+    index = plan.stage_of(device)
+    what = "data" if index is None else f"stage {index + 1} of {len(plan.stages)}"
+    return f"run {short(plan.run)}, {what}"
 
 
 def new_run_id() -> RunId:

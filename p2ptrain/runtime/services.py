@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Protocol
 
 from p2ptrain.engine.contract import Engine
-from p2ptrain.ids import DeviceId, RunId
+from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
 from p2ptrain.membership.record import MemberRecord
+from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.runtime.outlet import Outlet
 from p2ptrain.runtime.usage import RunMeter
+from p2ptrain.training.contract import Contract
 
 Emit = Callable[[str, object], None]
 """(event name, report) -> whoever asked for the run."""
@@ -28,6 +30,19 @@ class Directory(Protocol):
         """What people call a device; its short id when unknown."""
 
 
+class Proposals(Protocol):
+    """How a home peer gets its plan agreed."""
+
+    def propose(self, plan: Plan, contract: Contract) -> None:
+        """Ask every member of the plan; LocalProtocolError when its view is taken."""
+
+    def withdraw(self, plan: Digest, reason: str) -> None:
+        """Take back a proposal that is not decided yet; nothing happens when it is."""
+
+    def next_view(self, run: RunId, lineage: Lineage) -> ViewNumber:
+        """The lowest view that can still be proposed, as far as is known here."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """One peer's abilities, handed to its runs."""
@@ -39,11 +54,13 @@ class Services:
     runs_path: Path
     open_engine: Callable[[int], Engine]
     """threads -> an engine."""
-    open_meter: Callable[[RunId, int], RunMeter]
-    """(run, samples per step) -> the meter that books on that run."""
+    open_meter: Callable[[Plan, int], RunMeter]
+    """(plan, samples per step) -> the meter that books on this session of its run."""
     memory_bytes: Callable[[], int]
     """What a run may use here now."""
     host: str
     cores: int
     threads_max: int
     """The most compute threads the owner of this peer allows."""
+    say_activity: Callable[[str], None]
+    """Tell the group what this peer is doing now."""

@@ -17,7 +17,7 @@ from p2ptrain.errors import InvariantBroken, RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.inbox import TensorInbox
-from p2ptrain.runtime.outlet import Outlet
+from p2ptrain.runtime.outlet import Outlet, send_whole
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.usage import RunMeter
@@ -94,7 +94,10 @@ class StageRun:
         shape = (contract.microbatch_size, manifest.data.context)
         self.inbox = TensorInbox(signal, fed_shape=shape)
         self.barrier = StepBarrier(
-            plan=plan, manifest=manifest, clip_norm=contract.optimizer.clip_norm
+            plan=plan,
+            manifest=manifest,
+            clip_norm=contract.optimizer.clip_norm,
+            first_step=program.step,
         )
 
     async def run(self) -> None:
@@ -235,9 +238,9 @@ class StageRun:
             with self._meter.phase("communicate"):
                 for index, array in enumerate(outgoing.arrays):
                     header = dataclasses.replace(outgoing.header, index=index)
-                    await self._outlet.send_tensor(neighbour.device, header, array)
+                    await send_whole(self._outlet, neighbour.device, header, array)
                 if not outgoing.arrays:
-                    await self._outlet.send_tensor(neighbour.device, outgoing.header)
+                    await send_whole(self._outlet, neighbour.device, outgoing.header)
 
     def _targets(self, kind: str, sequence: int) -> tuple[Array, ...]:
         """The buffers that a boundary tensor of this stage belongs into."""

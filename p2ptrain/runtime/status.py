@@ -38,7 +38,7 @@ def status_report(peer: Peer) -> PeerStatus:
         members=(self_line, *(member_report(view) for view in others)),
         run=peer.runs.current_run,
         run_state=_run_state(peer),
-        plan=None,
+        plan=peer.runs.plan_report,
         runs=tuple(summaries(peer.home.runs)),
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from p2ptrain.bundle.protobuf import append_initialisers
+from p2ptrain.errors import ConfigError
 from p2ptrain.store.atomic import write_atomic
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory
@@ -26,12 +27,18 @@ def write_trained_model(
 
     Raises:
         CheckpointError: a segment is damaged; the file is not written.
-        OSError: the place cannot be written to.
+        ConfigError: the place cannot be written to; the run itself is safe.
     """
     graph = bundle.graph(bundle.manifest.inference.graph)
     tensors = _tensors(bundle, bundle.manifest.updates[optimizer].state, directory, checkpoint)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, append_initialisers(graph, tensors))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, append_initialisers(graph, tensors))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}",
+            hint="the run is stored: write the model elsewhere with --resume RUN --out FILE",
+        ) from error
 
 
 def _tensors(

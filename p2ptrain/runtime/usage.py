@@ -11,7 +11,8 @@ from p2ptrain.energy.combine import PeerBooking
 from p2ptrain.energy.ledger import NO_RUN, Amounts
 from p2ptrain.energy.phases import Phase
 from p2ptrain.energy.recorder import EnergyRecorder
-from p2ptrain.ids import DeviceId, RunId
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.plan import Plan
 from p2ptrain.power.meter import Meter
 from p2ptrain.training.messages import Stamp, Usage
 
@@ -45,10 +46,10 @@ class PeerMeter:
         finally:
             self._recorder.clock.end(phase, time.monotonic())
 
-    def enter_run(self, run: RunId | None) -> None:
-        """From now on book on this run; None: on none."""
+    def enter_run(self, session: str | None) -> None:
+        """From now on book on this session of a run; None: on none."""
         self.settle()
-        self._run = NO_RUN if run is None else run
+        self._run = NO_RUN if session is None else session
 
     def settle(self, *, step: int | None = None, samples: int = 0) -> Amounts:
         """Book what happened since the last call; gives what it came to."""
@@ -63,23 +64,26 @@ class PeerMeter:
             step=step,
         )
 
-    def booking(self, run: RunId | None = None) -> PeerBooking:
-        """Everything booked on a run; None: on the peer's whole life."""
+    def booking(self, session: str | None = None) -> PeerBooking:
+        """Everything booked on a session of a run; None: on the peer's whole life."""
         self._recorder.ledger.check()
         return PeerBooking(
             device=self._device,
             name=self._name,
-            amounts=self._recorder.ledger.life() if run is None else self._recorder.ledger.run(run),
+            amounts=self._recorder.ledger.life()
+            if session is None
+            else self._recorder.ledger.run(session),
             identity=self._meter.identity,
         )
 
 
 class RunMeter:
-    """A peer's meter as one run uses it."""
+    """A peer's meter as one session of a run uses it: a resumed run begins a new account."""
 
-    def __init__(self, meter: PeerMeter, run: RunId, *, samples_per_step: int) -> None:
-        self._meter, self._run, self._samples = meter, run, samples_per_step
-        meter.enter_run(run)
+    def __init__(self, meter: PeerMeter, plan: Plan, *, samples_per_step: int) -> None:
+        self._meter, self._samples = meter, samples_per_step
+        self._session = f"{plan.run}.{plan.lineage}.{plan.view}"
+        meter.enter_run(self._session)
 
     def phase(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
         """Count the time of the block as this phase."""
@@ -92,7 +96,7 @@ class RunMeter:
             stamp=stamp,
             step=step,
             activity=_activity(amounts),
-            booking=self._meter.booking(self._run),
+            booking=self._meter.booking(self._session),
         )
 
     def close(self) -> None:

@@ -12,7 +12,10 @@ number of peers can resume them.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +34,7 @@ CHECKPOINT_FORMAT: Final = "p2ptrain-checkpoint"
 VERSION: Final = 1
 KEPT_CHECKPOINTS: Final = 2
 
+_STEP_FOLDER: Final = re.compile(r"step-[0-9]{8,12}\Z")
 _T = TypeVar("_T")
 
 
@@ -89,44 +93,56 @@ class RunDirectory:
 
     def write_record(self, record: RunRecord) -> None:
         """Create or replace `run.json`."""
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(self.path / "run.json", [_document(RUN_FORMAT, record)])
+        with _storing("the run's record"):
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomic(self.path / "run.json", [_document(RUN_FORMAT, record)])
 
     def read_record(self) -> RunRecord:
-        """The run's record; CheckpointError when it is damaged or of an unknown version."""
-        return _read(self.path / "run.json", RUN_FORMAT, RunRecord)
+        """The run's record; CheckpointError when it is damaged, foreign or of another version."""
+        record = _read(self.path / "run.json", RUN_FORMAT, RunRecord)
+        if record.run != self.path.name:
+            raise CheckpointError(f"run.json is of run {record.run[:8]}, not {self.path.name[:8]}")
+        return record
 
     def write_bundle(self, manifest: bytes, graphs: Mapping[Digest, bytes]) -> None:
         """Keep the bundle beside the run, so that it can be resumed without the original."""
         folder = self.bundle_path / "graphs"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for digest, content in graphs.items():
-            write_atomic(folder / f"{digest}.onnx", [content])
-        write_atomic(self.bundle_path / "manifest.json", [manifest])
+        with _storing("the run's bundle"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for digest, content in graphs.items():
+                write_atomic(folder / f"{digest}.onnx", [content])
+            write_atomic(self.bundle_path / "manifest.json", [manifest])
 
     def append_progress(self, line: Mapping[str, object]) -> None:
         """Add one step to the log; the log is for people, nothing is read back from it."""
-        with (self.path / "progress.jsonl").open("a", encoding="utf-8") as stream:
+        path = self.path / "progress.jsonl"
+        with _storing("the run's log"), path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def write_segment(self, step: int, segment: int, content: bytes) -> None:
-        """Store one segment of a checkpoint that is not yet complete."""
+        """Store one segment of a checkpoint that is not yet complete.
+
+        This and every other write raises CheckpointError when the disk is full or read-only.
+        """
         folder = self._checkpoint_path(step)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(folder / _segment_name(segment), [content])
+        with _storing(f"the checkpoint of step {step}"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomic(folder / _segment_name(segment), [content])
 
     def commit_checkpoint(self, record: CheckpointRecord) -> None:
-        """Make a checkpoint whole, then forget the oldest ones."""
+        """Make a checkpoint whole, then forget the oldest ones and what never became whole."""
         path = self._checkpoint_path(record.step) / "checkpoint.json"
-        write_atomic(path, [_document(CHECKPOINT_FORMAT, record)])
-        for step in self.checkpoint_steps()[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(self._checkpoint_path(step), ignore_errors=True)
+        with _storing(f"the checkpoint of step {record.step}"):
+            write_atomic(path, [_document(CHECKPOINT_FORMAT, record)])
+        oldest_kept = self.checkpoint_steps()[-KEPT_CHECKPOINTS:][0]
+        for step in self._begun_steps():
+            if step < oldest_kept:
+                shutil.rmtree(self._checkpoint_path(step), ignore_errors=True)
 
     def checkpoint_steps(self) -> list[int]:
         """The steps of all whole checkpoints, ascending."""
-        folder = self.path / "checkpoints"
-        found = folder.glob("step-*/checkpoint.json") if folder.is_dir() else iter(())
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+        begun = self._begun_steps()
+        return [s for s in begun if (self._checkpoint_path(s) / "checkpoint.json").is_file()]
 
     def read_checkpoint(self, manifest: Manifest) -> CheckpointRecord | None:
         """The newest whole checkpoint, or None before the first.
@@ -139,6 +155,8 @@ class RunDirectory:
             return None
         path = self._checkpoint_path(steps[-1]) / "checkpoint.json"
         record = _read(path, CHECKPOINT_FORMAT, CheckpointRecord)
+        if (record.run, record.step) != (self.path.name, steps[-1]):
+            raise CheckpointError(f"the checkpoint of step {steps[-1]} is of another run or step")
         if record.bundle != manifest.digest:
             raise CheckpointError(f"the checkpoint of step {record.step} is of another model")
         if [saved.segment for saved in record.segments] != list(range(len(manifest.segments))):
@@ -146,14 +164,23 @@ class RunDirectory:
         return record
 
     def read_segment(self, step: int, saved: SavedSegment) -> bytes:
-        """One segment's file, exactly as long as its record says; the reader checks its hash."""
+        """One segment's file, exactly the bytes that its record names; else CheckpointError."""
         path = self._checkpoint_path(step) / _segment_name(saved.segment)
         try:
             if path.stat().st_size != saved.blob_bytes:
                 raise CheckpointError(f"{path.name} of step {step} has the wrong size")
-            return path.read_bytes()
+            content = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path.name} of step {step}: {error.strerror}") from error
+        if hashlib.sha256(content).hexdigest() != saved.blob:
+            raise CheckpointError(f"{path.name} of step {step} is damaged: its hash differs")
+        return content
+
+    def _begun_steps(self) -> list[int]:
+        """Steps with a checkpoint directory, whole or not, ascending."""
+        folder = self.path / "checkpoints"
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return sorted(int(name[5:]) for name in names if _STEP_FOLDER.match(name))
 
     def _checkpoint_path(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:08d}"
@@ -169,7 +196,7 @@ def find_run(runs: Path, prefix: str) -> RunDirectory:
     Raises:
         NotFound: none does, or several do; the message lists them.
     """
-    matches = [path for path in run_paths(runs) if path.name.startswith(prefix)]
+    matches = [path for path in run_paths(runs) if prefix and path.name.startswith(prefix)]
     if len(matches) == 1:
         return RunDirectory(matches[0])
     known = ", ".join(path.name[:8] for path in (matches or run_paths(runs))) or "none"
@@ -196,6 +223,18 @@ def summaries(runs: Path) -> Iterator[str]:
             continue
         last = (directory.checkpoint_steps() or [0])[-1]
         yield f"{path.name}: {record.bundle_name}, step {last} of {record.contract.steps}"
+
+
+@contextlib.contextmanager
+def _storing(what: str) -> Iterator[None]:
+    """A disk that refuses a write ends the session, not the peer."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{what} cannot be stored: {error.strerror or error}",
+            hint="make room on the disk, then go on with --resume",
+        ) from error
 
 
 def _document(kind: str, record: object) -> bytes:

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from p2ptrain.bundle.manifest import Manifest
-from p2ptrain.errors import NumericsError, RemoteProtocolError
+from p2ptrain.errors import InvariantBroken, NumericsError, RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.training.clipping import clip_scale
 from p2ptrain.training.messages import Done
+
+STEPS_AHEAD_MAX = 2
+"""A stage begins step S + 1 only with every `Done` of step S in hand, so it reports at most S + 1
+to a member that still lacks some of step S; home takes steps in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +40,11 @@ def stage_tensor_indices(manifest: Manifest, segments: Iterable[int]) -> tuple[i
 class StepBarrier:
     """Collects `Done` of every stage; one float64 square sum per tensor in manifest order."""
 
-    def __init__(self, *, plan: Plan, manifest: Manifest, clip_norm: float) -> None:
+    def __init__(
+        self, *, plan: Plan, manifest: Manifest, clip_norm: float, first_step: int
+    ) -> None:
         self._clip_norm = clip_norm
+        self._taken = first_step
         self._indices: Mapping[DeviceId, tuple[int, ...]] = {
             stage.device: stage_tensor_indices(manifest, stage.segments) for stage in plan.stages
         }
@@ -48,12 +55,17 @@ class StepBarrier:
         """Note one stage's result; a repeated one changes nothing.
 
         Raises:
-            RemoteProtocolError: from a peer without a stage, or with a wrong number of sums.
+            RemoteProtocolError: from a peer without a stage, with a wrong number of sums, or of a
+                step that cannot have been made yet.
         """
         indices = self._indices.get(device)
         if indices is None or len(done.square_sums) != 8 * len(indices):
             raise RemoteProtocolError(f"step {done.step}: square sums that do not fit the plan")
-        self._waiting.setdefault(done.step, {})[device] = done
+        if done.step <= self._taken:
+            return
+        if done.step > self._taken + STEPS_AHEAD_MAX:
+            raise RemoteProtocolError(f"step {done.step} is done, but step {self._taken} is not")
+        self._waiting.setdefault(done.step, {}).setdefault(device, done)
 
     def missing(self, step: int) -> tuple[DeviceId, ...]:
         """Stages whose `Done` of this step has not arrived."""
@@ -66,7 +78,10 @@ class StepBarrier:
         Raises:
             NumericsError: a loss or gradient is not finite; the step must not be applied.
         """
+        if self.missing(step):
+            raise InvariantBroken(f"the totals of step {step} were taken too early")
         dones = self._waiting.pop(step)
+        self._taken = step
         sums = np.zeros(self._tensor_count, dtype=np.float64)
         for device, indices in self._indices.items():
             sums[list(indices)] = np.frombuffer(dones[device].square_sums, dtype="<f8")

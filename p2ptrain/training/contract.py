@@ -106,6 +106,10 @@ def _problem(contract: Contract) -> str | None:
         return "steps, microbatch size and threads are at least 1"
     if not 1 <= contract.microbatches <= limits.MICROBATCHES_MAX:
         return f"microbatches must be between 1 and {limits.MICROBATCHES_MAX}"
+    if not 1 <= contract.heldout_microbatches <= limits.MICROBATCHES_MAX:
+        return f"held-out microbatches must be between 1 and {limits.MICROBATCHES_MAX}"
+    if contract.evaluate_every < 0:
+        return "steps between evaluations are 0 or more"
     if contract.dropout is not None and not 0.0 <= contract.dropout < 1.0:
         return "dropout is a probability below 1"
     if contract.form not in ("portable", "training"):

@@ -1,0 +1,45 @@
+"""A decided plan as a person reads it, on every member alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.input import stage_shares
+from p2ptrain.planner.plan import Plan
+from p2ptrain.runtime.reports import PlanReport, StageReport
+from p2ptrain.training.contract import Contract
+from p2ptrain.units import NS_PER_S
+
+
+def plan_report(
+    plan: Plan, contract: Contract, manifest: Manifest, name_of: Callable[[DeviceId], str]
+) -> PlanReport:
+    """The plan with its peers' names, its segments' names and its reasons."""
+    shares = stage_shares(plan)
+    stages = tuple(
+        StageReport(
+            device=stage.device,
+            name=name_of(stage.device),
+            stage=index,
+            first_segment=stage.first_segment,
+            last_segment=stage.segments[-1],
+            segments=tuple(manifest.segments[i].name for i in stage.segments),
+            parameters=stage.parameter_count,
+            memory_bytes=stage.memory_bytes,
+            share=shares[index],
+        )
+        for index, stage in enumerate(plan.stages)
+    )
+    return PlanReport(
+        run=plan.run,
+        bundle=manifest.name,
+        plan=plan.digest,
+        view=plan.view,
+        schedule=plan.schedule,
+        stages=stages,
+        predicted_step_s=plan.step_ns / NS_PER_S,
+        exactness=contract.exactness,
+        reasons=plan.reasons,
+    )

@@ -1,0 +1,326 @@
+"""A whole group in one process: real run services, agreement and engine; links in memory.
+
+What is real: `RunService` with everything below it, the agreement machine under its driver, the
+control codec, frame headers, the tensor inbox, worker threads, files. What is not: TLS, membership
+and discovery. A tensor passes hand to hand (no socket buffers), so whoever waits for a receiver
+really waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import struct
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import trio
+
+from p2ptrain.agreement.machine import Agreement
+from p2ptrain.agreement.messages import Accept, Decided, Propose, Refuse, Withdraw
+from p2ptrain.energy.meter import MeterIdentity
+from p2ptrain.engine.contract import Array, Engine
+from p2ptrain.engine.onnxruntime_engine import open_engine, runtime_build
+from p2ptrain.errors import PeerLost, RemoteProtocolError
+from p2ptrain.ids import DeviceId, short
+from p2ptrain.membership.record import MemberRecord
+from p2ptrain.planner.plan import Plan
+from p2ptrain.power.meter import Meter
+from p2ptrain.power.model import PowerConfig, model_for
+from p2ptrain.runtime.ballots import Ballots, follow_ballot
+from p2ptrain.runtime.blobs import BlobExchange
+from p2ptrain.runtime.driver import Driver
+from p2ptrain.runtime.reports import TrainRequest, TrainResult
+from p2ptrain.runtime.run_service import RunService
+from p2ptrain.runtime.services import Services
+from p2ptrain.runtime.signal import Signal
+from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
+from p2ptrain.wire import frames
+from p2ptrain.wire.codec import decode, encode
+from p2ptrain.wire.frames import BulkHeader, TensorHeader
+from tests.bundles import write_bundle
+from tests.sim.plans import device, make_record
+
+AGREEMENT = (Propose, Accept, Refuse, Decided, Withdraw)
+MEMORY_BYTES = 1 << 34
+
+
+class MemoryReader:
+    """The body of one frame; the handler takes exactly all of it."""
+
+    def __init__(self, content: memoryview) -> None:
+        self.left = content
+
+    async def read_into(self, view: memoryview) -> None:
+        await trio.lowlevel.checkpoint()
+        view[:] = self.left[: len(view)]
+        self.left = self.left[len(view) :]
+
+
+def model_meter() -> Meter:
+    """A meter without a sensor: the model says it all."""
+    model = model_for(machine="x86_64", cores=2, config=PowerConfig())
+    identity = MeterIdentity(
+        meter="test/model", scope="model", quality="estimated", error_band=0.5, source="a model"
+    )
+    return Meter(identity=identity, model=model, counter=None, machine_cpu_ns=lambda: None)
+
+
+@dataclass
+class Member:
+    """One peer of the group, and what a test may change about it."""
+
+    group: MemoryGroup
+    device: DeviceId
+    name: str
+    runs_path: Path
+    memory_bytes: int = MEMORY_BYTES
+    threads_max: int = 2
+    open_engine: Callable[[int], Engine] = lambda threads: open_engine(threads=threads)
+    silent: bool = False
+    """It receives and never says anything."""
+    durable: Callable[[], object] | None = None
+    """Awaited before a journal record counts as durable."""
+    activities: list[str] = field(default_factory=list)
+    received: list[object] = field(default_factory=list)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    alive: bool = True
+
+    def __post_init__(self) -> None:
+        self.blobs = BlobExchange(send=self.send, send_bulk=self._send_bulk)
+        traffic = Traffic(0, 0)
+        self.meter = PeerMeter(
+            device=self.device, name=self.name, meter=model_meter(), traffic=lambda: traffic
+        )
+        self.runs = RunService(
+            Services(
+                device=self.device,
+                directory=self.group,
+                outlet=self,
+                blobs=self.blobs,
+                runs_path=self.runs_path,
+                open_engine=lambda threads: self.open_engine(threads),
+                open_meter=self._open_meter,
+                memory_bytes=lambda: self.memory_bytes,
+                host=self.name,
+                cores=2,
+                threads_max=self.threads_max,
+                say_activity=self.activities.append,
+            ),
+            proposals=Ballots(lambda: self.agreement),
+            default_threads=lambda: 1,
+        )
+        self.agreement = Driver(
+            Agreement(device=self.device, rng=random.Random(self.name)),
+            send=self._send_or_drop,
+            on_event=self._event,
+            on_violation=lambda peer, error: self.group.break_link(self.device, peer),
+            persist=self._persist,
+        )
+        self._inbox_in, self._inbox = trio.open_memory_channel[tuple[DeviceId, object]](10_000)
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.agreement.run)
+                await nursery.start(self.runs.run)
+                task_status.started()
+                async for sender, message in self._inbox:
+                    await self._dispatch(sender, message)
+
+    def record(self) -> MemberRecord:
+        base = make_record(self.device)
+        return dataclasses.replace(base, name=self.name, threads_max=self.threads_max)
+
+    async def train(self, request: TrainRequest) -> TrainResult:
+        return await self.runs.train(request, self.group.note)
+
+    # Outlet.
+
+    def send(self, to: DeviceId, message: object) -> None:
+        self.group.check_link(self.device, to)
+        if not self.silent or to == self.device:
+            self.group.members[to]._inbox_in.send_nowait((self.device, decode(encode(message))))
+
+    async def send_tensor(self, to: DeviceId, header: TensorHeader, *arrays: Array) -> None:
+        if to == self.device:
+            await trio.lowlevel.checkpoint()
+            for array in arrays:
+                self.runs.deliver(header, array)
+            return
+        body = b"".join(array.tobytes() for array in arrays)
+        parsed = frames.parse_tensor_header(frames.encode_header(header), body_length=len(body))
+        self.group.tensors.append((self.device, to, parsed))
+        self.group.changed.notify()
+        receiver = self.group.members[to]
+        async with self.group.data_link(self.device, to):
+            reader = MemoryReader(memoryview(body))
+            await receiver.runs.receive_tensor(self.device, parsed, len(body), reader)
+            assert not reader.left
+
+    async def _send_bulk(self, to: DeviceId, header: BulkHeader, chunk: memoryview) -> None:
+        async with self.group.data_link(self.device, to):
+            await trio.lowlevel.checkpoint()
+            content = bytes(chunk)
+            parsed = frames.parse_bulk_header(
+                frames.encode_header(header), body_length=len(content)
+            )
+            frames.check_chunk(parsed, content)
+            self.group.members[to].blobs.chunk_received(self.device, parsed, content)
+
+    def _send_or_drop(self, to: DeviceId, message: object) -> None:
+        with contextlib.suppress(PeerLost):
+            self.send(to, message)
+
+    async def _dispatch(self, sender: DeviceId, message: object) -> None:
+        self.received.append(message)
+        self.group.changed.notify()
+        if isinstance(message, AGREEMENT):
+            await self.agreement.deliver(sender, message)
+        else:
+            self.runs.receive(sender, message)
+
+    def _event(self, event: object) -> None:
+        follow_ballot(event, runs=self.runs, agreement=self.agreement)
+
+    async def _persist(self, records: Sequence[object]) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.durable is not None:
+            await self.durable()  # type: ignore[misc]  # an async function of the test
+
+    def _open_meter(self, plan: Plan, samples_per_step: int) -> RunMeter:
+        return RunMeter(self.meter, plan, samples_per_step=samples_per_step)
+
+
+class MemoryGroup:
+    """Members that all have links with each other; also everybody's directory."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self.path = path
+        self.members: dict[DeviceId, Member] = {}
+        self.events: list[tuple[str, object]] = []
+        self.tensors: list[tuple[DeviceId, DeviceId, TensorHeader]] = []
+        """Every tensor that began to travel: (from, to, header)."""
+        self.changed = Signal()
+        self.broken: set[frozenset[DeviceId]] = set()
+        self._locks: dict[tuple[DeviceId, DeviceId], trio.Lock] = defaultdict(trio.Lock)
+        self._scopes: dict[frozenset[DeviceId], set[trio.CancelScope]] = defaultdict(set)
+        for index in range(count):
+            self.members[device(index)] = Member(
+                self, device(index), f"peer-{index}", path / f"runs-{index}"
+            )
+
+    def __getitem__(self, index: int) -> Member:
+        return self.members[device(index)]
+
+    def note(self, name: str, report: object) -> None:
+        self.events.append((name, report))
+        self.changed.notify()
+
+    def reports(self, name: str) -> list[object]:
+        return [report for event, report in self.events if event == name]
+
+    async def wait(self, predicate: Callable[[], bool]) -> None:
+        await self.changed.wait_until(predicate)
+
+    # Directory.
+
+    def alive(self) -> tuple[MemberRecord, ...]:
+        return tuple(member.record() for member in self.members.values() if member.alive)
+
+    def name_of(self, device: DeviceId) -> str:
+        return self.members[device].name
+
+    # Links.
+
+    def check_link(self, here: DeviceId, there: DeviceId) -> None:
+        if here != there and frozenset((here, there)) in self.broken:
+            raise PeerLost(f"there is no link with peer {short(there)}")
+
+    @contextlib.asynccontextmanager
+    async def data_link(self, here: DeviceId, there: DeviceId) -> AsyncIterator[None]:
+        """One frame at a time; a frame that is cut short breaks the link, as over TLS."""
+        self.check_link(here, there)
+        pair = frozenset((here, there))
+        async with self._locks[here, there]:
+            self.check_link(here, there)
+            scope = trio.CancelScope()
+            self._scopes[pair].add(scope)
+            try:
+                with scope:
+                    yield
+            except RemoteProtocolError:
+                self.break_link(here, there)
+            except trio.Cancelled:
+                self.break_link(here, there)
+                raise
+            finally:
+                self._scopes[pair].discard(scope)
+            self.check_link(here, there)
+
+    def break_link(self, here: DeviceId, there: DeviceId) -> None:
+        """Both sides see the other go."""
+        pair = frozenset((here, there))
+        if pair in self.broken:
+            return
+        self.broken.add(pair)
+        for scope in self._scopes[pair]:
+            scope.cancel()
+        for one, other in ((here, there), (there, here)):
+            member = self.members[one]
+            if member.alive:
+                member.runs.peer_down(other, "its link broke")
+                member.agreement.call(Agreement.member_down, other, member.agreement.now())
+        self.changed.notify()
+
+    def kill(self, member: Member) -> None:
+        """As kill -9 does: its tasks are gone, and everybody's link with it."""
+        member.alive = False
+        member.scope.cancel()
+        for other in self.members:
+            if other != member.device:
+                self.break_link(member.device, other)
+
+
+@contextlib.asynccontextmanager
+async def memory_group(path: Path, count: int) -> AsyncIterator[MemoryGroup]:
+    """A group whose members run for the length of the block; an error in any of them ends it."""
+    group = MemoryGroup(path, count)
+    async with trio.open_nursery() as nursery:
+        for member in group.members.values():
+            await nursery.start(member.run)
+        yield group
+        nursery.cancel_scope.cancel()
+
+
+def tiny_text(length: int = 4096) -> bytes:
+    """Bytes with some structure: a random walk over a few letters."""
+    rng = np.random.Generator(np.random.Philox(3))
+    return bytes((np.cumsum(rng.integers(-2, 3, length)) % 26 + 97).astype(np.uint8))
+
+
+def request_for(path: Path, bundle: object, **changes: object) -> TrainRequest:
+    """A request for a bundle that is written below `path`, over `tiny_text`."""
+    folder, data = path / "bundle", path / "data.txt"
+    if not folder.exists():
+        write_bundle(folder, bundle)  # type: ignore[arg-type]  # a Bundle
+        data.write_bytes(tiny_text())
+    base = TrainRequest(
+        bundle=str(folder), data=str(data), steps=6, microbatches=4, microbatch_size=2, threads=1,
+        heldout_microbatches=2, checkpoint_every=0, dropout=0.2,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]  # fields by name
+
+
+def build_of_this_machine() -> object:
+    """What every member of a memory group computes with."""
+    return runtime_build()
+
+
+def float_bits(values: Sequence[float]) -> bytes:
+    """The bits of losses, for comparisons that no tolerance blurs."""
+    return struct.pack(f"<{len(values)}d", *values)
