@@ -27,7 +27,6 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 RECIPE: Final = 1
-TORCH_CPU_INDEX: Final = ""
 STAMP: Final = "p2ptrain.stamp"
 
 
@@ -149,24 +148,8 @@ def install(folder: Path, recipe: Recipe) -> None:
         pip(folder, *requirements(read_project(), recipe))
         install_wheel(folder, recipe)
         return
-    if "export" in recipe.extras:
-        install_torch(folder)
     extras = f"[{','.join(recipe.extras)}]" if recipe.extras else ""
     pip(folder, "-e", f"{ROOT}{extras}")
-
-
-def install_torch(folder: Path) -> None:
-    """The pinned torch for CPUs: the default wheel brings gigabytes for GPUs on Linux.
-
-    Alone and without retries, so that a machine that cannot reach the index loses little time.
-    """
-    (torch,) = (
-        line
-        for line in read_project()["optional-dependencies"]["export"]
-        if line.startswith("torch==")
-    )
-    index = os.environ.get("P2PTRAIN_TORCH_INDEX", TORCH_CPU_INDEX)
-    pip(folder, "--no-deps", "--retries", "0", "--extra-index-url", index, torch)
 
 
 def install_wheel(folder: Path, recipe: Recipe) -> None:

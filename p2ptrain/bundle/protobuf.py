@@ -40,10 +40,10 @@ def append_initialisers(
     written = len(model)
     yield model
     for name, array in tensors:
+        if written + array.nbytes > PROTOBUF_BYTES_MAX:
+            raise BundleError("the model with its weights is larger than 2 GiB")
         chunk = _field(_MODEL_GRAPH, _field(_GRAPH_INITIALIZER, _tensor(name, array)))
         written += len(chunk)
-        if written > PROTOBUF_BYTES_MAX:
-            raise BundleError("the model with its weights is larger than 2 GiB")
         yield chunk
 
 

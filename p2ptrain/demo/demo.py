@@ -204,6 +204,7 @@ def _request(
         microbatches=MICROBATCHES,
         microbatch_size=MICROBATCH_SIZE,
         threads=1,
+        dropout=0.0,
         optimizer=OptimizerChoice(warmup_steps=min(20, max(1, options.steps // 8))),
         checkpoint_every=max(1, options.steps),
         out=str(out),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -88,24 +89,48 @@ def compose_transposes(graph: Graph) -> None:
 
 
 def fold_scales(graph: Graph) -> None:
-    """A scalar factor on a Gemm without bias that nothing else reads becomes its alpha."""
-    producers, readers = graph.producers(), graph.readers()
+    """Scalar factors before and after a Gemm become its alpha and beta."""
     for index, node in enumerate(graph.nodes):
-        if node.op_type != "Mul" or len(node.input) != 2 or node.output[0] in graph.outputs:
+        factor = _constant_factor(graph, node)
+        if factor is None:
             continue
-        factor = graph.constants.get(node.input[1])
-        gemm = producers.get(node.input[0])
-        if factor is None or factor.size != 1 or gemm is None or gemm.op_type != "Gemm":
-            continue
-        bare = len([name for name in gemm.input if name]) == 2
-        if not bare or len(readers[gemm.output[0]]) > 1 or gemm.output[0] in graph.outputs:
-            continue
-        settings = {name: attribute(gemm, name, 0) for name in ("transA", "transB")}
-        alpha = float(attribute(gemm, "alpha", 1.0)) * float(factor.item())
-        graph.nodes[index] = onnx.helper.make_node(
-            "Gemm", list(gemm.input), list(node.output), alpha=alpha, **settings
-        )
+        producers, readers = graph.producers(), graph.readers()
+        source, target = node.input[0], node.output[0]
+        gemm = producers.get(source)
+        following = readers.get(target, [])
+        alone = len(readers[source]) == 1 and source not in graph.outputs
+        if gemm is not None and gemm.op_type == "Gemm" and alone:
+            graph.nodes[index] = _scaled(gemm, factor, list(gemm.input), target, bias=True)
+        elif following and target not in graph.outputs and all(map(_is_gemm(target), following)):
+            for reader in following:
+                inputs = [source if name == target else name for name in reader.input]
+                scaled = _scaled(reader, factor, inputs, reader.output[0], bias=False)
+                graph.nodes[graph.nodes.index(reader)] = scaled
     graph.prune()
+
+
+def _constant_factor(graph: Graph, node: onnx.NodeProto) -> float | None:
+    factor = graph.constants.get(node.input[1]) if node.op_type == "Mul" else None
+    return float(factor.item()) if factor is not None and factor.size == 1 else None
+
+
+def _is_gemm(name: str) -> Callable[[onnx.NodeProto], bool]:
+    """Whether a node is a Gemm that reads `name` as one of its two factors, and nowhere else."""
+    return lambda node: (
+        node.op_type == "Gemm"
+        and list(node.input).index(name) < 2
+        and (list(node.input).count(name) == 1)
+    )
+
+
+def _scaled(
+    gemm: onnx.NodeProto, factor: float, inputs: list[str], output: str, *, bias: bool
+) -> onnx.NodeProto:
+    settings = {name: attribute(gemm, name, 0) for name in ("transA", "transB")}
+    beta = float(attribute(gemm, "beta", 1.0)) * (factor if bias else 1.0)
+    alpha = float(attribute(gemm, "alpha", 1.0)) * factor
+    scaled: onnx.NodeProto = make("Gemm", inputs, [output], alpha=alpha, beta=beta, **settings)
+    return scaled
 
 
 def split(whole: Graph, *, made: set[str], forward_outputs: list[str], incoming: set[str]) -> Pair:
@@ -126,7 +151,6 @@ def split(whole: Graph, *, made: set[str], forward_outputs: list[str], incoming:
     backward.nodes = [
         n for n in backward.nodes if not made.intersection(n.output) or again.intersection(n.output)
     ]
-    _share_transposed(whole, forward, backward, stash)
     backward = _part(backward, gradients)
     stash = [name for name in stash if name in backward.inputs]
     forward.outputs = [*forward_outputs, *stash]
@@ -156,31 +180,8 @@ def _choose_stash(whole: Graph, made: set[str], gradients: list[str]) -> tuple[l
             again.update(node.output)
             stash.update(n for n in node.input if n in made and n not in again)
             changed = True
-    order = {name: i for i, node in enumerate(forward_nodes) for name in node.output}
-    return sorted(stash, key=lambda name: order[name]), again
-
-
-def _share_transposed(whole: Graph, forward: Graph, backward: Graph, stash: list[str]) -> None:
-    """Keep the transposed tensor that the forward makes anyway, not the one it came from."""
-    for position, root in enumerate(stash):
-        kept = _single_transpose(forward, root)
-        if kept is None or root in whole.outputs:
-            continue
-        order = list(attribute(kept, "perm"))
-        back = [order.index(axis) for axis in range(len(order))]
-        turned = kept.output[0]
-        backward.inputs[turned] = whole.types[turned]
-        del backward.inputs[root]
-        backward.nodes.insert(0, make("Transpose", [turned], [root], perm=back))
-        backward.sort()
-        compose_transposes(backward)
-        stash[position] = turned
-
-
-def _single_transpose(forward: Graph, root: str) -> onnx.NodeProto | None:
-    readers = forward.readers().get(root, [])
-    chain: list[onnx.NodeProto] = [node for node in readers if node.op_type == "Transpose"]
-    return chain[0] if len(readers) == 1 and chain else None
+    order = [name for node in forward_nodes for name in node.output]
+    return sorted(stash, key=order.index), again
 
 
 def _again(node: onnx.NodeProto, known: set[str], free: set[str]) -> bool:

@@ -117,7 +117,7 @@ def drop_identities(graph: Graph) -> None:
         source, target = _final(aliases, node.input[0]), node.output[0]
         if target not in outputs:
             aliases[target] = source
-        elif source in made and source not in outputs and source not in aliases.values():
+        elif source in made and source not in outputs:
             aliases[source] = target
             made.discard(source)
     graph.nodes = [node for node in graph.nodes if not _vanishes(node, aliases)]
@@ -135,7 +135,7 @@ def _final(aliases: dict[str, str], name: str) -> str:
 def _vanishes(node: onnx.NodeProto, aliases: dict[str, str]) -> bool:
     if node.op_type != "Identity":
         return False
-    return node.output[0] in aliases or aliases.get(node.input[0]) == node.output[0]
+    return node.output[0] in aliases or _final(aliases, node.input[0]) == node.output[0]
 
 
 def share_equal_nodes(graph: Graph) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 
+from p2ptrain.net.listener import join_address
+
 WILDCARDS = ("0.0.0.0", "::", "")
 ADDRESSES_MAX = 8
 
@@ -18,11 +20,6 @@ def reachable_addresses(host: str, port: int) -> tuple[str, ...]:
         return (join_address(host, port),)
     found = sorted(_interface_addresses(), key=lambda ip: (ip.is_loopback, ip.version, str(ip)))
     return tuple(join_address(str(ip), port) for ip in found[:ADDRESSES_MAX])
-
-
-def join_address(host: str, port: int) -> str:
-    """`10.0.0.2:7000`, `[fe80::1]:7000`."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _interface_addresses() -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:

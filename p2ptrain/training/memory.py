@@ -39,9 +39,10 @@ def memory_bytes(
     elements = sum(layout.length for layout in layouts)  # parameters
     elements += sum(trainable) * (1 + len(rule.state)) + max(trainable)  # gradients, state, scratch
     stash = [manifest.stash_bytes(index, form=form, batch=batch) for index in segments]
-    # Intermediates of one segment's forward or backward, transposed weights among them.
-    workspace = 2 * max(stash) + 2 * max(layout.length for layout in layouts) * ELEMENT_BYTES
-    kinds = {manifest.segments[index].kind for index in segments}
+    kinds = {manifest.segments[index].kind: place for place, index in enumerate(segments)}
+    # Intermediates and transposed weights. The arena keeps the blocks of each kind apart.
+    lengths = [layouts[place].length * ELEMENT_BYTES for place in kinds.values()]
+    workspace = 2 * (sum(stash[place] for place in kinds.values()) + sum(lengths))
     sessions = 2 * len(kinds) + 1
     return (
         elements * ELEMENT_BYTES

@@ -18,7 +18,7 @@ from p2ptrain.errors import ConfigError, PeerLost, PortInUse, RemoteProtocolErro
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
 from p2ptrain.net.connection import BodyReader, Connection
 from p2ptrain.net.links import LinkDown, Links, LinkUp
-from p2ptrain.net.listener import connect, join_address, split_address
+from p2ptrain.net.listener import connect, join_address
 from p2ptrain.net.tls_link import LinkBroken, TlsLink, client_context
 from p2ptrain.store.groups import Group
 from p2ptrain.training.contract import RuntimeBuild
@@ -597,9 +597,3 @@ async def test_client_without_certificate_never_counts_as_a_peer(mint_group: Min
         while peer.links.statistics().refused_count < 1:
             await trio.testing.wait_all_tasks_blocked(0.01)
         assert peer.links.devices() == ()
-
-
-def test_addresses_split_and_join() -> None:
-    for address, parts in (("a.b:1", ("a.b", 1)), ("[fe80::1]:65535", ("fe80::1", 65_535))):
-        assert split_address(address) == parts
-        assert join_address(*parts) == address

@@ -91,7 +91,7 @@ def rule_names() -> tuple[str, ...]:
 
 
 def lower(graph: Graph, forward: set[str]) -> None:
-    """Replace every non-standard operator by standard ones, in place.
+    """Replace every non-standard operator, and what has a better form, by standard ones.
 
     `forward` names the values of the forward pass; what their rules emit is added to it.
 
@@ -100,10 +100,10 @@ def lower(graph: Graph, forward: set[str]) -> None:
     """
     emitter = Emitter(graph=graph)
     for node in graph.nodes:
-        if not node.domain:
+        found = _RULES.get(full_name(node))
+        if found is None and not node.domain:
             emitter.nodes.append(node)
             continue
-        found = _RULES.get(full_name(node))
         if found is None:
             raise GraphError(
                 f"no lowering rule for {full_name(node)}, which makes {node.output[0]!r}",

@@ -1,0 +1,78 @@
+"""The committed gpt-nano bundle is whole, small, drawable and runs on this runtime."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from p2ptrain.bundle.manifest import Manifest, parse_manifest
+from p2ptrain.bundle.protobuf import append_initialisers
+from p2ptrain.training.random import draw_parameter, parameters_digest
+
+DIRECTORY = Path(__file__).resolve().parents[2] / "onnx_models" / "gpt-nano"
+
+
+@pytest.fixture(scope="module")
+def manifest() -> Manifest:
+    return parse_manifest((DIRECTORY / "manifest.json").read_bytes())
+
+
+def test_its_files_are_those_the_manifest_names(manifest: Manifest) -> None:
+    found = {path.stem: path.read_bytes() for path in (DIRECTORY / "graphs").iterdir()}
+    assert {d: hashlib.sha256(c).hexdigest() for d, c in found.items()} == {d: d for d in found}
+    assert {d: len(c) for d, c in found.items()} == {
+        d: graph.bytes for d, graph in manifest.graphs.items()
+    }
+    assert sum(map(len, found.values())) < 1_000_000
+
+
+def test_its_parameters_are_drawn_with_the_golden_bits(manifest: Manifest) -> None:
+    assert parameters_digest(manifest, 0) == manifest.golden_parameters
+    assert parameters_digest(manifest, 1) != manifest.golden_parameters
+    assert 1_000_000 < manifest.parameter_count < 3_000_000
+
+
+def test_it_was_checked_against_torch(manifest: Manifest) -> None:
+    assert len(manifest.checks) == 11
+    assert all(0.0 <= error < 1e-5 for error in manifest.checks.values())
+    assert all(error < 1e-6 for name, error in manifest.checks.items() if name.startswith("loss"))
+
+
+def test_its_inference_graph_takes_weights_and_is_causal(manifest: Manifest) -> None:
+    check = pytest.importorskip("p2ptrain.graph.check")
+    content = (DIRECTORY / "graphs" / f"{manifest.inference.graph}.onnx").read_bytes()
+    drawn = ((t.name, draw_parameter(3, t, i)) for i, t in enumerate(manifest.tensors))
+    session = check.session_of(b"".join(append_initialisers(content, drawn)))
+    ids = np.arange(2 * 20, dtype=np.int64).reshape(2, 20)
+    longer = session.run(["logits"], {"ids": ids})[0]
+    shorter = session.run(["logits"], {"ids": ids[:, :9]})[0]
+    assert longer.shape == (2, 20, 256)
+    assert np.abs(longer[:, :9] - shorter).max() < 1e-5
+
+
+def test_both_forms_give_the_same_first_loss(manifest: Manifest) -> None:
+    check = pytest.importorskip("p2ptrain.graph.check")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    files = {
+        digest: (DIRECTORY / "graphs" / f"{digest}.onnx").read_bytes() for digest in manifest.graphs
+    }
+    runner = check.Runner(manifest=manifest, files=files)
+    inputs, masks = check._inputs(manifest), check._masks(manifest, masked=True)
+    parameters = {t.name: draw_parameter(0, t, i) for i, t in enumerate(manifest.tensors)}
+    forms = ["portable"]
+    if onnxruntime.__version__.startswith("1.19"):
+        forms.append("training")
+    found = {
+        form: runner.step(form=form, parameters=parameters, inputs=inputs, masks=masks)
+        for form in forms
+    }
+    assert abs(float(found["portable"][0]) - np.log(256)) < 0.1
+    reference = found["portable"][1]
+    for loss, gradients in found.values():
+        assert abs(float(loss) - float(found["portable"][0])) < 1e-5
+        exact = {name: value.astype(np.float64) for name, value in reference.items()}
+        weights = {n: v for n, v in exact.items() if not n.endswith("key.bias")}
+        assert check.gradient_error(gradients, weights)[0] < 1e-5

@@ -1,0 +1,1 @@
+"""The parts of `tools/bench_pipeline.py`: contenders, their measurement and what it means."""

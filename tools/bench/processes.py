@@ -1,0 +1,44 @@
+"""What Linux tells of a process and of the machine: peak memory, processor, load."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Final
+
+_PEAK: Final = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
+_MODEL: Final = re.compile(r"^model name\s*:\s*(.+)$", re.MULTILINE)
+_MEMORY: Final = re.compile(r"^MemTotal:\s+(\d+) kB$", re.MULTILINE)
+
+
+def peak_bytes(pid: int) -> int | None:
+    """The most memory that a live process has had resident; None where it is not told."""
+    return parse_peak_bytes(_read(Path(f"/proc/{pid}/status")))
+
+
+def parse_peak_bytes(status: str) -> int | None:
+    """The peak in the text of `/proc/PID/status`."""
+    match = _PEAK.search(status)
+    return None if match is None else int(match[1]) * 1024
+
+
+def machine() -> dict[str, object]:
+    """Hardware and load, for the record."""
+    model = _MODEL.search(_read(Path("/proc/cpuinfo")))
+    memory = _MEMORY.search(_read(Path("/proc/meminfo")))
+    return {
+        "processor": model[1].strip() if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": int(memory[1]) * 1024 if memory else None,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
