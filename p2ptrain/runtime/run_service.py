@@ -141,6 +141,8 @@ class RunService:
         try:
             result = await self._run_conduct(conduct)
             self.last_energy = result.energy
+            if self._part is not None and self._part.member is None:
+                self._part.scope.cancel()  # without a stage of our own nothing is left to do
             await self._changed.wait_until(lambda: self._part is None)
         finally:
             self._end_conduct(conduct)
