@@ -140,7 +140,6 @@ class RunService:
         self._conduct = conduct
         try:
             result = await self._run_conduct(conduct)
-            self.last_energy = result.energy
             if self._part is not None and self._part.member is None:
                 self._part.scope.cancel()  # without a stage of our own nothing is left to do
             await self._changed.wait_until(lambda: self._part is None)
@@ -148,6 +147,7 @@ class RunService:
             self._end_conduct(conduct)
         if result is None:
             raise self._with_run(conduct.failure or Interrupted("the run was cancelled"), conduct)
+        self.last_energy = result.energy
         return result
 
     def stop(self) -> None:
