@@ -30,6 +30,7 @@ from p2ptrain.runtime.foreign import SURVIVABLE, as_ours
 from p2ptrain.runtime.inbox import BodyReader, discard
 from p2ptrain.runtime.job import Job, open_job
 from p2ptrain.runtime.member_run import MemberRun
+from p2ptrain.runtime.memory_release import release_memory
 from p2ptrain.runtime.offers import OfferDesk
 from p2ptrain.runtime.plan_report import plan_report
 from p2ptrain.runtime.reports import EnergyReport, PlanReport, TrainRequest, TrainResult
@@ -326,9 +327,16 @@ class RunService:
             self._fail(as_ours(group))
         finally:
             self._part = None
+            part.member = None
             self._desk.forget(part.plan.run)
+            self._start(self._release)
             self._services.say_activity("idle")
             self._changed.notify()
+
+    async def _release(self) -> None:
+        """Give the memory of a finished run back, unless the next one has begun."""
+        if self._part is None:
+            await trio.to_thread.run_sync(release_memory)
 
     def _aborted(self, device: DeviceId, message: Abort) -> None:
         name = self._services.directory.name_of(device)
