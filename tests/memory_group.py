@@ -24,7 +24,7 @@ from p2ptrain.agreement.machine import Agreement
 from p2ptrain.agreement.messages import Accept, Decided, Propose, Refuse, Withdraw
 from p2ptrain.energy.meter import MeterIdentity
 from p2ptrain.engine.contract import Array, Engine
-from p2ptrain.engine.onnxruntime_engine import open_engine, runtime_build
+from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, short
 from p2ptrain.membership.record import MemberRecord
@@ -39,6 +39,7 @@ from p2ptrain.runtime.run_service import RunService
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
+from p2ptrain.store.bundles import Bundle
 from p2ptrain.wire import frames
 from p2ptrain.wire.codec import decode, encode
 from p2ptrain.wire.frames import BulkHeader, TensorHeader
@@ -303,22 +304,19 @@ def tiny_text(length: int = 4096) -> bytes:
     return bytes((np.cumsum(rng.integers(-2, 3, length)) % 26 + 97).astype(np.uint8))
 
 
-def request_for(path: Path, bundle: object, **changes: object) -> TrainRequest:
-    """A request for a bundle that is written below `path`, over `tiny_text`."""
+def request_for(path: Path, made: Bundle, /, **changes: object) -> TrainRequest:
+    """A request for a bundle that is written below `path`, over `tiny_text`; or to resume."""
     folder, data = path / "bundle", path / "data.txt"
     if not folder.exists():
-        write_bundle(folder, bundle)  # type: ignore[arg-type]  # a Bundle
+        write_bundle(folder, made)
         data.write_bytes(tiny_text())
     base = TrainRequest(
         bundle=str(folder), data=str(data), steps=6, microbatches=4, microbatch_size=2, threads=1,
         heldout_microbatches=2, checkpoint_every=0, dropout=0.2,
     )  # fmt: skip
+    if "resume" in changes:
+        base = dataclasses.replace(base, bundle="", data="")
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]  # fields by name
-
-
-def build_of_this_machine() -> object:
-    """What every member of a memory group computes with."""
-    return runtime_build()
 
 
 def float_bits(values: Sequence[float]) -> bytes:
