@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import trio
 
-from p2ptrain.membership.machine import MemberView
+from p2ptrain.membership.machine import Membership, MemberView
+from p2ptrain.net.discovery import DiscoveryState
+from p2ptrain.net.links import Links
+from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.reports import MemberReport, PeerStatus
+from p2ptrain.runtime.run_service import RunService
+from p2ptrain.store.groups import Group
+from p2ptrain.store.home import Home
 from p2ptrain.store.runs import summaries
 
-if TYPE_CHECKING:
-    from p2ptrain.runtime.peer import Peer
+
+class StatusSource(Protocol):
+    """The parts of a peer that a status is made of."""
+
+    home: Home
+    group: Group
+    discovery: DiscoveryState
+    links: Links
+    membership: Driver[Membership]
+    runs: RunService
+
+    def addresses(self) -> tuple[str, ...]:
+        """Where other devices may reach this peer."""
 
 
-def status_report(peer: Peer) -> PeerStatus:
+def status_report(peer: StatusSource) -> PeerStatus:
     """The state of a running peer."""
     own = peer.membership.machine.own
     others = peer.membership.machine.members(trio.current_time())
@@ -58,7 +75,7 @@ def member_report(view: MemberView) -> MemberReport:
     )
 
 
-def _alone_because(peer: Peer) -> str | None:
+def _alone_because(peer: StatusSource) -> str | None:
     if peer.membership.machine.alive():
         return None
     refusals = [f"{address}: {reason}" for address, reason in peer.links.refusals().items()]
@@ -67,7 +84,7 @@ def _alone_because(peer: Peer) -> str | None:
     return f"no other member was found ({peer.discovery.text}); try --peer host:port"
 
 
-def _run_state(peer: Peer) -> str:
+def _run_state(peer: StatusSource) -> str:
     if peer.runs.current_run is not None:
         return f"running {peer.runs.current_run[:8]}"
     failure = peer.runs.last_failure
