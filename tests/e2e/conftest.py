@@ -1,0 +1,52 @@
+"""What every test of this folder shares: a run-time folder, a text and the undisturbed run."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pydoc_data.topics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from p2ptrain.runtime.reports import TrainResult
+from tests.e2e.peers import ROOT, job, peer_group, train
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_runtime_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Control sockets go into a short, empty folder of our own."""
+    folder = tmp_path_factory.mktemp("run")
+    folder.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(folder))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), _python_path()))))
+        yield
+
+
+def _python_path() -> str:
+    return os.environ.get("PYTHONPATH", "")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """English to train on, the same wherever this Python is."""
+    path = tmp_path_factory.mktemp("text") / "english.txt"
+    topics = pydoc_data.topics.topics
+    path.write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, text: Path) -> TrainResult:
+    """The job of `peers.job` on one peer, without anything going wrong."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    return trio.run(functools.partial(_train_alone, directory, text))
+
+
+async def _train_alone(directory: Path, text: Path) -> TrainResult:
+    async with peer_group(directory, 1) as (peer,):
+        result, _ = await train(peer, job(text, stages=1))
+    return result

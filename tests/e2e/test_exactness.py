@@ -1,0 +1,145 @@
+"""The numerics contract with real processes and real TLS: every bit of the loss curve."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+
+from p2ptrain.demo.group import GROUP_NAME
+from p2ptrain.errors import PeerLost
+from p2ptrain.runtime.reports import TrainResult
+from p2ptrain.store.runs import RunDirectory
+from p2ptrain.wire.codec import from_plain
+from tests.e2e.peers import (
+    CLIP_NORM,
+    STEPS,
+    Member,
+    PeerProcess,
+    assert_refused,
+    command,
+    job,
+    peer_group,
+    resumed,
+    running_command,
+    train,
+    typed,
+    wait_all_together,
+    wait_saved,
+)
+
+
+def assert_same_bits(result: TrainResult, reference: TrainResult) -> None:
+    """Every loss of this session and the hash of parameters and optimizer state."""
+    assert result.first_step + len(result.losses) == STEPS
+    assert result.losses == reference.losses[result.first_step :]
+    assert result.state_digest == reference.state_digest
+    assert result.heldout_last == reference.heldout_last
+
+
+async def test_every_number_of_stages_gives_the_same_bits(
+    tmp_path: Path, text: Path, undisturbed: TrainResult
+) -> None:
+    assert len(set(undisturbed.losses)) == STEPS
+    async with peer_group(tmp_path, 4) as (home, *_):
+        for stages in (2, 3, 4):
+            result, watched = await train(home, job(text, stages=stages))
+            assert (result.stages, result.stopped) == (stages, False)
+            assert_same_bits(result, undisturbed)
+            norms = [step.gradient_norm for step in watched.steps]
+            assert max(norms) > CLIP_NORM > 0.0, "clipping was never active"
+            (plan,) = watched.named("plan")
+            assert len({stage["device"] for stage in plan["stages"]}) == stages
+            assert plan["exactness"].startswith("exact")
+
+
+async def test_home_peer_without_a_stage_gives_the_same_bits(
+    tmp_path: Path, text: Path, undisturbed: TrainResult
+) -> None:
+    def cramped(member: Member) -> Member:
+        options = ("--memory", "1MiB") if member.name == "peer-1" else ()
+        return dataclasses.replace(member, options=options)
+
+    async with peer_group(tmp_path, 2, change=cramped) as (home, other):
+        result, watched = await train(home, job(text))
+        assert (await home.status()).run is None
+    (plan,) = watched.named("plan")
+    assert [stage["name"] for stage in plan["stages"]] == [other.name]
+    assert_same_bits(result, undisturbed)
+
+
+async def test_another_seed_no_dropout_or_no_clipping_gives_other_bits(
+    tmp_path: Path, text: Path, undisturbed: TrainResult
+) -> None:
+    usual = job(text, stages=2)
+    unclipped = dataclasses.replace(usual.optimizer, clip_norm=0.0)
+    async with peer_group(tmp_path, 2) as (home, _):
+        for request in (
+            dataclasses.replace(usual, seed=usual.seed + 1),
+            dataclasses.replace(usual, dropout=0.0),
+            dataclasses.replace(usual, optimizer=unclipped),
+        ):
+            result, _ = await train(home, request)
+            assert result.losses[-1] != undisturbed.losses[-1]
+            assert result.state_digest != undisturbed.state_digest
+
+
+async def test_ctrl_c_and_resume_on_more_peers_gives_the_same_bits(
+    tmp_path: Path, text: Path, undisturbed: TrainResult
+) -> None:
+    async with peer_group(tmp_path, 3) as (home, *_):
+        stopped = await train_until_ctrl_c(home, text, stages=2, step=7)
+        assert 7 <= len(stopped.losses) < STEPS
+        assert stopped.losses == undisturbed.losses[: len(stopped.losses)]
+        line = ("train", "--group", GROUP_NAME, "--resume", stopped.run, "--stages", "3", "--json")
+        ended = await command(home.member, *line)
+        assert ended.returncode == 0, ended.stderr
+        result = from_plain(TrainResult, json.loads(ended.stdout))
+    assert (result.stages, result.first_step) == (3, len(stopped.losses))
+    assert_same_bits(result, undisturbed)
+
+
+async def train_until_ctrl_c(
+    home: PeerProcess, text: Path, *, stages: int, step: int
+) -> TrainResult:
+    """Start `peers.job` with the command of a person and press Ctrl-C after a step."""
+    line = typed(job(text, stages=stages))
+    async with running_command(home.member, *line, timeout_s=120.0) as started:
+        await started.wait_said(f"step {step}/")
+        started.process.send_signal(signal.SIGINT)
+        ended = await started.wait_ended()
+    assert ended.returncode == 130, ended.stderr
+    result = from_plain(TrainResult, json.loads(ended.stdout))
+    assert result.stopped
+    assert f"stopped after step {len(result.losses)}; nothing is lost" in ended.stderr
+    assert f"--resume {result.run}" in ended.stderr
+    return result
+
+
+async def test_home_peer_killed_and_started_again_resumes_to_the_same_bits(
+    tmp_path: Path, text: Path, undisturbed: TrainResult
+) -> None:
+    async with peer_group(tmp_path, 3) as peers:
+        home, other, _ = peers
+        other_address = (await other.status()).address
+        run = await train_until_killed(home, text)
+        await home.start(other_address)
+        await wait_all_together(peers)
+        assert any(line.startswith(run.path.name) for line in (await home.status()).runs)
+        saved = run.checkpoint_steps()[-1]
+        result, _ = await train(home, resumed(run.path.name[:8], stages=2))
+    assert (result.first_step, result.stages) == (saved, 2)
+    assert saved >= 5
+    assert_same_bits(result, undisturbed)
+
+
+async def train_until_killed(home: PeerProcess, text: Path) -> RunDirectory:
+    """Conduct `peers.job` on three stages and kill -9 the home peer after a checkpoint."""
+    line = typed(job(text, stages=3))
+    async with running_command(home.member, *line, timeout_s=120.0) as started:
+        run = await wait_saved(home, started)
+        await home.kill()
+        ended = await started.wait_ended()
+    assert_refused(ended, PeerLost.exit_code, "went away")
+    return run
