@@ -135,7 +135,8 @@ def _source(peer: PeerEnergy) -> str:
 def _shared_meters(report: EnergyReport) -> str:
     meters = {peer.meter for peer in report.peers}
     if len(meters) < len(report.peers):
-        return f"{len(report.peers)} peers on {len(meters)} meters, each counted once"
+        count = "one meter" if len(meters) == 1 else f"{len(meters)} meters, each"
+        return f"{len(report.peers)} peers on {count} counted once"
     return ""
 
 

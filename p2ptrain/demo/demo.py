@@ -33,10 +33,12 @@ from p2ptrain.runtime.reports import TrainRequest, TrainResult
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.wire.codec import from_plain, to_plain
 
-STEPS: Final = 200
+STEPS: Final = 220
 STEPS_LONG: Final = 2500
 MICROBATCHES: Final = 4
 MICROBATCH_SIZE: Final = 2
+HELDOUT_MICROBATCHES: Final = 32
+LEARNING_RATE: Final = 2.5e-3
 DISCOVERY_S: Final = 10.0
 TOGETHER_S: Final = 30.0
 PROMPT: Final = b"The function returns "
@@ -205,7 +207,12 @@ def _request(
         microbatch_size=MICROBATCH_SIZE,
         threads=1,
         dropout=0.0,
-        optimizer=OptimizerChoice(warmup_steps=min(20, max(1, options.steps // 8))),
+        heldout_microbatches=HELDOUT_MICROBATCHES,
+        optimizer=OptimizerChoice(
+            peak_learning_rate=LEARNING_RATE,
+            final_learning_rate=LEARNING_RATE / 10,
+            warmup_steps=min(20, max(1, options.steps // 8)),
+        ),
         checkpoint_every=max(1, options.steps),
         out=str(out),
     )

@@ -100,7 +100,7 @@ async def test_energy_counts_a_shared_meter_once(
     async with peer_answering(home, member, peer.handle):
         ended = await run_command("energy", "--group", member)
     printed = ended.stdout.decode()
-    assert "2 peers on 1 meters, each counted once" in printed
+    assert "2 peers on one meter counted once" in printed
     assert "RAPL package 0; package, measured within 5%" in printed
     assert all(word in printed for word in ("compute", "communicate", "wait", "idle", "above idle"))
 
