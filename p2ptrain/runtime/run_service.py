@@ -70,6 +70,16 @@ class _Conduct:
     finished: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatistics:
+    """What a run service holds now."""
+
+    prepared_count: int
+    """Offers whose engines are open."""
+    taking_part: bool
+    conducting: bool
+
+
 class RunService:
     """At most one run at a time; everything about runs arrives here.
 
@@ -114,6 +124,14 @@ class RunService:
     def plan_report(self) -> PlanReport | None:
         """The plan of the run this peer takes part in."""
         return None if self._part is None else self._part.report
+
+    def statistics(self) -> RunStatistics:
+        """What is held for runs now."""
+        return RunStatistics(
+            prepared_count=self._desk.prepared_count,
+            taking_part=self._part is not None,
+            conducting=self._conduct is not None,
+        )
 
     async def train(self, request: TrainRequest, emit: Emit) -> TrainResult:
         """Conduct a run as its home peer.
