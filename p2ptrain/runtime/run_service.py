@@ -205,12 +205,14 @@ class RunService:
         reason = self._desk.refusal(plan, contract)
         if reason is None:
             self._expected.expect(plan)
+        else:
+            self._desk.over(plan)
         return reason
 
     def withdrawn(self, plan: Plan) -> None:
         """A proposal will not be decided: its engine may go."""
         self._expected.forget(plan)
-        self._desk.forget(plan.run)
+        self._desk.over(plan)
 
     def decided(self, plan: Plan, contract: Contract) -> None:
         """All members agreed: begin our part, or say that it is too late."""
@@ -339,7 +341,7 @@ class RunService:
             self._fail(as_ours(group))
         finally:
             self._part = None
-            self._desk.forget(part.plan.run)
+            self._desk.over(part.plan)
             self._services.say_activity("idle")
             self._changed.notify()
 
@@ -384,7 +386,14 @@ class RunService:
         return error
 
     async def _answer_offer(self, device: DeviceId, offer: Offer, busy_with: RunId | None) -> None:
-        """Answer; an engine that no decision claims in time is closed."""
+        """Answer; an engine that no decision claims in time is closed.
+
+        A run that is resumed at once may find its last session still ending here.
+        """
+        if busy_with == offer.run:
+            with trio.move_on_after(limits.OFFER_TIMEOUT_S / 2):
+                await self._changed.wait_until(lambda: self._part is None)
+            busy_with = self.current_run
         await self._desk.answer(device, offer, busy_with)
         await trio.sleep(limits.OFFER_KEPT_S)
         self._desk.expire(offer)

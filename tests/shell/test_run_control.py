@@ -428,7 +428,9 @@ async def test_damaged_checkpoint_is_not_resumed(tmp_path: Path, mock_clock: Moc
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"segment-0003\.safetensors of step 2 is damaged"):
+        with pytest.raises(
+            CheckpointError, match=r"segment-0003\.safetensors of step 2 is damaged"
+        ):
             await group[0].train(request(tmp_path, resume=first.run, stages=2))
         await until_idle(group[0], group[1])
         assert group[0].blobs.statistics().published_count == 0
