@@ -13,7 +13,7 @@ import dataclasses
 import random
 import struct
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,13 +79,13 @@ class Member:
     device: DeviceId
     name: str
     runs_path: Path
-    memory_bytes: int = MEMORY_BYTES
+    memory_bytes: Callable[[], int] = lambda: MEMORY_BYTES
     threads_max: int = 2
     open_engine: Callable[[int], Engine] = lambda threads: open_engine(threads=threads)
-    silent: bool = False
-    """It receives and never says anything."""
-    durable: Callable[[], object] | None = None
-    """Awaited before a journal record counts as durable."""
+    drops: Callable[[object], bool] = lambda message: False
+    """Which of its messages to others never leave it."""
+    durable: Callable[[Sequence[object]], Awaitable[None]] | None = None
+    """Awaited before journal records count as durable."""
     activities: list[str] = field(default_factory=list)
     received: list[object] = field(default_factory=list)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -106,7 +106,7 @@ class Member:
                 runs_path=self.runs_path,
                 open_engine=lambda threads: self.open_engine(threads),
                 open_meter=self._open_meter,
-                memory_bytes=lambda: self.memory_bytes,
+                memory_bytes=lambda: self.memory_bytes(),
                 host=self.name,
                 cores=2,
                 threads_max=self.threads_max,
@@ -144,7 +144,7 @@ class Member:
 
     def send(self, to: DeviceId, message: object) -> None:
         self.group.check_link(self.device, to)
-        if not self.silent or to == self.device:
+        if to == self.device or not self.drops(message):
             self.group.members[to]._inbox_in.send_nowait((self.device, decode(encode(message))))
 
     async def send_tensor(self, to: DeviceId, header: TensorHeader, *arrays: Array) -> None:
@@ -191,7 +191,7 @@ class Member:
     async def _persist(self, records: Sequence[object]) -> None:
         await trio.lowlevel.checkpoint()
         if self.durable is not None:
-            await self.durable()  # type: ignore[misc]  # an async function of the test
+            await self.durable(records)
 
     def _open_meter(self, plan: Plan, samples_per_step: int) -> RunMeter:
         return RunMeter(self.meter, plan, samples_per_step=samples_per_step)

@@ -94,6 +94,12 @@ class OfferDesk:
         """Close the engine of a run that is over; one that is taking part keeps its own."""
         self._prepared.pop(run, None)
 
+    def over(self, plan: Plan) -> None:
+        """A plan has ended or was not agreed; what was prepared for a later view stays."""
+        prepared = self._prepared.get(plan.run)
+        if prepared is not None and prepared.offer.view <= plan.view:
+            self.forget(plan.run)
+
     def expire(self, offer: Offer) -> None:
         """Nobody came back to this offer in time: forget it, unless a newer one took its place."""
         prepared = self._prepared.get(offer.run)

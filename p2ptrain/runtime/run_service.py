@@ -71,6 +71,16 @@ class _Conduct:
     finished: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatistics:
+    """What a run service holds now."""
+
+    prepared_count: int
+    """Offers whose engines are open."""
+    taking_part: bool
+    conducting: bool
+
+
 class RunService:
     """At most one run at a time; everything about runs arrives here.
 
@@ -117,6 +127,14 @@ class RunService:
     def plan_report(self) -> PlanReport | None:
         """The plan of the run this peer takes part in."""
         return None if self._part is None else self._part.report
+
+    def statistics(self) -> RunStatistics:
+        """What is held for runs now."""
+        return RunStatistics(
+            prepared_count=self._desk.prepared_count,
+            taking_part=self._part is not None,
+            conducting=self._conduct is not None,
+        )
 
     async def train(self, request: TrainRequest, emit: Emit) -> TrainResult:
         """Conduct a run as its home peer.
@@ -193,12 +211,14 @@ class RunService:
         reason = self._desk.refusal(plan, contract)
         if reason is None:
             self._expected.expect(plan)
+        else:
+            self._desk.over(plan)
         return reason
 
     def withdrawn(self, plan: Plan) -> None:
         """A proposal will not be decided: its engine may go."""
         self._expected.forget(plan)
-        self._desk.forget(plan.run)
+        self._desk.over(plan)
 
     def decided(self, plan: Plan, contract: Contract) -> None:
         """All members agreed: begin our part, or say that it is too late."""
@@ -328,7 +348,7 @@ class RunService:
         finally:
             self._part = None
             part.member = None
-            self._desk.forget(part.plan.run)
+            self._desk.over(part.plan)
             self._start(self._release)
             self._services.say_activity("idle")
             self._changed.notify()
@@ -379,7 +399,14 @@ class RunService:
         return error
 
     async def _answer_offer(self, device: DeviceId, offer: Offer, busy_with: RunId | None) -> None:
-        """Answer; an engine that no decision claims in time is closed."""
+        """Answer; an engine that no decision claims in time is closed.
+
+        A run that is resumed at once may find its last session still ending here.
+        """
+        if busy_with == offer.run:
+            with trio.move_on_after(limits.OFFER_TIMEOUT_S / 2):
+                await self._changed.wait_until(lambda: self._part is None)
+            busy_with = self.current_run
         await self._desk.answer(device, offer, busy_with)
         await trio.sleep(limits.OFFER_KEPT_S)
         self._desk.expire(offer)
