@@ -31,7 +31,7 @@ TXT_VERSION: Final = "1"
 class DiscoveryState:
     """How others are found, or why that does not work; read by `status`."""
 
-    text: str = "not started"
+    text: str = "starting"
     working: bool = False
     names: set[str] = field(default_factory=set)
     """Instances seen of any group; bounded."""

@@ -16,7 +16,7 @@ from p2ptrain.agreement.machine import Agreement
 from p2ptrain.agreement.messages import Accept, Decided, Propose, Refuse, Withdraw
 from p2ptrain.engine.contract import Array
 from p2ptrain.engine.onnxruntime_engine import open_engine, runtime_build
-from p2ptrain.errors import ConfigError, P2PTrainError, PeerLost, RemoteProtocolError
+from p2ptrain.errors import ConfigError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, short
 from p2ptrain.membership.events import AddressLearned, MemberDown, MemberUp
 from p2ptrain.membership.machine import Membership
@@ -24,7 +24,7 @@ from p2ptrain.membership.messages import Ack, Ping, Records
 from p2ptrain.membership.record import MemberRecord
 from p2ptrain.net.addresses import reachable_addresses
 from p2ptrain.net.discovery import DiscoveryState, discover
-from p2ptrain.net.enrol import serve_enrolment
+from p2ptrain.net.enrol import EnrolmentServer
 from p2ptrain.net.links import LinkDown, Links, LinkUp
 from p2ptrain.planner.plan import Plan
 from p2ptrain.power.host import available_memory_bytes, host_identity, power_source
@@ -62,7 +62,6 @@ class Peer:
         self.home, self.group, self.config = home, group, config
         self.started_s = time.time()
         self.discovery = DiscoveryState()
-        self.last_enrolment: str | None = None
         self._rng = random.Random()
         self._build = runtime_build()
         self._host = host_identity()
@@ -75,7 +74,7 @@ class Peer:
             build=self._build,
             listen_host=config.listen_host,
             listen_port=config.port,
-            enrolment=self._enrol,
+            enrolment=EnrolmentServer(group),
             on_tensor=self._tensor_arrived,
             on_bulk=self._bulk_arrived,
         )
@@ -297,17 +296,6 @@ class Peer:
 
     def _violation(self, device: DeviceId, error: RemoteProtocolError) -> None:
         self.links.close(device, error.message)
-
-    async def _enrol(self, sock: trio.socket.SocketType) -> None:
-        """Admit whoever dials our port with an invite; a failure is theirs, and noted here."""
-        try:
-            await serve_enrolment(trio.SocketStream(sock), self.group)
-        except P2PTrainError as error:
-            self.last_enrolment = f"refused: {error.message}"
-        except OSError as error:
-            self.last_enrolment = f"broken off: {error}"
-        else:
-            self.last_enrolment = "a device was admitted"
 
     # Finding others.
 

@@ -128,13 +128,11 @@ async def peer_group(
     directory: Path,
     count: int,
     *,
-    discovery: bool = False,
     change: Callable[[Member], Member] = lambda member: member,
 ) -> AsyncIterator[tuple[PeerProcess, ...]]:
     """A new group of `count` running peers that see each other; all have ended afterwards.
 
     Args:
-        discovery: Let them find each other instead of giving them the first one's address.
         change: Applied to every member before it starts.
     """
     made = make_peers(directory, count)
@@ -144,10 +142,9 @@ async def peer_group(
     async with ended_afterwards(peers):
         first = await peers[0].start()
         write_invites(made, first.address)
-        given = () if discovery else (first.address,)
         async with trio.open_nursery() as nursery:
             for peer in peers[1:]:
-                nursery.start_soon(peer.start, *given)
+                nursery.start_soon(peer.start, first.address)
         await wait_all_together(peers)
         yield peers
 
@@ -173,11 +170,9 @@ async def wait_all_together(peers: tuple[PeerProcess, ...]) -> None:
     assert await wait_together(members, TOGETHER_S), "the peers do not see each other"
 
 
-def environment(member: DemoPeer, **changes: str) -> dict[str, str]:
+def environment(member: DemoPeer) -> dict[str, str]:
     """The environment of a shell on that device."""
-    return {
-        **os.environ, "P2PTRAIN_HOME": str(member.home), "PYTHONUNBUFFERED": "1", **changes
-    }  # fmt: skip
+    return {**os.environ, "P2PTRAIN_HOME": str(member.home), "PYTHONUNBUFFERED": "1"}
 
 
 def job(text: Path, *, stages: int | None = None, seed: int = 5) -> TrainRequest:
@@ -350,16 +345,19 @@ def typed(request: TrainRequest) -> list[str]:
 
 
 async def command(
-    member: DemoPeer, *arguments: str, **changes: str
+    member: DemoPeer, *arguments: str, python_path_first: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run one command on a device to its end; `changes` are environment variables."""
+    """Run one command on a device to its end; modules are looked for in a given folder first."""
+    variables = environment(member)
+    if python_path_first is not None:
+        variables["PYTHONPATH"] = f"{python_path_first}{os.pathsep}{variables['PYTHONPATH']}"
     with trio.fail_after(120):
         ended = await trio.run_process(
             command_line(*arguments),
             capture_stdout=True,
             capture_stderr=True,
             check=False,
-            env=environment(member, **changes),
+            env=variables,
         )
     return subprocess.CompletedProcess(
         ended.args, ended.returncode, ended.stdout.decode(), ended.stderr.decode()

@@ -1,0 +1,89 @@
+"""Both runtimes: they train together, and stock onnxruntime loads what was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Final
+
+import pytest
+import trio
+
+from tests.e2e.peers import Member, job, peer_group, train
+
+TOLERANCE: Final = 1e-5
+STEPS: Final = 10
+LOGITS: Final = """
+import json, sys
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+(tokens,) = session.get_inputs()
+text = numpy.frombuffer(sys.argv[2].encode(), numpy.uint8).astype(numpy.int64)[None]
+(logits,) = session.run(None, {tokens.name: text})
+print(json.dumps({
+    "training": hasattr(onnxruntime, "training"), "shape": logits.shape,
+    "finite": bool(numpy.isfinite(logits).all()), "spread": float(logits.std()),
+}))
+"""
+
+
+@pytest.fixture
+def stock_python() -> str:
+    """The interpreter of an environment that has stock onnxruntime."""
+    named = os.environ.get("P2PTRAIN_STOCK_PYTHON", "")
+    if not Path(named).is_file():
+        pytest.skip(f"P2PTRAIN_STOCK_PYTHON names no interpreter with stock onnxruntime: {named!r}")
+    return named
+
+
+@pytest.mark.stock
+async def test_peers_with_both_runtimes_train_together_within_tolerance(
+    tmp_path: Path, text: Path, stock_python: str
+) -> None:
+    def second_is_stock(member: Member) -> Member:
+        return (
+            dataclasses.replace(member, python=stock_python) if member.name == "peer-2" else member
+        )
+
+    together = dataclasses.replace(job(text, stages=2), steps=STEPS)
+    alone = dataclasses.replace(together, stages=1)
+    async with peer_group(tmp_path, 2, change=second_is_stock) as (home, _):
+        members = (await home.status()).members
+        runtimes = {member.name: member.runtime.split()[0] for member in members}
+        assert runtimes == {"peer-1": "onnxruntime-training", "peer-2": "onnxruntime"}
+        mixed, watched = await train(home, together)
+        single, watched_alone = await train(home, alone)
+    (plan,), (plan_alone,) = watched.named("plan"), watched_alone.named("plan")
+    assert plan["exactness"] == "within tolerance: 2 different runtime builds take part"
+    assert plan_alone["exactness"].startswith("exact")
+    assert (mixed.stages, single.stages) == (2, 1)
+    assert mixed.losses == pytest.approx(single.losses, rel=TOLERANCE, abs=0.0)
+    assert mixed.heldout_last == pytest.approx(single.heldout_last, rel=TOLERANCE, abs=0.0)
+
+
+@pytest.mark.stock
+async def test_trained_model_runs_in_stock_onnxruntime(
+    tmp_path: Path, text: Path, stock_python: str
+) -> None:
+    out = tmp_path / "trained.onnx"
+    short = dataclasses.replace(job(text, stages=2), steps=3, out=str(out))
+    async with peer_group(tmp_path, 2) as (home, _):
+        result, _ = await train(home, short)
+    assert result.model_path == str(out)
+    assert json.loads(await run_stock(stock_python, out, "The function")) == {
+        "training": False, "shape": [1, 12, 256], "finite": True,
+        "spread": pytest.approx(0.5, abs=0.45),
+    }  # fmt: skip
+
+
+async def run_stock(python: str, model: Path, prompt: str) -> str:
+    """What the logits of a prompt look like to a program that knows nothing of p2ptrain."""
+    with trio.fail_after(60):
+        ended = await trio.run_process(
+            [python, "-I", "-c", LOGITS, str(model), prompt],
+            capture_stdout=True,
+            env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
+        )
+    return ended.stdout.decode()
