@@ -91,6 +91,10 @@ class RunDirectory:
         """Where `trained.onnx` goes unless the user names another place."""
         return self.path / "trained.onnx"
 
+    def exists(self) -> bool:
+        """Whether the run was written down, so that it can be resumed."""
+        return (self.path / "run.json").is_file()
+
     def write_record(self, record: RunRecord) -> None:
         """Create or replace `run.json`."""
         with _storing("the run's record"):
