@@ -1,0 +1,192 @@
+"""Where tensors land: fed ahead, in their buffers, or nowhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+
+from p2ptrain.engine.contract import Array
+from p2ptrain.errors import RemoteProtocolError
+from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
+from p2ptrain.runtime.inbox import FED_AHEAD_MAX, TensorInbox, discard
+from p2ptrain.runtime.signal import Signal
+from p2ptrain.training.program import Item
+from p2ptrain.wire.frames import TensorHeader
+from tests.memory_group import MemoryReader
+
+SHAPE = (2, 3)
+FED_BYTES = 2 * 3 * 8
+
+
+class Targets:
+    """Two ports of four float32 for activations; releases have none."""
+
+    def __init__(self) -> None:
+        self.arrays = [np.zeros(4, np.float32), np.zeros(4, np.float32)]
+
+    def __call__(self, kind: str, microbatch: int) -> tuple[Array, ...]:
+        if kind == "cotangent":
+            raise RemoteProtocolError("a cotangent that this stage does not expect")
+        return () if kind == "release" else tuple(self.arrays)
+
+
+def header(kind: str, *, step: int = 1, microbatch: int = 0, index: int = 0) -> TensorHeader:
+    return TensorHeader(
+        run=RunId("r" * 26), lineage=Lineage(0), view=ViewNumber(1), plan=Digest("0" * 64),
+        kind=kind, phase="train", step=step, microbatch=microbatch, segment=0, index=index,
+    )  # fmt: skip
+
+
+def train(step: int, kind: Literal["train", "evaluate"] = "train") -> Item:
+    return Item(kind=kind, step=step)
+
+
+def inbox() -> TensorInbox:
+    return TensorInbox(Signal(), fed_shape=SHAPE)
+
+
+def tokens(value: int) -> Array:
+    return np.full(SHAPE, value, np.int64)
+
+
+async def take(box: TensorInbox, what: TensorHeader, content: bytes) -> None:
+    reader = MemoryReader(memoryview(content))
+    await box.receive(what, len(content), reader)
+    assert not reader.left, "part of the body was left unread"
+
+
+async def test_fed_tensors_wait_for_their_item() -> None:
+    box = inbox()
+    assert box.fed("input", 0) is None
+    await take(box, header("input", step=2), tokens(5).tobytes())
+    box.deliver(header("input", step=1), tokens(4))
+    box.deliver(header("labels", step=1, microbatch=1), tokens(6))
+    box.open(train(1), Targets())
+    assert box.begun()
+    np.testing.assert_array_equal(box.fed("input", 0), tokens(4))
+    np.testing.assert_array_equal(box.fed("labels", 1), tokens(6))
+    assert box.fed("input", 1) is None
+    box.open(train(2), Targets())
+    np.testing.assert_array_equal(box.fed("input", 0), tokens(5))
+    box.open(train(1), Targets())
+    assert box.fed("input", 0) is None, "a finished item's inputs are forgotten"
+    assert not box.begun()
+
+
+async def test_delivered_array_is_copied() -> None:
+    box, mine = inbox(), tokens(1)
+    box.deliver(header("input"), mine)
+    mine.fill(9)
+    box.open(train(1), Targets())
+    np.testing.assert_array_equal(box.fed("input", 0), tokens(1))
+
+
+async def test_feeding_is_bounded() -> None:
+    box = inbox()
+    for step in range(1, FED_AHEAD_MAX + 1):
+        box.deliver(header("input", step=step), tokens(0))
+    with pytest.raises(RemoteProtocolError, match="out of turn"):
+        box.deliver(header("input", step=FED_AHEAD_MAX + 1), tokens(0))
+    with pytest.raises(RemoteProtocolError, match="out of turn"):
+        await take(box, header("input", step=1), tokens(0).tobytes())
+
+
+@pytest.mark.parametrize("length", [0, FED_BYTES - 1, FED_BYTES + 8])
+async def test_fed_tensor_of_another_size_is_refused(length: int) -> None:
+    with pytest.raises(RemoteProtocolError, match="bytes"):
+        await take(inbox(), header("labels"), bytes(length))
+
+
+async def test_boundary_tensor_lands_in_its_buffer() -> None:
+    box, targets = inbox(), Targets()
+    box.open(train(1), targets)
+    assert not box.begun()
+    await take(box, header("activation", index=1), np.arange(4, dtype=np.float32).tobytes())
+    assert box.begun()
+    assert not box.arrived("activation", 0, 2)
+    await take(box, header("activation", index=0), np.ones(4, np.float32).tobytes())
+    assert box.arrived("activation", 0, 2)
+    assert not box.arrived("activation", 1, 2)
+    np.testing.assert_array_equal(targets.arrays[0], np.ones(4, np.float32))
+    np.testing.assert_array_equal(targets.arrays[1], np.arange(4, dtype=np.float32))
+
+
+async def test_release_has_no_body() -> None:
+    box = inbox()
+    box.open(train(1), Targets())
+    await take(box, header("release"), b"")
+    assert box.arrived("release", 0, 1)
+    with pytest.raises(RemoteProtocolError, match="came twice"):
+        await take(box, header("release"), b"")
+
+
+@pytest.mark.parametrize(
+    ("what", "length"),
+    [
+        (header("activation"), 12),
+        (header("activation"), 0),
+        (header("activation", index=2), 16),
+        (header("release"), 16),
+        (header("release", index=1), 0),
+        (header("cotangent"), 16),
+    ],
+)
+async def test_tensor_that_the_plan_does_not_predict_is_refused(
+    what: TensorHeader, length: int
+) -> None:
+    box = inbox()
+    box.open(train(1), Targets())
+    with pytest.raises(RemoteProtocolError):
+        await take(box, what, bytes(length))
+
+
+async def test_same_tensor_twice_is_refused() -> None:
+    box = inbox()
+    box.open(train(1), Targets())
+    await take(box, header("activation"), bytes(16))
+    with pytest.raises(RemoteProtocolError, match="came twice"):
+        await take(box, header("activation"), bytes(16))
+
+
+async def test_tensor_of_a_later_item_holds_up_its_own_link(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    box, targets = inbox(), Targets()
+    box.open(train(1), targets)
+    later = dataclasses.replace(header("activation", step=1), phase="evaluate")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take, box, later, np.full(4, 7, np.float32).tobytes())
+        await trio.testing.wait_all_tasks_blocked()
+        assert targets.arrays[0].sum() == 0
+        await take(box, header("activation", index=1), bytes(16))  # another link goes on
+        box.open(train(1, "evaluate"), targets)
+    assert targets.arrays[0].sum() == 28
+    assert box.arrived("activation", 0, 1)
+
+
+async def test_closed_inbox_discards_what_waits_and_what_comes(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    box = inbox()
+    box.open(train(1), Targets())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take, box, header("activation", step=2), bytes(16))
+        await trio.testing.wait_all_tasks_blocked()
+        box.close()
+    await take(box, header("input", step=3), bytes(FED_BYTES))
+    await take(box, header("cotangent"), bytes(1 << 18))
+    box.deliver(header("labels", step=3), tokens(1))
+    box.open(train(3), Targets())
+    assert box.fed("labels", 0) is None
+
+
+@pytest.mark.parametrize("length", [0, 1, 64 * 1024, 64 * 1024 + 1, 200_000])
+async def test_discard_reads_exactly_the_body(length: int) -> None:
+    reader = MemoryReader(memoryview(bytes(length + 5)))
+    await discard(reader, length)
+    assert len(reader.left) == 5
