@@ -30,7 +30,7 @@ from p2ptrain.demo.group import (
 )
 from p2ptrain.net.control_socket import call
 from p2ptrain.runtime.reports import PeerStatus, StepReport, TrainRequest, TrainResult
-from p2ptrain.store.runs import RunDirectory, find_run
+from p2ptrain.store.runs import RunDirectory, run_paths
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.wire.codec import from_plain, to_plain
 
@@ -317,7 +317,8 @@ async def running_command(
 async def wait_saved(home: PeerProcess, command: RunningCommand) -> RunDirectory:
     """Wait until the run that a command conducts is in mid step, with a checkpoint behind it."""
     await command.wait_said("step 7/")
-    run = find_run(home.member.home / "runs", "")
+    (path,) = run_paths(home.member.home / "runs")
+    run = RunDirectory(path)
     while not run.checkpoint_steps():  # noqa: ASYNC110 written by another process
         await trio.sleep(POLL_S)
     return run
