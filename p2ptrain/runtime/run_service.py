@@ -378,11 +378,12 @@ class RunService:
                     self._services.outlet.send(device, message)
 
     def _with_run(self, error: P2PTrainError, conduct: _Conduct) -> P2PTrainError:
-        """Say which run can be resumed, where a checkpoint of it exists."""
+        """Say which run can be resumed, and from where, once it exists on disk."""
         job = conduct.coordinator.job
-        steps = job.directory.checkpoint_steps()
-        if isinstance(error, PeerLost | NumericsError) and steps:
-            error.hint = f"go on from step {steps[-1]} with: --resume {short(job.run)}"
+        begun = (job.directory.path / "run.json").is_file()
+        if isinstance(error, PeerLost | NumericsError | Interrupted) and begun:
+            step = (job.directory.checkpoint_steps() or [0])[-1]
+            error.hint = f"go on from step {step} with: --resume {short(job.run)}"
         return error
 
     async def _answer_offer(self, device: DeviceId, offer: Offer, busy_with: RunId | None) -> None:
