@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import random
 import struct
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ from tests.sim.plans import device, make_record
 
 AGREEMENT = (Propose, Accept, Refuse, Decided, Withdraw)
 MEMORY_BYTES = 1 << 34
+SECONDS_MAX = 20.0
 
 
 class MemoryReader:
@@ -296,6 +298,14 @@ async def memory_group(path: Path, count: int) -> AsyncIterator[MemoryGroup]:
             await nursery.start(member.run)
         yield group
         nursery.cancel_scope.cancel()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait while other tasks work; the virtual clock stands still, the real one fails the test."""
+    give_up_s = time.monotonic() + SECONDS_MAX
+    while not condition():
+        await trio.lowlevel.checkpoint()
+        assert time.monotonic() < give_up_s, "it never came true"
 
 
 def tiny_text(length: int = 4096) -> bytes:

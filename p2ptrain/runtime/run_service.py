@@ -393,7 +393,7 @@ class RunService:
     def _with_run(self, error: P2PTrainError, conduct: _Conduct) -> P2PTrainError:
         """Say which run can be resumed, and from which step, once it is on disk."""
         job = conduct.coordinator.job
-        if isinstance(error, PeerLost | NumericsError) and job.directory.exists():
+        if isinstance(error, PeerLost | NumericsError | Interrupted) and job.directory.exists():
             step = max(job.directory.checkpoint_steps(), default=0)
             error.hint = f"go on from step {step} with: --resume {short(job.run)}"
         return error

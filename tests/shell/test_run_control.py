@@ -6,7 +6,6 @@ The clock is virtual and stands still: whatever a test does not jump over cannot
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -44,10 +43,16 @@ from p2ptrain.training.messages import (
     stamp_of,
 )
 from tests.bundles import tiny_bundle
-from tests.memory_group import MEMORY_BYTES, Member, MemoryGroup, memory_group, request_for
+from tests.memory_group import (
+    MEMORY_BYTES,
+    Member,
+    MemoryGroup,
+    memory_group,
+    request_for,
+    until,
+)
 
 BUNDLE = tiny_bundle()
-SECONDS_MAX = 10.0
 T = TypeVar("T")
 
 
@@ -75,14 +80,6 @@ class Outcome:
             self.result = await member.train(wanted)
         except P2PTrainError as error:
             self.error = error
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait while other tasks work; the virtual clock stands still, the real one fails the test."""
-    give_up_s = time.monotonic() + SECONDS_MAX
-    while not condition():
-        await trio.lowlevel.checkpoint()
-        assert time.monotonic() < give_up_s, "it never came true"
 
 
 async def until_idle(*members: Member) -> None:

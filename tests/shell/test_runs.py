@@ -18,7 +18,7 @@ from p2ptrain.runtime.reports import (
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.training.messages import SegmentSaved, Usage
 from tests.bundles import tiny_bundle
-from tests.memory_group import MemoryGroup, float_bits, memory_group, request_for
+from tests.memory_group import MemoryGroup, float_bits, memory_group, request_for, until
 
 CLIPPING = OptimizerChoice(warmup_steps=2, clip_norm=0.05, peak_learning_rate=0.02)
 BUNDLE = tiny_bundle()
@@ -60,8 +60,7 @@ async def wait_idle(group: MemoryGroup) -> None:
             for m in group.members.values() if m.alive
         )  # fmt: skip
 
-    while not idle():
-        await trio.lowlevel.checkpoint()
+    await until(idle)
 
 
 async def test_losses_and_state_are_equal_on_one_to_four_stages(tmp_path: Path) -> None:
@@ -261,7 +260,7 @@ async def test_killed_member_ends_the_run_everywhere(
         with trio.fail_after(SECONDS_MAX):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(conduct)
-                await group.wait(lambda: len(group.reports("step")) >= 2)
+                await group.wait(lambda: len(group.reports("step")) >= 4)
                 count = len(group.tensors)
                 await group.wait(lambda: any(h.kind == kind for _, _, h in group.tensors[count:]))
                 group.kill(group[victim])
