@@ -30,8 +30,8 @@ def append_initialisers(
 ) -> Iterator[bytes]:
     """The bytes of `model` with initialisers added, one chunk per tensor.
 
-    The file declares the parameters as graph inputs; an initialiser of the same name gives the
-    input its default, so stock onnxruntime loads the result as an ordinary model.
+    The file reads parameters by name and neither declares nor holds them; with initialisers of
+    those names it becomes an ordinary model that any onnxruntime loads.
 
     Raises:
         BundleError: a dtype that has no place in a bundle, or a model over 2 GiB; what was

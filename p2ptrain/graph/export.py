@@ -270,7 +270,8 @@ def _describe_update(update: Update, put: Any) -> words.UpdateRule:
 
 
 def _inference(module: Any, about: Description, put: Any) -> words.Inference:
-    """The whole model in evaluation mode, parameters as inputs without values. (Any: as above.)"""
+    """The whole model in evaluation mode; its parameters are names without values until their
+    initialisers are appended. (Any: as above.)"""
     traced = trace_inference(module, context=about.context)
     graph = traced.graph
     result = graph.outputs[0]
@@ -286,4 +287,7 @@ def _inference(module: Any, about: Description, put: Any) -> words.Inference:
     rename_inner(graph, "v")
     value = _Values(graph=graph, sizes={})
     source, logits = value.of([DATA, LOGITS])
+    # An initialiser that is an input as well may be overridden: a runtime then warns of each and
+    # folds nothing.
+    graph.inputs = {DATA: graph.inputs[DATA]}
     return words.Inference(graph=put(graph, "inference"), input=source, output=logits)
