@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from p2ptrain import limits
+from p2ptrain.errors import ConfigError
+from p2ptrain.power.model import PowerConfig, parse_power_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,3 +28,17 @@ class PeerConfig:
     """What runs may use; None: half of the memory that is available."""
     threads: int | None = None
     """The most compute threads to use; None: as many as the machine has cores."""
+
+
+def power_settings(settings: Mapping[str, object]) -> PowerConfig:
+    """The `[power]` table of config.toml, the only one there is.
+
+    Raises:
+        ConfigError: an unknown table or key, or a value out of its range; nothing is used.
+    """
+    unknown = sorted(set(settings) - {"power"})
+    table = settings.get("power", {})
+    if unknown or not isinstance(table, Mapping):
+        what = f"an unknown entry {unknown[0]!r:.60}" if unknown else "a [power] that is no table"
+        raise ConfigError(f"config.toml has {what}", hint="README.md lists what it may hold")
+    return parse_power_config(table)

@@ -31,7 +31,7 @@ from p2ptrain.power.host import available_memory_bytes, host_identity, power_sou
 from p2ptrain.power.meter import open_meter
 from p2ptrain.runtime.ballots import Ballots, follow_ballot
 from p2ptrain.runtime.blobs import BlobExchange
-from p2ptrain.runtime.config import PeerConfig
+from p2ptrain.runtime.config import PeerConfig, power_settings
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.energy_report import energy_report
 from p2ptrain.runtime.inbox import BodyReader
@@ -42,7 +42,7 @@ from p2ptrain.runtime.services import Emit, Services
 from p2ptrain.runtime.status import status_report
 from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
 from p2ptrain.store.groups import Group, create_invite, load_addresses, save_addresses
-from p2ptrain.store.home import Home
+from p2ptrain.store.home import Home, read_config
 from p2ptrain.wire.frames import BulkHeader, TensorHeader
 
 SWITCH_INTERVAL_S = 0.0005
@@ -81,7 +81,7 @@ class Peer:
         self.meter = PeerMeter(
             device=group.device,
             name=group.device_name,
-            meter=open_meter(),
+            meter=open_meter(config=power_settings(read_config(home))),
             traffic=self._traffic,
         )
         self.blobs = BlobExchange(send=self.send, send_bulk=self.links.send_bulk)
