@@ -21,8 +21,8 @@ _RATE = click.FloatRange(min=0.0)
 
 @click.command()
 @group_option
-@click.option("--model", "bundle", metavar="DIR", help="Folder of an exported model (a bundle).")
-@click.option("--data", metavar="FILE", help="Text to train on; it stays on this device.")
+@click.option("--model", "bundle", metavar="DIR", help="An exported model (bundle), or its name.")
+@click.option("--data", metavar="FILE", help="Text; its samples reach first and last stage.")
 @click.option("--heldout", metavar="FILE", help="Text to evaluate on. [default: the data's end]")
 @click.option("--steps", type=_COUNT, default=100, show_default=True, help="Optimizer updates.")
 @click.option("--stages", type=_COUNT, help="Exact number of stages. [default: planned]")
@@ -123,12 +123,25 @@ def _request(options: dict[str, Any]) -> TrainRequest:  # Any: click's values
     }
     names = {field.name for field in fields(TrainRequest)} - {"optimizer"}
     values = {name: value for name, value in options.items() if name in names}
-    for name in ("bundle", "data", "heldout", "out"):
+    for name in ("data", "heldout", "out"):
         values[name] = _absolute(values[name])
-    values["bundle"] = values["bundle"] or ""
+    values["bundle"] = _bundle(values["bundle"])
     values["data"] = values["data"] or ""
     given = {name: value for name, value in chosen.items() if value is not None}
     return TrainRequest(**values, optimizer=OptimizerChoice(**given))
+
+
+def _bundle(given: str | None) -> str:
+    """The folder of a bundle: as given, or of one that comes with p2ptrain; empty for none."""
+    from p2ptrain.errors import NotFound
+    from p2ptrain.store.bundles import find_bundle
+
+    if given is None:
+        return ""
+    try:
+        return os.path.abspath(find_bundle(given))
+    except NotFound as error:
+        raise BundleError(error.message, hint=error.hint) from error
 
 
 def _tenth(rate: float | None) -> float | None:

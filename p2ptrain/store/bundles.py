@@ -108,7 +108,8 @@ def find_bundle(name_or_path: str) -> Path:
         return shipped[name]
     known = ", ".join(sorted(shipped)) or "none"
     raise NotFound(
-        f"there is no bundle {name_or_path!r}", hint=f"give a directory, or one of: {known}"
+        f"there is no bundle {name_or_path!r}",
+        hint=f"give a folder made by tools/export_model.py, or one of: {known}",
     )
 
 
