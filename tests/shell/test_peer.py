@@ -23,7 +23,7 @@ BUNDLE = tiny_bundle()
 
 
 def quiet(**changes: object) -> PeerConfig:
-    settings = {"listen_host": "127.0.0.1", "discovery": False, "threads": 1, **changes}
+    settings = {"port": 0, "listen_host": "127.0.0.1", "discovery": False, "threads": 1, **changes}
     return PeerConfig(**settings)  # type: ignore[arg-type]  # fields by name
 
 
