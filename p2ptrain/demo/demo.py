@@ -33,12 +33,12 @@ from p2ptrain.runtime.reports import TrainRequest, TrainResult
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.wire.codec import from_plain, to_plain
 
-STEPS: Final = 220
-STEPS_LONG: Final = 2500
-MICROBATCHES: Final = 4
+STEPS: Final = 120
+STEPS_LONG: Final = 1000
+MICROBATCHES: Final = 8
 MICROBATCH_SIZE: Final = 2
 HELDOUT_MICROBATCHES: Final = 32
-LEARNING_RATE: Final = 2.5e-3
+LEARNING_RATE: Final = 3e-3
 DISCOVERY_S: Final = 10.0
 TOGETHER_S: Final = 30.0
 PROMPT: Final = b"The function returns "
