@@ -66,12 +66,6 @@ class Emitter:
 Rule = Callable[[Emitter, onnx.NodeProto], None]
 _RULES: Final[dict[str, Rule]] = {}
 
-NON_DIFFERENTIABLE: Final = frozenset(
-    {"Shape", "Size", "Range", "Greater", "Less", "Equal", "Not", "And", "Or", "ArgMax", "Floor"}
-    | {"GreaterOrEqual", "LessOrEqual", "Sign", "OneHot", "NonZero", "ConstantOfShape", "Ceil"}
-)
-"""Standard operators through which no gradient flows, on purpose."""
-
 
 def rule(name: str) -> Callable[[Rule], Rule]:
     """Register the rule for one operator, spelt with its domain."""
