@@ -2,6 +2,8 @@
 
 A bundle is hostile until checked. Files are opened by digest only, never by a path that the
 manifest holds; their length is checked before they are read, and their hash before they are used.
+No graph is handed out that is not what the manifest says (`bundle.graph_checks`), whether it comes
+from a directory or over the wire, so none reaches onnxruntime.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Final
 
 import p2ptrain
 from p2ptrain import limits
+from p2ptrain.bundle.graph_checks import check_graph
 from p2ptrain.bundle.manifest import Manifest, parse_manifest
 from p2ptrain.errors import BundleError, NotFound
 from p2ptrain.ids import Digest
@@ -40,7 +43,8 @@ class Bundle:
         """The bytes of one graph, checked against the manifest.
 
         Raises:
-            BundleError: not in the bundle, missing, damaged, or outside the directory.
+            BundleError: not in the bundle, missing, damaged, outside the directory, or not what
+                the manifest says; do not use the bundle.
         """
         if digest not in self.manifest.graphs:
             raise BundleError(f"the bundle has no graph {digest!r:.20}")
@@ -83,7 +87,8 @@ def bundle_from_parts(manifest_bytes: bytes, graphs: Mapping[Digest, bytes]) -> 
     """A bundle received over the wire.
 
     Raises:
-        BundleError: a graph is not in the manifest, or has another length or hash.
+        BundleError: a graph is not in the manifest, has another length or hash, or is not what
+            the manifest says.
     """
     bundle = _bundle(manifest_bytes, None, dict(graphs))
     for digest, content in graphs.items():
@@ -145,6 +150,7 @@ def _check_graph(manifest: Manifest, digest: Digest, content: bytes) -> None:
         raise BundleError(f"graph {digest:.12} has {len(content)} bytes instead of {expected}")
     if hashlib.sha256(content).hexdigest() != digest:
         raise BundleError(f"graph {digest:.12} is damaged: its hash differs")
+    check_graph(manifest, digest, content)
 
 
 def _read_inside(directory: Path, path: Path, bytes_max: int) -> bytes:
