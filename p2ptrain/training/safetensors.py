@@ -24,6 +24,7 @@ Array = NDArray[Any]  # Any: the element type is data here
 HEADER_BYTES_MAX: Final = 16 * 1024 * 1024
 RANK_MAX: Final = 8
 _PREFIX: Final = struct.Struct("<Q")
+PREFIX_BYTES: Final = _PREFIX.size
 _METADATA: Final = "__metadata__"
 _DTYPES: Final = {
     "F64": "<f8",
@@ -42,6 +43,24 @@ class TensorFile:
     """Named tensors in file order, and text about them. Arrays are read only."""
 
     tensors: dict[str, Array]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlace:
+    """What one tensor is, and where its bytes lie behind the header."""
+
+    dtype: np.dtype[Any]  # Any: the element type is data here
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorHeader:
+    """The places of named tensors, in file order and without a gap, and text about them."""
+
+    places: dict[str, TensorPlace]
     metadata: dict[str, str]
 
 
@@ -74,34 +93,49 @@ def decode_tensors(content: bytes | memoryview) -> TensorFile:
         CheckpointError: not a whole, consistent safetensors file; nothing of it was used.
     """
     view = memoryview(content).toreadonly()
-    header, start = _header(view)
-    metadata = header.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged("its metadata is not text")
+    start = PREFIX_BYTES + header_length(bytes(view[:PREFIX_BYTES]), file_bytes=len(view))
     data = view[start:]
-    tensors: dict[str, Array] = {}
-    covered = 0
-    for name, entry in header.items():
-        tensors[name], covered = _tensor(data, name, entry, covered)
-    if covered != len(data):
-        raise _damaged(f"its tensors cover {covered} of {len(data)} bytes")
-    return TensorFile(tensors=tensors, metadata=metadata)
+    header = decode_header(bytes(view[PREFIX_BYTES:start]), data_bytes=len(data))
+    tensors = {
+        name: np.frombuffer(data[place.start : place.stop], place.dtype).reshape(place.shape)
+        for name, place in header.places.items()
+    }
+    return TensorFile(tensors=tensors, metadata=header.metadata)
 
 
-def _header(view: memoryview) -> tuple[dict[str, Any], int]:  # Any: JSON values
-    if len(view) < _PREFIX.size:
-        raise _damaged(f"it has {len(view)} bytes")
-    (length,) = _PREFIX.unpack(view[: _PREFIX.size])
-    if length > HEADER_BYTES_MAX or _PREFIX.size + length > len(view):
+def header_length(prefix: bytes, *, file_bytes: int) -> int:
+    """The length of the header from a file's first PREFIX_BYTES; CheckpointError if impossible."""
+    if len(prefix) < PREFIX_BYTES:
+        raise _damaged(f"it has {len(prefix)} bytes")
+    (length,) = _PREFIX.unpack(prefix)
+    if length > HEADER_BYTES_MAX or PREFIX_BYTES + length > file_bytes:
         raise _damaged(f"its header claims {length} bytes")
-    start = _PREFIX.size + length
+    return int(length)
+
+
+def decode_header(text: bytes, *, data_bytes: int) -> TensorHeader:
+    """Where each tensor lies among the `data_bytes` behind the header.
+
+    Raises:
+        CheckpointError: not JSON, or places that do not cover the data without gap or overlap.
+    """
     try:
-        header = json.loads(bytes(view[_PREFIX.size : start]), object_pairs_hook=_without_twins)
+        header = json.loads(text, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
         raise _damaged(f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise _damaged("its header is not a map")
-    return header, start
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged("its metadata is not text")
+    places: dict[str, TensorPlace] = {}
+    covered = 0
+    for name, entry in header.items():
+        places[name] = _place(name, entry, covered, data_bytes)
+        covered = places[name].stop
+    if covered != data_bytes:
+        raise _damaged(f"its tensors cover {covered} of {data_bytes} bytes")
+    return TensorHeader(places=places, metadata=metadata)
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON values
@@ -110,7 +144,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON
     return dict(pairs)
 
 
-def _tensor(data: memoryview, name: str, entry: object, start: int) -> tuple[Array, int]:
+def _place(name: str, entry: object, start: int, data_bytes: int) -> TensorPlace:
     if not isinstance(entry, dict):
         raise _damaged(f"{name!r:.80} is not described by a map")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -120,9 +154,9 @@ def _tensor(data: memoryview, name: str, entry: object, start: int) -> tuple[Arr
         raise _damaged(f"{name!r:.80} has no valid shape")
     element = np.dtype(_DTYPES[dtype])
     end = start + math.prod(shape) * element.itemsize
-    if not _whole_numbers(offsets) or offsets != [start, end] or end > len(data):
+    if not _whole_numbers(offsets) or offsets != [start, end] or end > data_bytes:
         raise _damaged(f"{name!r:.80} does not lie where its shape puts it")
-    return np.frombuffer(data[start:end], element).reshape(shape), end
+    return TensorPlace(dtype=element, shape=tuple(shape), start=start, stop=end)
 
 
 def _whole_numbers(value: Any) -> TypeGuard[list[int]]:  # Any: a JSON value
