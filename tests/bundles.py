@@ -20,6 +20,7 @@ from p2ptrain.bundle.manifest import (
     GraphPair,
     Inference,
     Initialiser,
+    Loss,
     Manifest,
     MaskSite,
     Port,
@@ -233,7 +234,7 @@ def tiny_bundle(*, blocks: int = 4, dropout: float = 0.1, in_place: bool = True)
     kinds = _kinds(add, dropout)
     manifest = Manifest(
         name="tiny",
-        task="language-model",
+        task="language-modelling",
         description="hand-made for tests",
         symbols={
             "batch": Symbol(size=None, kind="batch"),
@@ -254,14 +255,14 @@ def tiny_bundle(*, blocks: int = 4, dropout: float = 0.1, in_place: bool = True)
         },
         inference=Inference(
             graph=add(inference_graph(blocks)),
-            input=TOKENS,
+            inputs=(TOKENS,),
             output=dataclasses.replace(PROBABILITIES, name="logits"),
         ),
         data=DataSection(
-            kind="bytes", tokenizer="bytes", vocabulary=VOCABULARY, context=CONTEXT, dtype="uint8",
+            kind="windows", tokenizer="bytes", vocabulary=VOCABULARY, context=CONTEXT,
             sampling="philox-1",
         ),
-        loss="cross-entropy",
+        loss=Loss(kind="cross-entropy"),
         golden_parameters=Digest("0" * 64),
     )  # fmt: skip
     files = {

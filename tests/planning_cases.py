@@ -8,6 +8,7 @@ from p2ptrain.bundle.manifest import (
     DataSection,
     Inference,
     Initialiser,
+    Loss,
     Manifest,
     Port,
     Segment,
@@ -52,7 +53,7 @@ def manifest(segment_count: int, *, width: int = 16) -> Manifest:
     }
     return Manifest(
         name="chain",
-        task="none",
+        task="regression",
         description="",
         symbols={"batch": Symbol(size=None, kind="batch")},
         graphs={},
@@ -63,16 +64,15 @@ def manifest(segment_count: int, *, width: int = 16) -> Manifest:
         ),
         tensors=tuple(_tensor(i, width) for i in range(segment_count)),
         updates={},
-        inference=Inference(graph=Digest("0" * 64), input=boundary, output=boundary),
+        inference=Inference(graph=Digest("0" * 64), inputs=(boundary,), output=boundary),
         data=DataSection(
-            kind="bytes",
+            kind="windows",
             tokenizer="bytes",
             vocabulary=256,
             context=width,
-            dtype="int64",
             sampling="philox-1",
         ),
-        loss="mean",
+        loss=Loss(kind="mse"),
         golden_parameters=Digest("0" * 64),
     )
 

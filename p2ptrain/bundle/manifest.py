@@ -6,11 +6,16 @@ objects and back. `store.bundles` reads the files.
 
 Names inside the graphs are the contract between exporter and engine:
 
-- forward graph: inputs are the segment's ports, parameters and masks by their local names;
-  outputs are the output ports, then the stash.
-- backward graph: inputs are any of the forward's inputs, its stash, and `cotangent.<output>`;
-  outputs are `cotangent.<input>` for every differentiable input port and `gradient.<parameter>`
-  for every trainable parameter.
+- forward graph: inputs are the segment's ports, trainable parameters, running values and masks
+  by their local names; outputs are the output ports, then `new.<running>` for every running
+  value, then the stash.
+- backward graph: inputs are any of the forward's inputs, its stash, and `cotangent.<output>` for
+  differentiable outputs; outputs are `cotangent.<input>` for every differentiable input port and
+  `gradient.<parameter>` for every trainable parameter.
+- evaluation graph, where a kind has one: the forward's inputs without masks; outputs are the
+  output ports.
+- frozen parameters are read by their local names in any of these graphs and declared in none: the
+  engine binds them as constants, which the runtime may prepack.
 - update graph: `parameter`, `gradient`, `state.<name>` of shape (n,), scalars by name; outputs
   `new.parameter`, `new.state.<name>`.
 
@@ -32,13 +37,25 @@ from p2ptrain.ids import Digest, is_digest
 from p2ptrain.wire.codec import from_plain, to_plain
 
 FORMAT: Final = "p2ptrain-bundle"
-VERSION: Final = 1
+VERSION: Final = 2
+VERSIONS_READ: Final = (1, 2)
 BATCH: Final = "batch"
 FORMS: Final = ("portable", "training")
 DTYPES: Final = {"float32": 4, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
 Form = Literal["portable", "training"]
 PORT_ROLES: Final = ("boundary", "data", "labels", "loss_weight", "loss")
+BINDINGS: Final = ("trainable", "frozen", "running")
+TASKS: Final = (
+    "language-modelling",
+    "masked-language-modelling",
+    "sequence-classification",
+    "token-classification",
+    "image-classification",
+    "regression",
+)
+LOSSES: Final = ("cross-entropy", "mse", "bce", "l1")
+DATA_KINDS: Final = ("windows", "masked-windows", "texts", "words", "images", "arrays")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +83,10 @@ class Port:
 
     value: Value
     role: str
-    """boundary: from or to the neighbouring segment; data, labels, loss_weight: fed by the run;
-    loss: the scalar result."""
+    """boundary: from or to the neighbouring segment; data (first segment only), labels and
+    loss_weight (last segment only): fed by the run; loss: the scalar result."""
     differentiable: bool
+    """False for what travels with the boundary without a cotangent: attention masks, positions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +120,11 @@ class SegmentKind:
     forward_flops: int
     """Floating-point operations for one sample."""
     backward_flops: int
+    running: tuple[Value, ...] = ()
+    """What every training forward replaces, microbatch after microbatch: running statistics."""
+    evaluation: Digest | None = None
+    """Graph of an evaluation where it is another function than the forward; None: the forward
+    graph with masks of ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +135,8 @@ class Segment:
     kind: str
     parameters: dict[str, str]
     """Local parameter name -> tensor name; the order is the kind's, JSON keeps none."""
+    running: dict[str, str] = field(default_factory=dict)
+    """Local running value -> tensor name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,19 +159,39 @@ class ShardGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """Low-rank adapters of a frozen matrix W: the graphs compute with W + scale * up @ down, where
+    `down` (r, in) and `up` (out, r) are trainable tensors.
+
+    Source: LoRA, Hu et al. 2021, section 4.1.
+    """
+
+    down: str
+    up: str
+    scale: float
+    transposed: bool
+    """W is stored (in, out): what is added to it is scale * (up @ down) transposed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """A parameter of the whole model, in manifest order."""
+    """A parameter or running value of the whole model, in manifest order."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     binding: str
-    """trainable or frozen."""
+    """trainable; frozen: never changes; running: replaced by every training forward."""
     initialiser: Initialiser
     decay: bool
     """Whether weight decay applies (matrices yes; biases and norms no)."""
     shard: ShardGroup | None = None
     tied_to: str | None = None
+    """An earlier tensor of which this is a copy in another segment: drawn as that one, with the
+    sum of both gradients, in segment order, updating both."""
+    adapter: Adapter | None = None
+    digest: Digest | None = None
+    """sha256 of its raw little-endian bytes in `weights.safetensors`; None: it is drawn."""
 
     @property
     def elements(self) -> int:
@@ -178,24 +223,52 @@ class GraphFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inference:
-    """The whole model without weights: token ids in, logits out."""
+    """The whole model without weights, adapters merged: data in, logits or predictions out."""
 
     graph: Digest
-    input: Value
+    inputs: tuple[Value, ...]
     output: Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataSection:
-    """What the model eats: `bytes` = byte-level text windows, labels shifted by one."""
+class Loss:
+    """The scalar that the last segment ends in: a sum over labels times `loss_weight`."""
 
     kind: str
-    tokenizer: str
-    vocabulary: int
-    context: int
-    dtype: str
+    """One of LOSSES."""
+    ignore_index: int = -100
+    """Integer labels of this value do not count."""
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSection:
+    """What the model eats, and in which order; shapes and dtypes are those of the data ports."""
+
+    kind: str
+    """windows: text, labels shifted by one; masked-windows: text, some tokens hidden; texts: one
+    label per text; words: one label per token; images: one label per image; arrays: as they are."""
     sampling: str
     """Version of the sampling order: `philox-1`."""
+    tokenizer: str = ""
+    """`bytes`, or `tokenizer.json` for that file of the bundle; empty where there is no text."""
+    tokenizer_digest: Digest | None = None
+    """sha256 of `tokenizer.json`."""
+    vocabulary: int = 0
+    """Token ids; 0 where there is no text."""
+    context: int = 0
+    """Tokens of one sample; 0 where there is no text."""
+    classes: int = 0
+    """Of a classification; 0 for other tasks."""
+    class_names: tuple[str, ...] = ()
+    """By label; empty: labels are numbers."""
+    special_tokens: dict[str, int] = field(default_factory=dict)
+    """Ids of pad, mask, cls, sep and unknown, where the tokenizer has them."""
+    mask_probability: float = 0.0
+    """Of a token to be predicted, in masked-windows."""
+    image_mean: tuple[float, ...] = ()
+    """Per channel, of pixels scaled to 0 to 1; empty: not normalised."""
+    image_std: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,12 +287,13 @@ class Manifest:
     updates: dict[str, UpdateRule]
     inference: Inference
     data: DataSection
-    loss: str
+    loss: Loss
     golden_parameters: Digest
-    """sha256 over all parameters drawn with seed 0, little-endian, manifest order."""
+    """sha256 over all drawn tensors with seed 0, little-endian, manifest order."""
     checks: dict[str, float] = field(default_factory=dict)
     """Worst errors of the exporter's own check against torch."""
     weights: Digest | None = None
+    """sha256 of `weights.safetensors`; None: every tensor is drawn."""
 
     @property
     def digest(self) -> Digest:
@@ -243,6 +317,25 @@ class Manifest:
         segment = self.segments[segment_index]
         values = self.kinds[segment.kind].parameters
         return tuple(index[segment.parameters[value.name]] for value in values)
+
+    def segment_running(self, segment_index: int) -> tuple[Tensor, ...]:
+        """The running values of one segment, in its kind's order."""
+        index = self._tensor_index
+        segment = self.segments[segment_index]
+        values = self.kinds[segment.kind].running
+        return tuple(index[segment.running[value.name]] for value in values)
+
+    @property
+    def data_ports(self) -> tuple[Port, ...]:
+        """What the run feeds to the first segment, in order."""
+        inputs = self.kinds[self.segments[0].kind].inputs
+        return tuple(port for port in inputs if port.role == "data")
+
+    @property
+    def labels_port(self) -> Port:
+        """What the run feeds to the last segment beside `loss_weight`."""
+        inputs = self.kinds[self.segments[-1].kind].inputs
+        return next(port for port in inputs if port.role == "labels")
 
     @property
     def parameter_count(self) -> int:
@@ -299,17 +392,32 @@ def parse_manifest(content: bytes) -> Manifest:
         raise BundleError(f"manifest.json is not JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise BundleError("manifest.json is not a p2ptrain bundle manifest")
-    if document.get("version") != VERSION:
+    if document.get("version") not in VERSIONS_READ:
         raise BundleError(
-            f"bundle version {document.get('version')!r} is unknown; this p2ptrain reads {VERSION}",
+            f"bundle version {document.get('version')!r} is unknown; this p2ptrain reads up to"
+            f" {VERSION}",
             hint="update p2ptrain, or export the model again with this version",
         )
+    if document["version"] == 1:
+        _upgrade(document)
     try:
         manifest = from_plain(Manifest, document)
     except RemoteProtocolError as error:
         raise BundleError(f"manifest.json: {error.message}") from error
     check_manifest(manifest)
     return manifest
+
+
+def _upgrade(document: dict[str, Any]) -> None:  # Any: JSON, not yet checked
+    """Version 1 knew one input, byte-level language modelling and plain cross-entropy."""
+    inference, data = document.get("inference"), document.get("data")
+    if isinstance(inference, dict) and "input" in inference:
+        inference["inputs"] = [inference.pop("input")]
+    if isinstance(data, dict):
+        data["kind"] = "windows"
+        data.pop("dtype", None)
+    document["task"] = "language-modelling"
+    document["loss"] = {"kind": "cross-entropy"}
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -331,6 +439,10 @@ def _problems(manifest: Manifest) -> Any:  # Any: a generator of sentences
             yield f"graph {digest!r:.80} is not named by its sha256"
         if not 0 < graph.bytes <= limits.GRAPH_BYTES_MAX:
             yield f"graph {digest:.12} has {graph.bytes} bytes"
+    if manifest.task not in TASKS or manifest.loss.kind not in LOSSES:
+        yield f"unknown task {manifest.task!r:.40} or loss {manifest.loss.kind!r:.40}"
+    if manifest.data.kind not in DATA_KINDS:
+        yield f"unknown data kind {manifest.data.kind!r:.40}"
     yield from _reference_problems(manifest)
     yield from _tensor_problems(manifest)
     yield from _chain_problems(manifest)
@@ -343,6 +455,8 @@ def _reference_problems(manifest: Manifest) -> Any:  # Any: as above
             if form not in FORMS:
                 yield f"kind {kind.name!r} has an unknown form {form!r}"
             referred += [pair.forward, pair.backward]
+        if kind.evaluation is not None:
+            referred.append(kind.evaluation)
         if "portable" not in kind.forms:
             yield f"kind {kind.name!r} has no portable form"
         yield from _value_problems(manifest, kind)
@@ -355,7 +469,7 @@ def _reference_problems(manifest: Manifest) -> Any:  # Any: as above
 
 def _value_problems(manifest: Manifest, kind: SegmentKind) -> Any:  # Any: as above
     values = [port.value for port in (*kind.inputs, *kind.outputs)]
-    values += [*kind.parameters, *(site.value for site in kind.masks)]
+    values += [*kind.parameters, *kind.running, *(site.value for site in kind.masks)]
     values += [value for pair in kind.forms.values() for value in pair.stash]
     for value in values:
         if value.dtype not in DTYPES:
@@ -374,15 +488,30 @@ def _tensor_problems(manifest: Manifest) -> Any:  # Any: as above
     if len(set(names)) != len(names):
         yield "two tensors have the same name"
     for tensor in manifest.tensors:
-        if tensor.binding not in ("trainable", "frozen"):
+        if tensor.binding not in BINDINGS:
             yield f"tensor {tensor.name!r} has unknown binding {tensor.binding!r}"
         if tensor.initialiser.kind not in ("zeros", "ones", "normal", "uniform"):
             yield f"tensor {tensor.name!r} has unknown initialiser"
         if any(axis < 1 for axis in tensor.shape) or tensor.elements > limits.TENSOR_ELEMENTS_MAX:
             yield f"tensor {tensor.name!r} has shape {tensor.shape}"
+        yield from _tie_problems(manifest, tensor)
     used = [name for segment in manifest.segments for name in segment.parameters.values()]
+    used += [name for segment in manifest.segments for name in segment.running.values()]
     if sorted(used) != sorted(names):
-        yield "the segments' parameters are not exactly the listed tensors"
+        yield "the segments' parameters and running values are not exactly the listed tensors"
+
+
+def _tie_problems(manifest: Manifest, tensor: Tensor) -> Any:  # Any: as above
+    if tensor.tied_to is None:
+        return
+    names = [each.name for each in manifest.tensors]
+    owner = manifest._tensor_index.get(tensor.tied_to)
+    if owner is None or owner.tied_to is not None:
+        yield f"tensor {tensor.name!r} is tied to {tensor.tied_to!r}, which owns nothing"
+    elif names.index(owner.name) > names.index(tensor.name):
+        yield f"tensor {tensor.name!r} comes before {owner.name!r}, to which it is tied"
+    elif (owner.shape, owner.dtype, owner.binding) != (tensor.shape, tensor.dtype, tensor.binding):
+        yield f"tensor {tensor.name!r} is not what it is tied to"
 
 
 def _chain_problems(manifest: Manifest) -> Any:  # Any: as above
@@ -396,8 +525,12 @@ def _chain_problems(manifest: Manifest) -> Any:  # Any: as above
         if sorted(segment.parameters) != sorted(value.name for value in kind.parameters):
             yield f"segment {segment.name!r} does not name its kind's parameters"
             return
-        for value in kind.parameters:
-            tensor = index.get(segment.parameters[value.name])
+        if sorted(segment.running) != sorted(value.name for value in kind.running):
+            yield f"segment {segment.name!r} does not name its kind's running values"
+            return
+        named = {**segment.parameters, **segment.running}
+        for value in (*kind.parameters, *kind.running):
+            tensor = index.get(named[value.name])
             if tensor is None or manifest.shape(value, batch=1) != tensor.shape:
                 yield f"segment {segment.name!r}: parameter {value.name!r} has another shape"
         entering = tuple(port.value for port in kind.inputs if port.role == "boundary")

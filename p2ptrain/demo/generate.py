@@ -39,14 +39,15 @@ class Writer:
     """A trained model, loaded once; gives the logits of the next byte."""
 
     def __init__(self, engine: Engine, model: bytes, manifest: Manifest) -> None:
-        shape = manifest.shape(manifest.inference.input, batch=1)
+        (source,) = manifest.inference.inputs
+        shape = manifest.shape(source, batch=1)
         logits_shape = manifest.shape(manifest.inference.output, batch=1)
-        tokens = np.zeros(shape, dtype=np.dtype(manifest.inference.input.dtype))
+        tokens = np.zeros(shape, dtype=np.dtype(source.dtype))
         self._tokens_1T = engine.wrap(tokens)
         self._logits_1TV = engine.wrap(np.zeros(logits_shape, dtype=np.float32))
         program = engine.compile(model)
         self._binding = program.bind()
-        self._binding.set_input(manifest.inference.input.name, self._tokens_1T)
+        self._binding.set_input(source.name, self._tokens_1T)
         self._binding.set_output(manifest.inference.output.name, self._logits_1TV)
 
     def next_logits(self, text: bytes) -> NDArray[np.float32]:

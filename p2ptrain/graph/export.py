@@ -83,7 +83,7 @@ def export(module: Any, about: Description) -> Bundle:  # Any: a torch module
     inference = _inference(module, about, put)
     bundle = words.Manifest(
         name=about.name,
-        task="next-token",
+        task="language-modelling",
         description=about.description,
         symbols=symbols,
         graphs=listed,
@@ -93,14 +93,13 @@ def export(module: Any, about: Description) -> Bundle:  # Any: a torch module
         updates={u.name: _describe_update(u, put) for u in (adamw(), sgd())},
         inference=inference,
         data=words.DataSection(
-            kind="bytes",
+            kind="windows",
             tokenizer="bytes",
             vocabulary=about.vocabulary,
             context=about.context,
-            dtype="int64",
             sampling="philox-1",
         ),
-        loss="cross-entropy",
+        loss=words.Loss(kind="cross-entropy"),
         golden_parameters=Digest("0" * 64),
     )
     bundle = replace(bundle, golden_parameters=parameters_digest(bundle, 0))
@@ -290,4 +289,4 @@ def _inference(module: Any, about: Description, put: Any) -> words.Inference:
     # An initialiser that is an input as well may be overridden: a runtime then warns of each and
     # folds nothing.
     graph.inputs = {DATA: graph.inputs[DATA]}
-    return words.Inference(graph=put(graph, "inference"), input=source, output=logits)
+    return words.Inference(graph=put(graph, "inference"), inputs=(source,), output=logits)

@@ -16,7 +16,7 @@ from p2ptrain import limits
 from p2ptrain.ids import Digest
 from p2ptrain.wire.codec import to_plain
 
-CONTRACT_VERSION: Final = 1
+CONTRACT_VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +74,8 @@ class Contract:
     """Microbatches of one held-out evaluation."""
     builds: tuple[RuntimeBuild, ...]
     """The set of runtime builds that take part, sorted."""
+    rematerialise: bool = False
+    """Keep only each segment's inputs for the backward, which runs the forward again."""
     version: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:

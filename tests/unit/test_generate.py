@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from p2ptrain.bundle.manifest import DataSection, Inference, Manifest, Symbol, Value
+from p2ptrain.bundle.manifest import DataSection, Inference, Loss, Manifest, Symbol, Value
 from p2ptrain.demo.generate import Sampling, pick, write_text
 from p2ptrain.errors import EngineError, NotFound, NumericsError
 from p2ptrain.ids import Digest
@@ -21,7 +21,7 @@ def manifest() -> Manifest:
     """Only what writing needs: the shapes of inference and the context."""
     return Manifest(
         name="successor",
-        task="text",
+        task="language-modelling",
         description="",
         symbols={"batch": Symbol(kind="batch", size=None)},
         graphs={},
@@ -31,14 +31,14 @@ def manifest() -> Manifest:
         updates={},
         inference=Inference(
             graph=Digest("0" * 64),
-            input=Value(name="tokens", shape=("batch", str(CONTEXT)), dtype="int64"),
+            inputs=(Value(name="tokens", shape=("batch", str(CONTEXT)), dtype="int64"),),
             output=Value(name="logits", shape=("batch", str(CONTEXT), "256"), dtype="float32"),
         ),
         data=DataSection(
-            kind="bytes", tokenizer="bytes", vocabulary=256, context=CONTEXT, dtype="int64",
+            kind="windows", tokenizer="bytes", vocabulary=256, context=CONTEXT,
             sampling="philox-1",
         ),
-        loss="loss",
+        loss=Loss(kind="cross-entropy"),
         golden_parameters=Digest("0" * 64),
     )  # fmt: skip
 
