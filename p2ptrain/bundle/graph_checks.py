@@ -96,6 +96,9 @@ def _update_role(name: str, rule: UpdateRule) -> GraphRole:
 
 
 def _kind_roles(manifest: Manifest, kind: SegmentKind, digest: Digest) -> Iterator[GraphRole]:
+    pairs = [graph for pair in kind.forms.values() for graph in (pair.forward, pair.backward)]
+    if digest not in (*pairs, kind.evaluation):
+        return
     frozen = _frozen_names(manifest, kind)
     trainable = [value for value in kind.parameters if value.name not in frozen]
     state = [*(port.value for port in kind.inputs), *trainable, *kind.running]

@@ -311,7 +311,6 @@ class _Reader:
     def _split(self, span: _Span) -> Iterator[tuple[int, int, int]]:
         """Key, start and end of every field; of a number: key, value, 0."""
         position, end = span
-        content = self._content
         while position < end:
             self._fields_left -= 1
             if self._fields_left < 0:
@@ -323,10 +322,7 @@ class _Reader:
                 yield key, value, 0
                 continue
             if wire == _LENGTH:
-                if position < end and content[position] < 0x80:  # most lengths are one byte
-                    length, position = content[position], position + 1
-                else:
-                    length, position = self._varint(position, end)
+                length, position = self._varint(position, end)
             elif wire in (_FIXED32, _FIXED64):
                 length = 4 if wire == _FIXED32 else 8
             else:
@@ -337,6 +333,8 @@ class _Reader:
             position += length
 
     def _varint(self, position: int, end: int) -> tuple[int, int]:
+        if position < end and self._content[position] < 0x80:  # nearly all of them
+            return self._content[position], position + 1
         value = shift = 0
         for index in range(position, min(end, position + _VARINT_BYTES_MAX)):
             byte = self._content[index]

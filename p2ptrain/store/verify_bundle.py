@@ -24,16 +24,11 @@ from p2ptrain.ids import Digest
 from p2ptrain.store.bundles import (
     GRAPH_FOLDER,
     MANIFEST_FILE,
-    file_inside,
     read_graph_file,
     read_inside,
+    size_inside,
 )
-from p2ptrain.training.safetensors import (
-    PREFIX_BYTES,
-    TensorPlace,
-    decode_header,
-    header_length,
-)
+from p2ptrain.training.safetensors import FileLayout, TensorPlace, read_layout
 
 WEIGHTS_FILE: Final = "weights.safetensors"
 TOKENIZER_FILE: Final = "tokenizer.json"
@@ -123,9 +118,12 @@ def _weights(directory: Path, manifest: Manifest) -> list[Finding]:
         return [_ok(WEIGHTS_FILE, "none: every tensor is drawn from the run's seed")]
     path = directory / WEIGHTS_FILE
     try:
-        size = file_inside(directory, path, limits.WEIGHTS_BYTES_MAX)
+        size = size_inside(directory, path)
+        if not 0 < size <= limits.WEIGHTS_BYTES_MAX:
+            raise BundleError(f"it has {size} bytes")
+        layout = read_layout(np.memmap(path, np.uint8, "r").data)
         with path.open("rb") as file:
-            problems = list(_weight_problems(file, size, manifest))
+            problems = list(_weight_problems(file, layout, manifest))
     except (BundleError, CheckpointError) as error:
         problems = [error.message]
     except OSError as error:
@@ -136,14 +134,11 @@ def _weights(directory: Path, manifest: Manifest) -> list[Finding]:
     ]
 
 
-def _weight_problems(file: BinaryIO, size: int, manifest: Manifest) -> Iterator[str]:
-    prefix = file.read(PREFIX_BYTES)
-    length = header_length(prefix, file_bytes=size)
-    text = file.read(length)
-    whole = hashlib.sha256(prefix + text)
-    header = decode_header(text, data_bytes=size - PREFIX_BYTES - length)
+def _weight_problems(file: BinaryIO, layout: FileLayout, manifest: Manifest) -> Iterator[str]:
     stored = {tensor.name: tensor for tensor in manifest.tensors if tensor.digest is not None}
-    for name, place in header.places.items():
+    start = min((place.start for place in layout.places.values()), default=0)
+    whole = hashlib.sha256(file.read(start))
+    for name, place in layout.places.items():
         tensor = stored.pop(name, None)
         if tensor is None:
             yield f"it holds {name!r:.80}, which the manifest does not expect there"
@@ -162,15 +157,16 @@ def _tensor_problems(
     tensor: Tensor | None,
     whole: hashlib._Hash,
 ) -> Iterator[str]:
-    own, left, is_finite = hashlib.sha256(), place.stop - place.start, True
+    """Problems of the tensor that comes next in the file; its bytes go into both hashes."""
+    own, left, is_finite = hashlib.sha256(), place.nbytes, True
     while left:
         chunk = file.read(min(left, CHUNK_BYTES))
-        if not chunk:
+        if len(chunk) < min(left, CHUNK_BYTES):
             raise BundleError("it became shorter while it was read")
         left -= len(chunk)
         own.update(chunk)
         whole.update(chunk)
-        if place.dtype.kind == "f" and len(chunk) % place.dtype.itemsize == 0:
+        if place.dtype.kind == "f":
             is_finite = is_finite and bool(np.isfinite(np.frombuffer(chunk, place.dtype)).all())
     if not is_finite:
         yield f"tensor {name!r:.80} is not finite: it holds NaN or infinity"

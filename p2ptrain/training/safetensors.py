@@ -7,6 +7,7 @@ overlap.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -18,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2ptrain.errors import CheckpointError, InvariantBroken
+from p2ptrain.ids import Digest
 
 Array = NDArray[Any]  # Any: the element type is data here
 
 HEADER_BYTES_MAX: Final = 16 * 1024 * 1024
 RANK_MAX: Final = 8
 _PREFIX: Final = struct.Struct("<Q")
-PREFIX_BYTES: Final = _PREFIX.size
 _METADATA: Final = "__metadata__"
 _DTYPES: Final = {
     "F64": "<f8",
@@ -48,17 +49,21 @@ class TensorFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlace:
-    """What one tensor is, and where its bytes lie behind the header."""
+    """Where one tensor lies in a file."""
 
     dtype: np.dtype[Any]  # Any: the element type is data here
     shape: tuple[int, ...]
     start: int
-    stop: int
+    """Of its first byte, counted from the beginning of the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorHeader:
-    """The places of named tensors, in file order and without a gap, and text about them."""
+class FileLayout:
+    """The checked header of a file; names are in file order."""
 
     places: dict[str, TensorPlace]
     metadata: dict[str, str]
@@ -68,22 +73,39 @@ def encode_tensors(
     tensors: Mapping[str, Array], metadata: Mapping[str, str]
 ) -> list[bytes | memoryview]:
     """The file's bytes as chunks that share memory with the tensors where they can."""
+    raw = {name: _little_endian(tensor) for name, tensor in tensors.items()}
+    head = encode_head({name: (each.dtype, each.shape) for name, each in raw.items()}, metadata)
+    return [head, *(raw_bytes(each) for each in raw.values() if each.nbytes)]
+
+
+def encode_head(
+    tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],  # Any: as above
+    metadata: Mapping[str, str],
+) -> bytes:
+    """What comes before the tensors' bytes in a file of these dtypes and shapes."""
     header: dict[str, object] = {_METADATA: dict(metadata)}
-    chunks: list[bytes | memoryview] = []
     offset = 0
-    for name, tensor in tensors.items():
-        raw = _little_endian(tensor)
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _NAMES[raw.dtype],
-            "shape": list(raw.shape),
-            "data_offsets": [offset, offset + raw.nbytes],
+            "dtype": _NAMES[dtype.newbyteorder("<")],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
         }
-        offset += raw.nbytes
-        if raw.nbytes:
-            chunks.append(raw.reshape(-1).view(np.uint8).data)
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return [_PREFIX.pack(len(text)), text, *chunks]
+    return _PREFIX.pack(len(text)) + text
+
+
+def raw_bytes(tensor: Array) -> memoryview:
+    """A tensor's little-endian bytes, shared with it where it is laid out so already."""
+    return _little_endian(tensor).reshape(-1).view(np.uint8).data
+
+
+def tensor_digest(tensor: Array) -> Digest:
+    """sha256 of a tensor's bytes: `Tensor.digest` of a bundle's manifest."""
+    return Digest(hashlib.sha256(raw_bytes(tensor)).hexdigest())
 
 
 def decode_tensors(content: bytes | memoryview) -> TensorFile:
@@ -93,49 +115,50 @@ def decode_tensors(content: bytes | memoryview) -> TensorFile:
         CheckpointError: not a whole, consistent safetensors file; nothing of it was used.
     """
     view = memoryview(content).toreadonly()
-    start = PREFIX_BYTES + header_length(bytes(view[:PREFIX_BYTES]), file_bytes=len(view))
-    data = view[start:]
-    header = decode_header(bytes(view[PREFIX_BYTES:start]), data_bytes=len(data))
-    tensors = {
-        name: np.frombuffer(data[place.start : place.stop], place.dtype).reshape(place.shape)
-        for name, place in header.places.items()
+    layout = read_layout(view)
+    tensors: dict[str, Array] = {
+        name: np.frombuffer(view[place.start : place.start + place.nbytes], place.dtype).reshape(
+            place.shape
+        )
+        for name, place in layout.places.items()
     }
-    return TensorFile(tensors=tensors, metadata=header.metadata)
+    return TensorFile(tensors=tensors, metadata=layout.metadata)
 
 
-def header_length(prefix: bytes, *, file_bytes: int) -> int:
-    """The length of the header from a file's first PREFIX_BYTES; CheckpointError if impossible."""
-    if len(prefix) < PREFIX_BYTES:
-        raise _damaged(f"it has {len(prefix)} bytes")
-    (length,) = _PREFIX.unpack(prefix)
-    if length > HEADER_BYTES_MAX or PREFIX_BYTES + length > file_bytes:
-        raise _damaged(f"its header claims {length} bytes")
-    return int(length)
-
-
-def decode_header(text: bytes, *, data_bytes: int) -> TensorHeader:
-    """Where each tensor lies among the `data_bytes` behind the header.
+def read_layout(view: memoryview) -> FileLayout:
+    """Check a whole file, which may be mapped: only its header is read.
 
     Raises:
-        CheckpointError: not JSON, or places that do not cover the data without gap or overlap.
+        CheckpointError: as `decode_tensors`.
     """
-    try:
-        header = json.loads(text, object_pairs_hook=_without_twins)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(f"its header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise _damaged("its header is not a map")
+    header, start = _header(view)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged("its metadata is not text")
     places: dict[str, TensorPlace] = {}
-    covered = 0
+    covered, length = 0, len(view) - start
     for name, entry in header.items():
-        places[name] = _place(name, entry, covered, data_bytes)
-        covered = places[name].stop
-    if covered != data_bytes:
-        raise _damaged(f"its tensors cover {covered} of {data_bytes} bytes")
-    return TensorHeader(places=places, metadata=metadata)
+        places[name] = _place(name, entry, covered, start, length)
+        covered += places[name].nbytes
+    if covered != length:
+        raise _damaged(f"its tensors cover {covered} of {length} bytes")
+    return FileLayout(places=places, metadata=metadata)
+
+
+def _header(view: memoryview) -> tuple[dict[str, Any], int]:  # Any: JSON values
+    if len(view) < _PREFIX.size:
+        raise _damaged(f"it has {len(view)} bytes")
+    (length,) = _PREFIX.unpack(view[: _PREFIX.size])
+    if length > HEADER_BYTES_MAX or _PREFIX.size + length > len(view):
+        raise _damaged(f"its header claims {length} bytes")
+    start = _PREFIX.size + length
+    try:
+        header = json.loads(bytes(view[_PREFIX.size : start]), object_pairs_hook=_without_twins)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(f"its header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _damaged("its header is not a map")
+    return header, start
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON values
@@ -144,7 +167,8 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON
     return dict(pairs)
 
 
-def _place(name: str, entry: object, start: int, data_bytes: int) -> TensorPlace:
+def _place(name: str, entry: object, offset: int, start: int, length: int) -> TensorPlace:
+    """The tensor at `offset` of the `length` bytes of data that begin at `start`."""
     if not isinstance(entry, dict):
         raise _damaged(f"{name!r:.80} is not described by a map")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -153,10 +177,10 @@ def _place(name: str, entry: object, start: int, data_bytes: int) -> TensorPlace
     if not _whole_numbers(shape) or len(shape) > RANK_MAX:
         raise _damaged(f"{name!r:.80} has no valid shape")
     element = np.dtype(_DTYPES[dtype])
-    end = start + math.prod(shape) * element.itemsize
-    if not _whole_numbers(offsets) or offsets != [start, end] or end > data_bytes:
+    end = offset + math.prod(shape) * element.itemsize
+    if not _whole_numbers(offsets) or offsets != [offset, end] or end > length:
         raise _damaged(f"{name!r:.80} does not lie where its shape puts it")
-    return TensorPlace(dtype=element, shape=tuple(shape), start=start, stop=end)
+    return TensorPlace(dtype=element, shape=tuple(shape), start=start + offset)
 
 
 def _whole_numbers(value: Any) -> TypeGuard[list[int]]:  # Any: a JSON value
