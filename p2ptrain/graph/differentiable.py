@@ -57,16 +57,17 @@ def on_path(graph: Graph, wanted: Iterable[str], outputs: Iterable[str]) -> list
         touched.append(node)
         if not stops(node):
             active.update(name for name in node.output if _is_real(graph, name))
+    useful = carrying(graph, outputs)
+    return [node for node in touched if not useful.isdisjoint(node.output)]
+
+
+def carrying(graph: Graph, outputs: Iterable[str]) -> set[str]:
+    """The values that have a cotangent: from which an output is reached without a stop."""
     useful = set(outputs)
-    found = []
     for node in reversed(graph.nodes):
-        if useful.isdisjoint(node.output):
-            continue
-        if node in touched:
-            found.append(node)
-        if not stops(node):
+        if not useful.isdisjoint(node.output) and not stops(node):
             useful.update(name for name in node.input if _is_real(graph, name))
-    return found[::-1]
+    return useful
 
 
 def _is_real(graph: Graph, name: str) -> bool:

@@ -48,6 +48,12 @@ def slope_names() -> tuple[str, ...]:
     return tuple(sorted(_SLOPES))
 
 
+def has_slope(node: onnx.NodeProto) -> bool:
+    """Whether the node is differentiated by its slope; of products, only squares are."""
+    name = full_name(node)
+    return name in _SLOPES and (name != "Mul" or node.input[0] == node.input[1])
+
+
 def find_stand_ins(
     graph: Graph, path: Iterable[onnx.NodeProto], stopping: Callable[[onnx.NodeProto], bool]
 ) -> tuple[StandIn, ...]:
@@ -56,7 +62,7 @@ def find_stand_ins(
     for node in path:
         if stopping(node):
             found.append(StandIn(true=(node,), linear=(), given=tuple(filter(None, node.output))))
-        elif full_name(node) in _SLOPES:
+        elif has_slope(node):
             found.append(_stand_in(graph, node))
     return tuple(found)
 
@@ -263,6 +269,13 @@ def _pow(emit: Emitter, node: onnx.NodeProto) -> Terms:
     zero = _test(emit, "Equal", x, emit.scalar(0.0))
     safe = _choose(emit, zero, emit.scalar(1.0), x)
     return [(x, of_x), (exponent, emit.op("Mul", y, emit.like("Log", safe), axes=axes))]
+
+
+@slope("Mul")
+def _square(emit: Emitter, node: onnx.NodeProto) -> Terms:
+    """2 x; the builder fails on a product of a value with itself."""
+    _itself(emit, node)
+    return [(node.input[0], emit.like("Mul", node.input[0], emit.scalar(2.0)))]
 
 
 @slope("Clip")

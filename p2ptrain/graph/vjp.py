@@ -9,13 +9,15 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import onnx
 
 from p2ptrain.errors import GraphError
-from p2ptrain.graph.differentiable import on_path, refuse_unknown, stops
-from p2ptrain.graph.ir import FLOAT, Graph, Type, from_model, make, to_model
+from p2ptrain.graph.differentiable import carrying, on_path, refuse_unknown, stops
+from p2ptrain.graph.ir import FLOAT, Graph, Type, attribute, from_model, make, to_model
+from p2ptrain.graph.lowering.windows import fixed
 from p2ptrain.graph.shapes import infer_missing
-from p2ptrain.graph.stand_ins import StandIn, find_stand_ins, slope_names
+from p2ptrain.graph.stand_ins import StandIn, find_stand_ins, has_slope, slope_names
 
 SURROGATE: Final = "surrogate"
 NEW: Final = "new."
@@ -61,6 +63,8 @@ def build_gradient(forward: Graph, *, wanted: Sequence[str]) -> Graph:
     outputs = differentiable_outputs(forward)
     if not outputs:
         raise GraphError("the segment has no output that can be differentiated")
+    slice_partly_used_splits(forward, carrying(forward, outputs))
+    _tell_apart(forward)
     path = on_path(forward, wanted, outputs)
     refuse_unknown(path, slope_names())
     replaced = find_stand_ins(forward, path, stops)
@@ -103,13 +107,53 @@ def _shown(forward: Graph, replaced: Sequence[StandIn]) -> Graph:
     return graph
 
 
+def _tell_apart(graph: Graph) -> None:
+    """Give an operand that a node reads twice a second name: the builder names gradients by it."""
+    for node in [node for node in graph.nodes if not has_slope(node)]:
+        for index, name in enumerate(node.input):
+            again = name in list(node.input)[:index] and name not in graph.constants
+            if again and name in graph.types and graph.types[name].dtype == FLOAT:
+                twin = graph.fresh("twin")
+                graph.types[twin] = graph.types[name]
+                graph.nodes.append(make("Identity", [name], [twin]))
+                node.input[index] = twin
+    graph.sort()
+
+
+def slice_partly_used_splits(graph: Graph, useful: set[str]) -> None:
+    """Slices for a Split of which some part has no cotangent.
+
+    The builder would join the cotangents of the others, and be silently wrong.
+    """
+    nodes = []
+    for node in graph.nodes:
+        used = [name for name in node.output if name in useful]
+        if node.op_type != "Split" or not used or len(used) == len(node.output):
+            nodes.append(node)
+            continue
+        axis = int(attribute(node, "axis", 0)) % len(graph.axes(node.input[0]))
+        start = 0
+        for name in node.output:
+            size = fixed(graph.axes(name)[axis])
+            bounds = [graph.constant(np.array([v])) for v in (start, start + size, axis)]
+            nodes.append(make("Slice", [node.input[0], *bounds], [name]))
+            start += size
+    graph.nodes = nodes
+
+
 def _put_back(graph: Graph, forward: Graph, replaced: Sequence[StandIn]) -> None:
     """The true operators for the stand-ins, and what only they or state outputs need."""
     linear = {name for one in replaced for node in one.linear for name in node.output}
     graph.nodes = [node for node in graph.nodes if linear.isdisjoint(node.output)]
-    made = {name for node in graph.nodes for name in node.output if name}
-    graph.nodes += [node for node in forward.nodes if made.isdisjoint(node.output)]
+    for node in (node for one in replaced for node in one.linear):
+        # The builder may ask for the shape of a product: one of its factors has the same.
+        twins = [n for n in node.input if forward.types[n].axes == forward.axes(node.output[0])]
+        if node.output[0] not in {name for one in forward.nodes for name in one.output} and twins:
+            graph.rename(node.output[0], twins[0])
+    shown = {node.output[0]: node for node in graph.nodes}
     known = {name for node in forward.nodes for name in node.output}
+    later = [node for node in graph.nodes if known.isdisjoint(node.output)]
+    graph.nodes = [*(shown.get(node.output[0], node) for node in forward.nodes), *later]
     graph.inputs = {name: given for name, given in graph.inputs.items() if name not in known}
     graph.inputs = {**forward.inputs, **graph.inputs}
     graph.constants = {**forward.constants, **graph.constants}

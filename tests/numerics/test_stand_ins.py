@@ -15,6 +15,7 @@ from p2ptrain.graph.decompositions import decomposition_names
 from p2ptrain.graph.differentiable import DIFFERENTIABLE, NOT_DIFFERENTIABLE
 from p2ptrain.graph.ir import FLOAT, MICROSOFT, Graph, Type, make
 from p2ptrain.graph.lowering.registry import rule_names
+from p2ptrain.graph.split import differentiate
 from p2ptrain.graph.stand_ins import slope_names
 from tests.lowering import Case, Shape, built, central_difference, draw, gradients, run
 from tests.lowering_cases import layer_norm, sigmoid
@@ -229,6 +230,21 @@ CASES = [
     two("Sum", lambda x, w: x + w, draw(4, 5), draw(5, seed=4)),
     two("Mean", lambda x, w: (x + w) / 2, draw(4, 5), draw(5, seed=4)),
     two("MatMul", lambda x, w: x @ w, draw(4, 5), draw(5, seed=4)),
+    Case(
+        name="Mul-square", lowers="Mul", nodes=[make("Mul", ["x", "x"], ["y"])],
+        inputs={"x": draw(5, 6)}, meaning=lambda x: x * x,
+        types={"x": ("batch", 6), "y": ("batch", 6)},
+    ),
+    Case(
+        name="Split-partly", lowers="Mul",
+        nodes=[
+            make("Split", ["x", "sizes"], ["a", "b", "c"], axis=1), make("Floor", ["a"], ["f"]),
+            make("Add", ["c", "c"], ["d"]), make("Add", ["d", "f"], ["y"]),
+        ],
+        inputs={"x": draw(5, 6)}, meaning=lambda x: 2 * x[:, 4:] + np.floor(x[:, :2]),
+        types={"x": ("batch", 6)} | dict.fromkeys("abcdfy", ("batch", 2)),
+        constants={"sizes": np.array([2, 2, 2])},
+    ),
     *map(power, (2.0, 3.0, 1.0, 0.5, -0.5, -1.0, 2.5, 4.0)),
     *reductions("ReduceMax", np.max),
     *reductions("ReduceMin", np.min),
@@ -348,20 +364,20 @@ def test_an_operator_neither_known_nor_listed_is_refused_by_name() -> None:
         built(chain(node), portable=True)
 
 
-def test_an_unknown_operator_beside_the_path_is_no_obstacle() -> None:
-    """Its result only decides where values go; no gradient passes through a comparison."""
-    graph_case = Case(
+def test_an_unknown_operator_before_a_stop_is_no_obstacle() -> None:
+    case = Case(
         name="beside", lowers="", inputs={"x": draw(5, 6)}, meaning=lambda x: np.maximum(x, 0),
         nodes=[
-            make("Acos", ["x"], ["a"]),
-            make("IsNaN", ["a"], ["out"]),
-            make("Where", ["out", "x", "x"], ["w"]),
-            make("Relu", ["w"], ["y"]),
+            make("Sigmoid", ["x"], ["s"]),
+            make("Acos", ["s"], ["a"]),
+            make("Sign", ["a"], ["one"]),
+            make("Relu", ["x"], ["r"]),
+            make("Mul", ["r", "one"], ["y"]),
         ],
-        types=dict.fromkeys("xawy", ("batch", 6)),
+        types=dict.fromkeys(("x", "s", "a", "one", "r", "y"), ("batch", 6)),
     )  # fmt: skip
-    found = gradients(graph_case, portable=True, cotangent=np.ones((5, 6), np.float32))
-    assert np.array_equal(found["gradient.x"], (graph_case.inputs["x"] > 0).astype(np.float32))
+    found = gradients(case, portable=True, cotangent=np.ones((5, 6), np.float32))
+    assert np.array_equal(found["gradient.x"], (case.inputs["x"] > 0).astype(np.float32))
 
 
 def test_state_outputs_get_no_cotangent() -> None:
@@ -375,8 +391,6 @@ def test_state_outputs_get_no_cotangent() -> None:
         make("Mul", ["e", "x"], ["y"]),
         make("ReduceMean", ["e", over], ["new.mean"], keepdims=0),
     ]
-    from p2ptrain.graph.split import differentiate
-
     pair = differentiate(graph, wanted={"x": "dx"}, reference="x", portable=True)
     assert pair.forward.outputs[:2] == ["y", "new.mean"]
     assert "cotangent.new.mean" not in pair.backward.inputs
