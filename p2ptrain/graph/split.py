@@ -8,8 +8,8 @@ from typing import Final
 
 import onnx
 
-from p2ptrain.graph.ir import Graph, attribute, depth_first, make
-from p2ptrain.graph.local import apply_names, rename_inner
+from p2ptrain.graph.ir import Graph, apply_names, attribute, depth_first, make
+from p2ptrain.graph.local import rename_inner
 from p2ptrain.graph.lowering import rules
 from p2ptrain.graph.lowering.registry import lower
 from p2ptrain.graph.views import drop_identities, rewrite_views, share_equal_nodes
