@@ -266,6 +266,7 @@ def finished_bundle(
     tensors: tuple[Tensor, ...],
     inference: bytes,
     in_place: bool = True,
+    weights: Digest | None = None,
 ) -> Bundle:
     """Add update rules, data and digests to a chain of segments over byte-level text."""
     manifest = Manifest(
@@ -301,6 +302,7 @@ def finished_bundle(
         ),
         loss=Loss(kind="cross-entropy"),
         golden_parameters=Digest("0" * 64),
+        weights=weights,
     )  # fmt: skip
     files = {
         digest: GraphFile(bytes=len(content), opset=18, ir=8, dtype="float32")

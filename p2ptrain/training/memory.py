@@ -7,6 +7,7 @@ estimate, checked against measured peaks by `tools/memory_table.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,9 +21,10 @@ PROCESS_BYTES: Final = 96 * 1024 * 1024
 """A joined peer before it trains: interpreter, libraries and the runtime, measured."""
 SESSION_BYTES: Final = 3 * 512 * 1024
 """One compiled graph with its bindings, measured: 1.0 to 1.5 MiB for gpt-nano's."""
-WORKSPACE_PER_STASH: Final = 2
-"""Intermediates of a graph at their peak, in units of its stash: measured 2.1 to 2.3 on gpt-nano
-with 4 to 64 samples. The arena is shared and keeps what it has, so the largest kind decides."""
+WORKSPACE_HALVES: Final = 3
+"""Intermediates at their peak, in halves of one stash of every kind: the arena is shared, but a
+kind's large blocks seldom fit another's. Measured 2.1 (gpt-nano, 4 to 64 samples) and 3.3 (GPT of
+13.8 million parameters, whose logits are wide)."""
 PACKED_COPIES: Final = 2
 """Of a frozen matrix: the forward's and the backward's kernels each lay it out for themselves."""
 
@@ -88,11 +90,7 @@ def stage_memory(
         frozen=sum(_frozen_bytes(manifest, index) for index in segments),
         stash=_stash_bytes(manifest, segments, contract, in_flight),
         boundaries=_boundary_bytes(manifest, segments, batch, in_flight),
-        workspace=WORKSPACE_PER_STASH
-        * (
-            max(_kept_bytes(manifest, kind, contract) for kind in kinds.values())
-            + max(layout.length for layout in layouts) * ELEMENT_BYTES  # transposed weights
-        ),
+        workspace=_workspace_bytes(manifest, kinds.values(), layouts, contract),
     )
 
 
@@ -140,6 +138,17 @@ def _kept_bytes(manifest: Manifest, kind: SegmentKind, contract: Contract) -> in
     stash = [v for v in kind.forms[contract.form].stash if v.name not in elsewhere]
     masks = [site.value for site in kind.masks if _is_drawn(contract, site.probability)]
     return _bytes(manifest, [*stash, *masks], contract.microbatch_size)
+
+
+def _workspace_bytes(
+    manifest: Manifest,
+    kinds: Iterable[SegmentKind],
+    layouts: list[FlatLayout],
+    contract: Contract,
+) -> int:
+    kept = sum(_kept_bytes(manifest, kind, contract) for kind in kinds)
+    transposed = 2 * max(layout.length for layout in layouts) * ELEMENT_BYTES
+    return WORKSPACE_HALVES * kept // 2 + transposed
 
 
 def _is_drawn(contract: Contract, probability: float) -> bool:

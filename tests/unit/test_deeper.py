@@ -26,7 +26,12 @@ def test_repetition_needs_two_blocks() -> None:
         deeper_bundle(tiny_bundle(blocks=1), 3)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3, 7])
+def test_deeper_bundle_is_never_shallower() -> None:
+    with pytest.raises(ConfigError, match="more than 2"):
+        deeper_bundle(tiny_bundle(blocks=3), 2)
+
+
+@pytest.mark.parametrize("blocks", [3, 4, 7])
 def test_deeper_bundle_repeats_segments_and_shares_their_graphs(blocks: int) -> None:
     before = tiny_bundle(blocks=3)
     manifest = deeper_bundle(before, blocks).manifest

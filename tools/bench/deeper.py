@@ -40,21 +40,24 @@ def deeper_bundle(bundle: Bundle, blocks: int) -> Bundle:
     """The same model with `blocks` blocks, for measuring only: its inference graph stays behind.
 
     Raises:
-        ConfigError: the model repeats nothing, or its last block is tied to something.
+        ConfigError: the model repeats nothing, has more blocks than that, or ties its last one.
     """
     manifest = bundle.manifest
     found = find_repetition(tuple(segment.kind for segment in manifest.segments))
-    if found is None or blocks < 1:
-        raise ConfigError(f"{manifest.name} repeats no block, so it cannot have {blocks}")
+    if found is None or blocks < found.count:
+        raise ConfigError(f"{manifest.name} repeats no block, or more than {blocks}")
     end = found.start + found.period * found.count
     block = manifest.segments[end - found.period : end]
     if any(_tied(manifest, segment) for segment in block):
         raise ConfigError(f"{manifest.name} ties a tensor of its block")
-    head = manifest.segments[: found.start + found.period * min(blocks, found.count)]
     more = range(found.count, blocks)
-    segments = (*head, *(_copy(s, i) for i in more for s in block), *manifest.segments[end:])
+    segments = (
+        *manifest.segments[:end],
+        *(_copy(s, i) for i in more for s in block),
+        *manifest.segments[end:],
+    )
     changed = dataclasses.replace(
-        manifest, segments=segments, tensors=_tensors(manifest, segments, block, more)
+        manifest, segments=segments, tensors=_tensors(manifest, block, more)
     )
     graphs = {Digest(digest): bundle.graph(Digest(digest)) for digest in manifest.graphs}
     return bundle_from_parts(changed.to_bytes(), graphs)
@@ -69,13 +72,10 @@ def _copy(segment: Segment, number: int) -> Segment:
     )
 
 
-def _tensors(
-    manifest: Manifest, segments: tuple[Segment, ...], block: tuple[Segment, ...], more: range
-) -> tuple[Tensor, ...]:
-    """The tensors that are still read, in their order, then those of the new blocks."""
-    read = {name for s in segments for name in (*s.parameters.values(), *s.running.values())}
+def _tensors(manifest: Manifest, block: tuple[Segment, ...], more: range) -> tuple[Tensor, ...]:
+    """The model's tensors in their order, then those of the new blocks."""
     names = [name for s in block for name in (*s.parameters.values(), *s.running.values())]
-    kept = [tensor for tensor in manifest.tensors if tensor.name in read]
+    kept = list(manifest.tensors)
     for number in more:
         for name in names:
             copied = dataclasses.replace(manifest.tensor(name), name=f"{name}.copy{number}")
