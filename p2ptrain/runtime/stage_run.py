@@ -22,10 +22,10 @@ from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.schedule.actions import Action, stage_actions
+from p2ptrain.training.arrivals import arrivals
 from p2ptrain.training.barrier import StepBarrier
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
-from p2ptrain.training.loss import loss_weight
 from p2ptrain.training.messages import Done, Evaluated, stamp_of
 from p2ptrain.training.program import Item, Program
 from p2ptrain.wire.frames import TensorHeader
@@ -91,8 +91,7 @@ class StageRun:
         self._sequence = 0
         self._next = Neighbour(None if self._last else plan.stages[index + 1].device)
         self._previous = Neighbour(None if self._first else plan.stages[index - 1].device)
-        shape = (contract.microbatch_size, manifest.data.context)
-        self.inbox = TensorInbox(signal, fed_shape=shape)
+        self.inbox = TensorInbox(signal, arrivals=arrivals(manifest, contract, plan, index))
         self.barrier = StepBarrier(
             plan=plan,
             manifest=manifest,
@@ -158,16 +157,16 @@ class StageRun:
         if not self._first:
             await self._wait("activation", microbatch, self._entry_ports)
         inputs = await self._wait_fed("input", microbatch) if self._first else None
-        labels = await self._wait_fed("labels", microbatch) if self._last else None
+        labels, weight = await self._wait_labels(microbatch) if self._last else (None, 0.0)
         loss = await self._compute(
             lambda: self._worker.forward(
                 step=item.step,
                 microbatch=microbatch,
                 sequence=sequence,
                 training=item.kind == "train",
-                inputs=inputs,
+                inputs=None if inputs is None else inputs[0],
                 labels=labels,
-                loss_weight=self._loss_weight(item),
+                loss_weight=weight,
             )
         )
         if not self._last:
@@ -222,13 +221,18 @@ class StageRun:
         with self._meter.phase("wait"):
             await self._signal.wait_until(lambda: self.inbox.arrived(kind, microbatch, ports))
 
-    async def _wait_fed(self, kind: str, microbatch: int) -> Array:
+    async def _wait_fed(self, kind: str, microbatch: int) -> tuple[Array, ...]:
         with self._meter.phase("wait"):
             await self._signal.wait_until(lambda: self.inbox.fed(kind, microbatch) is not None)
-        array = self.inbox.fed(kind, microbatch)
-        if array is None:
+        arrays = self.inbox.fed(kind, microbatch)
+        if arrays is None:
             raise InvariantBroken("fed data vanished")
-        return array
+        return arrays
+
+    async def _wait_labels(self, microbatch: int) -> tuple[Array, float]:
+        """Labels, and what the summed loss is multiplied by."""
+        labels, weight = await self._wait_fed("labels", microbatch)
+        return labels, float(weight[0])
 
     async def _send_all(self, neighbour: Neighbour) -> None:
         """Send one neighbour's tensors in order, one frame per array, until the queue closes."""
@@ -267,10 +271,6 @@ class StageRun:
             segment=segment,
             index=0,
         )
-
-    def _loss_weight(self, item: Item) -> float:
-        samples = self._contract.microbatch_size * self._program.microbatches(item)
-        return loss_weight(samples=samples, context=self._manifest.data.context)
 
     @property
     def _entry_ports(self) -> int:
