@@ -164,7 +164,7 @@ class StageRun:
                 microbatch=microbatch,
                 sequence=sequence,
                 training=item.kind == "train",
-                inputs=None if inputs is None else inputs[0],
+                inputs=inputs,
                 labels=labels,
                 loss_weight=weight,
             )
