@@ -22,7 +22,7 @@ from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.schedule.actions import Action, stage_actions
-from p2ptrain.training.arrivals import arrivals
+from p2ptrain.training.arrivals import TieSend, arrivals, tied_sends
 from p2ptrain.training.barrier import StepBarrier
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
@@ -91,6 +91,7 @@ class StageRun:
         self._sequence = 0
         self._next = Neighbour(None if self._last else plan.stages[index + 1].device)
         self._previous = Neighbour(None if self._first else plan.stages[index - 1].device)
+        self._tied_sends = tied_sends(manifest, plan, index)
         self.inbox = TensorInbox(signal, arrivals=arrivals(manifest, contract, plan, index))
         self.barrier = StepBarrier(
             plan=plan,
@@ -193,6 +194,8 @@ class StageRun:
 
     async def _finish_step(self, step: int, loss: float) -> None:
         """Exchange square sums with every stage, then apply the one update that all agree on."""
+        if self._worker.held_ties:
+            await self._sum_ties(step)
         sums = await self._compute(self._worker.square_sums)
         done = Done(
             stamp=self._stamp,
@@ -212,6 +215,30 @@ class StageRun:
         )
         usage = self._meter.usage(self._stamp, step=step)
         self._outlet.send(self._plan.home, usage)
+
+    async def _sum_ties(self, step: int) -> None:
+        """Give the copies of tied tensors one gradient, wherever they live.
+
+        All sends end before the sum, which overwrites the gradients that are sent.
+        """
+        async with trio.open_nursery() as nursery:
+            for send in self._tied_sends:
+                for device in send.devices:
+                    nursery.start_soon(self._send_tied, step, send, device)
+            with self._meter.phase("wait"):
+                await self._signal.wait_until(lambda: self.inbox.tied() is not None)
+        arrived = self.inbox.tied()
+        if arrived is None:
+            raise InvariantBroken("tied gradients vanished")
+        tensors = self._manifest.tensors
+        elsewhere = {tensors[key.tensor_index].name: array for key, array in arrived.items()}
+        await self._compute(lambda: self._worker.sum_ties(elsewhere))
+
+    async def _send_tied(self, step: int, send: TieSend, device: DeviceId) -> None:
+        header = self._header(Item(kind="train", step=step), "tied", 0, send.key.segment)
+        header = dataclasses.replace(header, index=send.key.tensor_index)
+        with self._meter.phase("communicate"):
+            await send_whole(self._outlet, device, header, self._worker.gradient(send.tensor))
 
     async def _compute(self, work: Callable[[], _T]) -> _T:
         with self._meter.phase("compute"):
