@@ -328,7 +328,8 @@ class Coordinator:
         write_trained_model(
             path,
             bundle=self.job.bundle,
-            optimizer=self._contract.optimizer.name,
+            weights=self.weights,
+            contract=self._contract,
             directory=self.job.directory,
             checkpoint=checkpoint,
         )
