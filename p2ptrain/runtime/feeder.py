@@ -9,9 +9,9 @@ from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.outlet import Outlet, send_whole
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.contract import Contract
+from p2ptrain.training.feed import Feed
 from p2ptrain.training.messages import stamp_of
 from p2ptrain.training.program import Item, Program
-from p2ptrain.training.sampling import Windows, heldout_windows, training_windows
 from p2ptrain.wire.frames import TensorHeader
 
 ITEMS_AHEAD_MAX = 2
@@ -60,31 +60,24 @@ class Feeder:
         return self._fed - self._completed() < ITEMS_AHEAD_MAX
 
     async def _feed(self, item: Item, microbatch: int) -> None:
-        windows = self._windows(item, microbatch)
+        feed = self._samples(item, microbatch)
         first, last = self._plan.stages[0].device, self._plan.stages[-1].device
         header = self._header(item, "input", microbatch)
-        await send_whole(self._outlet, first, header, windows.inputs)
+        await send_whole(self._outlet, first, header, feed.inputs[0])
         header = self._header(item, "labels", microbatch)
-        await send_whole(self._outlet, last, header, windows.labels)
+        await send_whole(self._outlet, last, header, feed.labels)
 
-    def _windows(self, item: Item, microbatch: int) -> Windows:
+    def _samples(self, item: Item, microbatch: int) -> Feed:
         size = self._contract.microbatch_size
         first_sample = microbatch * size
         if item.kind == "evaluate":
-            return heldout_windows(
-                self._job.heldout_tokens,
+            return self._job.samples.heldout(
                 sample_count=size * self._contract.heldout_microbatches,
                 first_sample=first_sample,
                 count=size,
-                context=self._job.bundle.manifest.data.context,
             )
-        return training_windows(
-            self._job.training_tokens,
-            seed=self._contract.seed,
-            step=item.step,
-            first_sample=first_sample,
-            count=size,
-            context=self._job.bundle.manifest.data.context,
+        return self._job.samples.training(
+            seed=self._contract.seed, step=item.step, first_sample=first_sample, count=size
         )
 
     def _header(self, item: Item, kind: str, microbatch: int) -> TensorHeader:
