@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from p2ptrain.data.arrays import ArrayRecords, NamedArray, records_of
 from p2ptrain.data.cache import CacheWriter, cached
+from p2ptrain.data.class_names import table_class_names
 from p2ptrain.data.files import digest_of
-from p2ptrain.data.labels import LabelRule, infer_class_names, listed, number
+from p2ptrain.data.labels import LabelRule, listed, number
 from p2ptrain.data.records import Wanted
 from p2ptrain.data.tables import Row, Table, open_table
 from p2ptrain.errors import DataError
@@ -26,10 +27,10 @@ class FeatureReader:
         self._labels = (wanted.options.label_field or "label").split(",")
         self._features = [name for name in table.header if name not in self._labels]
         self._check_columns()
-        names = wanted.class_names
-        if not names and wanted.manifest.data.classes and len(self._labels) == 1:
+        names: tuple[str, ...] = ()
+        if len(self._labels) == 1:
             values = (row[self._labels[0]] for _, row in table.rows())
-            names = infer_class_names(values, wanted.manifest, what=str(table.file.path))
+            names = table_class_names(table, self._labels[0], values, wanted)
         self._rule = LabelRule(wanted.manifest, names)
         self.class_names = names
 

@@ -87,13 +87,16 @@ def digest_of_files(files: Iterable[tuple[str, Digest]]) -> Digest:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder that is not hidden, sorted by name at each level."""
+    """Every file below a folder that is not hidden, sorted by name at each level.
+
+    Links to files are followed, links to folders are not: they may lead back here.
+    """
     with reading(folder):
         entries = sorted(folder.iterdir())
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():
             yield from walk(entry)
         elif entry.is_file():
             yield entry

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.data.cache import CacheWriter, cached
+from p2ptrain.data.class_names import table_class_names
 from p2ptrain.data.files import digest_of
-from p2ptrain.data.labels import LabelRule, infer_class_names
+from p2ptrain.data.labels import LabelRule
 from p2ptrain.data.ports import TokenPorts
 from p2ptrain.data.records import Wanted
 from p2ptrain.data.tables import Table, open_table
@@ -73,7 +74,9 @@ def open_texts(path: Path, wanted: Wanted) -> TextRecords:
     table = open_table(path, wanted.cache)
     text_field = wanted.options.text_field or "text"
     label_field = wanted.options.label_field or "label"
-    rule = LabelRule(wanted.manifest, _class_names(table, label_field, wanted))
+    values = _values(table, label_field)
+    names = table_class_names(table, label_field, values, wanted)
+    rule = LabelRule(wanted.manifest, names)
     data = wanted.manifest.data
     identity = digest_of({
         "texts": 1, "table": table.file.digest, "header": table.header, "text": text_field,
@@ -97,12 +100,6 @@ def open_texts(path: Path, wanted: Wanted) -> TextRecords:
         manifest=wanted.manifest,
         tokenizer=wanted.tokenizer,
     )
-
-
-def _class_names(table: Table, field: str, wanted: Wanted) -> tuple[str, ...]:
-    if wanted.class_names or not wanted.manifest.data.classes:
-        return wanted.class_names
-    return infer_class_names(_values(table, field), wanted.manifest, what=str(table.file.path))
 
 
 def _values(table: Table, field: str) -> Iterator[object]:

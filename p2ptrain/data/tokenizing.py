@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -95,15 +96,29 @@ class FileTokenizer:
 
     def plain(self, blocks: Sequence[bytes]) -> list[list[int]]:
         texts = [block.decode("utf-8", "replace") for block in blocks]
-        encoded = self._plain.encode_batch(texts, add_special_tokens=False)
+        with _encoding():
+            encoded = self._plain.encode_batch(texts, add_special_tokens=False)
         return [list(each.ids) for each in encoded]
 
     def sample(self, text: str) -> list[int]:
-        return list(self._sample.encode(text).ids)
+        with _encoding():
+            return list(self._sample.encode(text).ids)
 
     def words(self, words: Sequence[str]) -> WordTokens:
-        encoded = self._sample.encode(list(words), is_pretokenized=True)
+        with _encoding():
+            encoded = self._sample.encode(list(words), is_pretokenized=True)
         return WordTokens(list(encoded.ids), list(encoded.word_ids))
+
+
+@contextlib.contextmanager
+def _encoding() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(
+            f"the bundle's tokenizer cannot encode this text: {error}",
+            hint="export the model with a tokenizer that knows an unknown token",
+        ) from error
 
 
 def _open_library(content: bytes, *, context: int, vocabulary: int) -> FileTokenizer:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from p2ptrain.data.cache import CacheWriter, cached
+from p2ptrain.data.class_names import table_class_names
 from p2ptrain.data.files import digest_of
-from p2ptrain.data.labels import LabelRule, infer_class_names
+from p2ptrain.data.labels import LabelRule
 from p2ptrain.data.ports import TokenPorts, token_labels
 from p2ptrain.data.records import Wanted
 from p2ptrain.data.tables import Row, Table, open_table
@@ -26,9 +27,7 @@ class WordRecords:
         self._table, self._manifest, self._tokenizer = table, wanted.manifest, tokenizer
         self._word_field = wanted.options.text_field or "words"
         self._tag_field = wanted.options.label_field or "tags"
-        names = wanted.class_names or infer_class_names(
-            self._tags(), wanted.manifest, what=str(table.file.path)
-        )
+        names = table_class_names(table, self._tag_field, self._tags(), wanted)
         self._rule = LabelRule(wanted.manifest, names)
         self._ports = TokenPorts(wanted.manifest)
         data = wanted.manifest.data

@@ -293,6 +293,14 @@ def test_tokenizer_of_a_larger_model(tmp_path: Path) -> None:
     assert "tokenizer has 300 tokens, the model knows 256" in error.message
 
 
+def test_text_that_the_tokenizer_cannot_encode(tmp_path: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "missing"}
+    manifest = file_model(tmp_path, json.dumps({"version": "1.0", "model": model}).encode())
+    (tmp_path / "a.txt").write_bytes(b"zebra " * 100)
+    message = refused(manifest, tmp_path / "a.txt").message
+    assert "tokenizer cannot encode this text" in message
+
+
 # Arrays.
 
 

@@ -106,6 +106,14 @@ def test_folder_is_its_text_files_by_name(tmp_path: Path) -> None:
     assert isinstance(data.samples.training_tokens, np.memmap)
 
 
+def test_link_that_leads_back_is_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("once" * 10)
+    (folder / "again").symlink_to(folder)
+    assert opened(text_model("windows"), folder).description == "31 bytes of text; 9 held out"
+
+
 def test_table_gives_its_texts_line_by_line(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "three\nfour five"}])
     data = opened(text_model("windows"), lines, heldout=lines)
@@ -247,6 +255,7 @@ def test_words_as_labels_are_classes_in_sorted_order_and_it_says_so(tmp_path: Pa
     records = [{"text": label, "label": label} for label in ("sad", "glad", "mad")] * 5
     lines = write_lines(tmp_path / "a.jsonl", records)
     few = write_lines(tmp_path / "b.jsonl", records[:1])
+    assert opened(text_model(), lines, heldout=few).notes
     data = opened(text_model(), lines, heldout=few)
     assert data.notes == ("classes by name, in order: 0 glad, 1 mad, 2 sad",)
     ids, labels = drawn(data.samples, 15)

@@ -105,7 +105,7 @@ def test_names_of_fields_are_kept_for_a_resume(tmp_path: Path) -> None:
     data.write_text('{"body": "a text of some length"}\n' * 20)
     wanted = request(tmp_path, data=str(data), text_field="body")
     job = job_of(wanted, tmp_path)
-    assert job.data_notes == ("418 bytes of text; 22 held out",)
+    assert job.data_notes == ("the data: 418 bytes of text; 22 held out",)
     job.directory.write_record(job.record(with_builds(job.contract, [BUILD])))
     job.directory.write_bundle(BUNDLE.manifest_bytes, graph_files(BUNDLE))
     again = job_of(request(tmp_path, resume=RUN), tmp_path)
