@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import ConfigError, P2PTrainError
 from p2ptrain.graph.check import Measured, verify
-from p2ptrain.graph.export import Bundle, Description, export
+from p2ptrain.graph.export import Bundle, export
+from p2ptrain.graph.torch_export import Description, decoder_source
 from p2ptrain.graph.write import write_bundle
 
 
@@ -47,7 +48,7 @@ def main(
             context=module.context,
         )
         with _quiet_runtime():
-            bundle = export(module, about)
+            bundle = export(decoder_source(module, about))
             rows = verify(module, bundle)
         manifest = write_bundle(out, bundle, rows)
     except P2PTrainError as error:

@@ -6,22 +6,20 @@ parameters, inputs and dropout masks.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
-from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
-from p2ptrain.bundle.manifest import FORMS, Manifest
+from p2ptrain.bundle.manifest import FORMS, Manifest, Port, Segment
 from p2ptrain.bundle.protobuf import append_initialisers
 from p2ptrain.errors import GraphError
-from p2ptrain.graph.export import DATA, LABELS, LOSS, LOSS_WEIGHT, Bundle
-from p2ptrain.graph.torch_export import loss_module
+from p2ptrain.graph.export import Bundle
+from p2ptrain.graph.source import LABELS, LOSS, LOSS_WEIGHT
+from p2ptrain.graph.torch_export import DATA, DecoderReference
 from p2ptrain.ids import Digest
 from p2ptrain.training.random import draw_parameter
 
@@ -62,30 +60,67 @@ class Runner:
         """Loss and gradients of one microbatch, by the chain of segments.
 
         Args:
-            parameters: By tensor name.
-            inputs: ids, labels and loss_weight.
+            parameters: Values of all tensors by name; a tied copy has its owner's.
+            inputs: Data, labels and loss_weight.
             masks: Per segment, by local name.
+
+        Returns:
+            The loss, and the gradients by owner: those of tied copies are added.
         """
         kept: list[Arrays] = []
-        flowing: Arrays = dict(inputs)
+        crossing: Arrays = {}
         for segment, mask in zip(self.manifest.segments, masks, strict=True):
             kind = self.manifest.kinds[segment.kind]
-            local = {n: parameters[t] for n, t in segment.parameters.items()}
-            feeds = {**flowing, **local, **mask}
+            named = {**segment.parameters, **segment.running}
+            local = {name: parameters[self._owner(tensor)] for name, tensor in named.items()}
+            feeds = {**inputs, **crossing, **local, **mask}
             produced = self.run(kind.forms[form].forward, feeds)
             kept.append({**feeds, **produced})
-            flowing = {**inputs, "x": produced.get("y", np.zeros(0, np.float32))}
-        loss = np.float32(produced[LOSS])
+            crossing = _handed_on(produced, kind.outputs, self._entering(segment))
+        return np.float32(produced[LOSS]), self._backward(form, kept)
+
+    def _owner(self, name: str) -> str:
+        return self.manifest.tensor(name).tied_to or name
+
+    def _entering(self, segment: Segment) -> tuple[str, ...]:
+        """Boundary inputs of the segment after this one."""
+        index = self.manifest.segments.index(segment) + 1
+        if index == len(self.manifest.segments):
+            return ()
+        kind = self.manifest.kinds[self.manifest.segments[index].kind]
+        return tuple(port.value.name for port in kind.inputs if port.role == "boundary")
+
+    def _backward(self, form: str, kept: list[Arrays]) -> Arrays:
         gradients: Arrays = {}
         incoming: Arrays = {f"cotangent.{LOSS}": np.array(1.0, np.float32)}
         for segment, feeds in zip(reversed(self.manifest.segments), reversed(kept), strict=True):
-            pair = self.manifest.kinds[segment.kind].forms[form]
-            out = self.run(pair.backward, {**feeds, **incoming})
-            for local_name, tensor in segment.parameters.items():
-                gradients[tensor] = out[f"gradient.{local_name}"]
-            if "cotangent.x" in out:
-                incoming = {"cotangent.y": out["cotangent.x"]}
-        return loss, gradients
+            kind = self.manifest.kinds[segment.kind]
+            out = self.run(kind.forms[form].backward, {**feeds, **incoming})
+            for local_name, name in segment.parameters.items():
+                owner = self._owner(name)
+                found = out.get(f"gradient.{local_name}")
+                if found is not None:
+                    gradients[owner] = gradients[owner] + found if owner in gradients else found
+            ports = [port.value.name for port in kind.inputs if port.role == "boundary"]
+            incoming = {
+                f"cotangent.{leaving}": out[f"cotangent.{entering}"]
+                for leaving, entering in zip(self._leaving(segment), ports, strict=True)
+                if f"cotangent.{entering}" in out
+            }
+        return gradients
+
+    def _leaving(self, segment: Segment) -> tuple[str, ...]:
+        """Boundary outputs of the segment before this one."""
+        index = self.manifest.segments.index(segment)
+        if index == 0:
+            return ()
+        return tuple(value.name for value in self.manifest.boundary(index - 1))
+
+
+def _handed_on(produced: Arrays, outputs: Sequence[Port], names: Sequence[str]) -> Arrays:
+    """What a segment gave, under the names that the next one has for it."""
+    given = [produced[port.value.name] for port in outputs if port.role == "boundary"]
+    return dict(zip(names, given, strict=True))
 
 
 def session_of(content: bytes) -> Any:  # Any: onnxruntime is untyped
@@ -134,8 +169,6 @@ def gradient_error(measured: Arrays, reference: Arrays) -> tuple[float, str]:
 def verify(module: Any, bundle: Bundle) -> tuple[Measured, ...]:  # Any: a torch module
     """Compare everything with torch; the rows are also what the manifest keeps.
 
-    The module's parameters are overwritten by those drawn with seed 0.
-
     Raises:
         GraphError: a row is over its limit; nothing may be written.
     """
@@ -144,21 +177,22 @@ def verify(module: Any, bundle: Bundle) -> tuple[Measured, ...]:  # Any: a torch
     parameters: Arrays = {
         tensor.name: draw_parameter(0, tensor, index)
         for index, tensor in enumerate(manifest.tensors)
+        if tensor.tied_to is None
     }
     _livelier(parameters)
-    _load(module, parameters)
+    reference = DecoderReference(module=module)
     inputs = _inputs(manifest)
     rows: list[Measured] = []
     gradients: list[Arrays] = []
     for masked in (False, True):
         masks = _masks(manifest, masked=masked)
-        loss, reference = _torch_step(module, inputs, [m for s in masks for m in s.values()])
-        gradients.append(reference)
+        step = reference.step(parameters, inputs, [m for s in masks for m in s.values()])
+        gradients.append(step.gradients)
         for form in FORMS:
             label = f"{form}, {'random' if masked else 'open'} masks"
             ours, found = runner.step(form=form, parameters=parameters, inputs=inputs, masks=masks)
-            error, worst = gradient_error(found, reference)
-            relative = abs(float(ours) - loss) / abs(loss)
+            error, worst = gradient_error(found, step.gradients)
+            relative = abs(float(ours) - step.loss) / abs(step.loss)
             rows.append(Measured(name=f"loss ({label})", error=relative, limit=LOSS_ERROR_MAX))
             rows.append(
                 Measured(
@@ -167,7 +201,7 @@ def verify(module: Any, bundle: Bundle) -> tuple[Measured, ...]:  # Any: a torch
             )
     rows.append(_update_row(runner, parameters, gradients, "adamw"))
     rows.append(_update_row(runner, parameters, gradients, "sgd"))
-    rows.append(_inference_row(module, bundle, parameters, inputs))
+    rows.append(_inference_row(reference, bundle, parameters, inputs))
     for row in rows:
         if not row.passed:
             raise GraphError(
@@ -211,40 +245,13 @@ def _masks(manifest: Manifest, *, masked: bool) -> list[Arrays]:
     return drawn
 
 
-def _load(module: Any, parameters: Arrays) -> None:  # Any: a torch module
-    import torch
-
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(torch.from_numpy(parameters[name]))
-
-
 def _torch_step(
     module: Any, inputs: Arrays, masks: list[NDArray[Any]]
 ) -> tuple[float, Arrays]:  # Any: a torch module
-    """Loss and gradients by torch in float64, Dropout multiplying by our masks in call order."""
-    import torch
-
-    wrapped = loss_module(copy.deepcopy(module).double()).train()
-    weight = torch.from_numpy(inputs[LOSS_WEIGHT]).double()
-    with _given_masks(masks):
-        loss = wrapped(torch.from_numpy(inputs[DATA]), torch.from_numpy(inputs[LABELS]), weight)
-    loss.backward()
-    gradients = {name: p.grad.numpy() for name, p in wrapped.model.named_parameters()}
-    return float(loss.detach()), gradients
-
-
-@contextlib.contextmanager
-def _given_masks(masks: list[NDArray[Any]]) -> Iterator[None]:  # Any: float32
-    import torch
-
-    waiting = iter(masks)
-
-    def forward(dropout: Any, value: Any) -> Any:  # Any: a torch module and tensor
-        return value * torch.from_numpy(next(waiting)) if dropout.p > 0.0 else value
-
-    with mock.patch.object(torch.nn.Dropout, "forward", forward):
-        yield
+    """Loss and gradients by torch in float64 with the parameters that the module has."""
+    parameters = {name: value.detach().numpy() for name, value in module.named_parameters()}
+    step = DecoderReference(module=module).step(parameters, inputs, masks)
+    return step.loss, step.gradients
 
 
 HYPERPARAMETERS: Final = {
@@ -341,17 +348,13 @@ def _torch_updates(parameters: Arrays, gradients: list[Arrays], rule_name: str) 
 
 
 def _inference_row(
-    module: Any, bundle: Bundle, parameters: Arrays, inputs: Arrays
-) -> Measured:  # Any: a torch module
+    reference: DecoderReference, bundle: Bundle, parameters: Arrays, inputs: Arrays
+) -> Measured:
     """Logits of the inference graph with weights appended, on half the context."""
-    import torch
-
     content = bundle.files[bundle.manifest.inference.graph]
     session = session_of(b"".join(append_initialisers(content, parameters.items())))
     ids = inputs[DATA][:, : max(1, bundle.manifest.data.context // 2)]
-    module.eval()
-    with torch.no_grad():
-        reference = module(torch.from_numpy(ids)).numpy()
+    expected = reference.infer(parameters, {DATA: ids})
     found = session.run([bundle.manifest.inference.output.name], {DATA: ids})[0]
-    error = float(np.abs(found - reference).max() / np.abs(reference).max())
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
     return Measured(name="inference logits", error=error, limit=GRADIENT_ERROR_MAX)

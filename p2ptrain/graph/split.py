@@ -9,8 +9,8 @@ from typing import Final
 import onnx
 
 from p2ptrain.graph.decompositions import decompose
-from p2ptrain.graph.ir import Graph, attribute, depth_first, make
-from p2ptrain.graph.local import apply_names, rename_inner
+from p2ptrain.graph.ir import Graph, apply_names, attribute, depth_first, make
+from p2ptrain.graph.local import rename_inner
 from p2ptrain.graph.lowering.registry import lower
 from p2ptrain.graph.views import drop_identities, rewrite_views, share_equal_nodes
 from p2ptrain.graph.vjp import build_gradient, cotangent

@@ -6,27 +6,149 @@ torch is imported here only, and only when a function is called.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import onnx
 
+from p2ptrain.bundle.manifest import DataSection, Initialiser, Loss
 from p2ptrain.errors import GraphError
-from p2ptrain.graph.ir import OPSET, Graph, from_model
+from p2ptrain.graph.ir import OPSET, Graph, apply_names, from_model
+from p2ptrain.graph.source import LABELS, LOGITS, LOSS, LOSS_WEIGHT, Array, Source, Step, Traced
 
 PREFIX = "model."
+DATA = "ids"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traced:
-    """A traced graph; its parameters are graph inputs under their torch names."""
+class Description:
+    """What the module itself cannot say."""
 
-    graph: Graph
-    parameters: tuple[str, ...]
+    name: str
+    description: str
+    vocabulary: int
+    context: int
+
+
+def decoder_source(module: Any, about: Description) -> Source:  # Any: a torch module
+    """A decoder over bytes with next-token cross-entropy, ready to be cut.
+
+    Raises:
+        GraphError: torch could not export the module; change the module.
+    """
+    first = _first_names(module)
+    training = _renamed(trace_training(module, context=about.context), first)
+    inference = _renamed(trace_inference(module, context=about.context), first)
+    for traced, result in ((training, LOSS), (inference, LOGITS)):
+        apply_names(traced.graph, {traced.graph.outputs[0]: result})
+    return Source(
+        name=about.name,
+        description=about.description,
+        task="language-modelling",
+        loss=Loss(kind="cross-entropy"),
+        data=DataSection(
+            kind="windows",
+            tokenizer="bytes",
+            vocabulary=about.vocabulary,
+            context=about.context,
+            sampling="philox-1",
+        ),
+        data_inputs=(DATA,),
+        training=training,
+        inference=inference,
+        initialisers=initialisers(module),
+        reference=DecoderReference(module=module),
+    )
+
+
+def _first_names(module: Any) -> dict[str, str]:  # Any: a torch module
+    """Every name of a parameter -> its first one; tied parameters have several."""
+    first: dict[int, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
+
+
+def _renamed(traced: Traced, names: Mapping[str, str]) -> Traced:
+    apply_names(traced.graph, names)
+    parameters = tuple(names[name] for name in traced.parameters)
+    return Traced(graph=traced.graph, parameters=parameters)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderReference:
+    """`source.Reference` of a torch decoder; the module itself is not changed."""
+
+    module: Any  # Any: a torch module
+
+    def step(
+        self,
+        parameters: Mapping[str, Array],
+        inputs: Mapping[str, Array],
+        masks: Sequence[Array],
+    ) -> Step:
+        """In float64, Dropout multiplying by the given masks in the order of the calls."""
+        import torch
+
+        wrapped = loss_module(self._loaded(parameters).double()).train()
+        weight = torch.from_numpy(inputs[LOSS_WEIGHT]).double()
+        with _given_masks(masks):
+            loss = wrapped(torch.from_numpy(inputs[DATA]), torch.from_numpy(inputs[LABELS]), weight)
+        loss.backward()
+        gradients = {name: p.grad.numpy() for name, p in wrapped.model.named_parameters()}
+        return Step(loss=float(loss.detach()), gradients=gradients, running={})
+
+    def infer(self, parameters: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:
+        """Logits in evaluation mode, float32."""
+        import torch
+
+        with torch.no_grad():
+            logits: Array = self._loaded(parameters).eval()(torch.from_numpy(inputs[DATA])).numpy()
+        return logits
+
+    def _loaded(self, parameters: Mapping[str, Array]) -> Any:  # Any: a torch module
+        import torch
+
+        module = copy.deepcopy(self.module)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(torch.from_numpy(parameters[name]))
+        return module
+
+
+@contextlib.contextmanager
+def _given_masks(masks: Sequence[Array]) -> Iterator[None]:
+    import torch
+
+    waiting = iter(masks)
+
+    def forward(dropout: Any, value: Any) -> Any:  # Any: a torch module and tensor
+        return value * torch.from_numpy(next(waiting)) if dropout.p > 0.0 else value
+
+    with mock.patch.object(torch.nn.Dropout, "forward", forward):
+        yield
+
+
+def initialisers(module: Any) -> dict[str, Initialiser]:  # Any: a torch module
+    """How each parameter is drawn: as the module says, else from the values it has now."""
+    said = module.initialisers() if hasattr(module, "initialisers") else {}
+    chosen = {}
+    for name, parameter in module.named_parameters():
+        kind, scale = said.get(name) or _measured(parameter)
+        chosen[name] = Initialiser(kind=kind, scale=round(scale, 9))
+    return chosen
+
+
+def _measured(parameter: Any) -> tuple[str, float]:  # Any: a torch parameter
+    low, high = float(parameter.min()), float(parameter.max())
+    if low == high and low in (0.0, 1.0):
+        return ("ones" if low else "zeros"), 0.0
+    return "normal", float((parameter.detach() ** 2).mean() ** 0.5)
 
 
 def loss_module(module: Any) -> Any:  # Any: torch modules; torch is not imported here

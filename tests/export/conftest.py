@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from p2ptrain.graph.export import Bundle, Description, export
+from p2ptrain.graph.export import Bundle, export
+from p2ptrain.graph.torch_export import Description, decoder_source
 
 if TYPE_CHECKING:
     from onnx_models.gpt import Gpt
@@ -30,4 +31,4 @@ def module() -> Gpt:
 
 @pytest.fixture(scope="session")
 def bundle(module: Gpt) -> Bundle:
-    return export(module, ABOUT)
+    return export(decoder_source(module, ABOUT))

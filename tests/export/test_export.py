@@ -14,13 +14,12 @@ from click.testing import CliRunner
 from onnx_models.gpt import Gpt, gpt
 from p2ptrain.bundle.manifest import FORMS, parse_manifest
 from p2ptrain.bundle.protobuf import append_initialisers
-from p2ptrain.errors import GraphError
+from p2ptrain.errors import BundleError, GraphError
 from p2ptrain.graph import check
 from p2ptrain.graph.canonical import canonicalise
 from p2ptrain.graph.check import Runner, gradient_error, verify
-from p2ptrain.graph.cuts import cut
-from p2ptrain.graph.export import Bundle, Description, export
-from p2ptrain.graph.torch_export import trace_training
+from p2ptrain.graph.export import Bundle, export
+from p2ptrain.graph.torch_export import Description, decoder_source, trace_training
 from p2ptrain.graph.write import write_bundle
 from p2ptrain.training.random import draw_parameter
 from tools.export_model import main
@@ -189,18 +188,29 @@ def test_microbatch_losses_and_gradients_add_up_to_the_minibatch(bundle: Bundle)
 def test_without_dropout_there_are_no_masks() -> None:
     module = gpt(layers=1, width=16, heads=2, vocabulary=20, context=8, dropout=0.0)
     about = Description(name="dry", description="", vocabulary=20, context=8)
-    bundle = export(module, about)
+    bundle = export(decoder_source(module, about))
     assert all(not kind.masks for kind in bundle.manifest.kinds.values())
     assert max(row.error for row in verify(module, bundle)) < 1e-5
 
 
-def test_tied_weights_are_refused_by_name() -> None:
-    module = gpt(layers=1, width=16, heads=2, vocabulary=20, context=8)
+def test_tied_weights_become_a_copy_with_one_gradient() -> None:
+    module = gpt(layers=2, width=16, heads=2, vocabulary=20, context=8)
     module.head.projection.weight = module.embedding.token.weight
-    traced = trace_training(module, context=8)
-    canonicalise(traced.graph, data="ids")
-    with pytest.raises(GraphError, match="used in two segments"):
-        cut(traced.graph, data="ids", parameters=traced.parameters)
+    about = Description(name="tied", description="", vocabulary=20, context=8)
+    bundle = export(decoder_source(module, about))
+    owner = bundle.manifest.tensor("embedding.token.weight")
+    copy = bundle.manifest.tensor("embedding.token.weight@head")
+    assert (copy.tied_to, owner.tied_to) == (owner.name, None)
+    assert copy.initialiser == owner.initialiser
+    assert copy.shape == owner.shape
+    assert max(row.error for row in verify(module, bundle)) < 1e-5
+
+
+def test_bundle_that_a_peer_would_refuse_is_not_written(bundle: Bundle, tmp_path: Path) -> None:
+    digest = bundle.manifest.inference.graph
+    with pytest.raises(BundleError, match="inference graph: the graph's model has no graph"):
+        write_bundle(tmp_path, replace(bundle, files={**bundle.files, digest: b""}), ())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_export_is_deterministic_and_written_whole(
@@ -212,7 +222,7 @@ def test_export_is_deterministic_and_written_whole(
     stray.write_bytes(b"old")
     write_bundle(tmp_path, bundle, ())
     assert {path.stem for path in (tmp_path / "graphs").iterdir()} == set(bundle.files)
-    assert export(module, _about(bundle)).manifest == bundle.manifest
+    assert export(decoder_source(module, _about(bundle))).manifest == bundle.manifest
 
 
 def _about(bundle: Bundle) -> Description:
