@@ -71,7 +71,7 @@ def _type_of(
         dtype = BOOL if name in COMPARISONS else known[-1].dtype
         shapes = [known[0].axes] if name.endswith("Scale") else [one.axes for one in known]
         return Type(dtype=dtype, axes=broadcast(shapes))
-    if name in ("InstanceNormalization", "LayerNormalization", "BatchNormalization"):
+    if name in ("InstanceNormalization", "LayerNormalization", "BatchNormalization", "Trilu"):
         return known[0]
     if name == "Cast":
         return Type(dtype=int(attribute(node, "to")), axes=known[0].axes)
