@@ -401,3 +401,42 @@ def test_state_outputs_get_no_cotangent() -> None:
     assert np.allclose(made["new.mean"], np.exp(x).mean(0), rtol=1e-6)
     found = run(pair.backward, {"x": x, **made, "cotangent.y": np.ones((3, 4), np.float32)})
     assert np.allclose(found["dx"], np.exp(x) * (1 + x), rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_that_other_outputs_read_each_have_their_cotangent() -> None:
+    """A cut in the middle of a block: three ports, one of them read by the others."""
+    axes = Type(dtype=FLOAT, axes=("batch", 4))
+    graph = Graph(outputs=["a", "b", "c"])
+    graph.types = dict.fromkeys(("x", "z", "a", "b", "s", "c"), axes)
+    graph.inputs = {"x": axes, "z": axes}
+    graph.nodes = [
+        make("Mul", ["x", "z"], ["a"]),
+        make("HardSwish", ["a"], ["b"]),
+        make("Sigmoid", ["b"], ["s"]),
+        make("Add", ["s", "a"], ["c"]),
+    ]
+
+    def meaning(x: Array, z: Array) -> dict[str, Array]:
+        a = x * z
+        b = a * np.clip(a / 6 + 0.5, 0, 1)
+        return {"a": a, "b": b, "c": sigmoid(b) + a}
+
+    inputs = {"x": draw(3, 4), "z": draw(3, 4, seed=4)}
+    cotangents = {name: draw(3, 4, seed=5 + i) for i, name in enumerate("abc")}
+
+    def total(**values: Array) -> float:
+        return float(sum((y * cotangents[name]).sum() for name, y in meaning(**values).items()))
+
+    wanted = {"x": "dx", "z": "dz"}
+    for portable in (True, False):
+        pair = differentiate(graph, wanted=wanted, reference="x", portable=portable)
+        made = run(pair.forward, inputs)
+        incoming = {f"cotangent.{name}": value for name, value in cotangents.items()}
+        found = run(pair.backward, {**inputs, **made, **incoming})
+        exact = {name: value.astype(np.float64) for name, value in inputs.items()}
+        for name, output in wanted.items():
+            for index in np.ndindex(3, 4):
+                step = np.zeros((3, 4))
+                step[index] = 1e-5
+                ends = [total(**exact | {name: exact[name] + sign * step}) for sign in (1, -1)]
+                assert abs(found[output][index] - (ends[0] - ends[1]) / 2e-5) < 2e-5
