@@ -165,7 +165,6 @@ def varied_bundle(*, dropout: float = 0.1, frozen_digest: Digest | None = None) 
         segments=tuple(_segment(name) for name in SEGMENTS),
         tensors=_tensors(frozen_digest),
         inference=inference_graph(),
-        weights=None if frozen_digest is None else Digest("7" * 64),
     )
 
 
