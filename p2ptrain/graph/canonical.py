@@ -13,6 +13,7 @@ from typing import Final
 
 import onnx
 
+from p2ptrain.graph.fusions import fuse_activations
 from p2ptrain.graph.ir import FLOAT, MICROSOFT, Graph, Type, attribute, make
 from p2ptrain.graph.views import drop_identities, product, rewrite_views, share_equal_nodes
 
@@ -33,6 +34,7 @@ def canonicalise(graph: Graph, *, data: str) -> tuple[DropoutSite, ...]:
     """Rewrite the graph in place; gives its dropout sites. `data` is the first input."""
     sites = replace_dropout(graph)
     fuse_gelu(graph)
+    fuse_activations(graph)
     linears_to_gemm(graph, data)
     _until_settled(graph, _sink_unflattened)
     rewrite_views(graph, data)

@@ -55,6 +55,8 @@ class Graph:
     def fresh(self, stem: str) -> str:
         """A value name that nothing uses yet."""
         self._fresh += 1
+        while f"{stem}__{self._fresh}" in self.types:
+            self._fresh += 1
         return f"{stem}__{self._fresh}"
 
     def constant(self, value: Array, stem: str = "const") -> str:

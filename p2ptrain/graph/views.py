@@ -2,7 +2,8 @@
 
 A view is a Reshape or Flatten. `rewrite_views` composes chains of them and writes each anew from
 the symbolic axes of its ends: `Flatten`, or `[0, 0, -1, head_dim]`, or the leading sizes of a
-reference value read at run time with `[..., -1]` behind them.
+reference value read at run time with `[..., -1]` behind them; as a last resort, fixed sizes with
+the only symbol left open.
 """
 
 from __future__ import annotations
@@ -92,6 +93,10 @@ def _leading(graph: Graph, source: str, target: str, reference: str) -> list[onn
         lead += 1
     rest = want[lead:]
     if lead == 0 or not all(isinstance(axis, int) for axis in rest[1:]):
+        if sum(isinstance(axis, str) for axis in want) == 1:
+            numbers = [axis if isinstance(axis, int) else -1 for axis in want]
+            fixed = graph.constant(np.array(numbers, np.int64), "shape")
+            return [make("Reshape", [source, fixed], [target])]
         raise GraphError(
             f"no Reshape from {graph.axes(source)} to {want} without freezing a size",
             hint="reshape one axis at a time in the torch module",

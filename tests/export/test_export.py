@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from onnx_models.gpt import Gpt, gpt
 from p2ptrain.bundle.manifest import FORMS, parse_manifest
 from p2ptrain.bundle.protobuf import append_initialisers
-from p2ptrain.errors import GraphError
+from p2ptrain.errors import BundleError, GraphError
 from p2ptrain.graph import check
 from p2ptrain.graph.canonical import canonicalise
 from p2ptrain.graph.check import Runner, gradient_error, verify
@@ -204,6 +204,13 @@ def test_tied_weights_become_a_copy_with_one_gradient() -> None:
     assert copy.initialiser == owner.initialiser
     assert copy.shape == owner.shape
     assert max(row.error for row in verify(module, bundle)) < 1e-5
+
+
+def test_bundle_that_a_peer_would_refuse_is_not_written(bundle: Bundle, tmp_path: Path) -> None:
+    digest = bundle.manifest.inference.graph
+    with pytest.raises(BundleError, match="inference graph: the graph's model has no graph"):
+        write_bundle(tmp_path, replace(bundle, files={**bundle.files, digest: b""}), ())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_export_is_deterministic_and_written_whole(
