@@ -5,6 +5,7 @@ Shape suffixes: B batch, D features of one sample.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class Mlp(nn.Module):
         for size in self.input_shape:
             sizes[0] *= size
         self.hidden = nn.ModuleList(
-            nn.Linear(inner, outer) for inner, outer in zip(sizes, sizes[1:], strict=False)
+            nn.Linear(inner, outer) for inner, outer in itertools.pairwise(sizes)
         )
         self.activation = nn.ReLU()
         self.head = nn.Linear(sizes[-1], outputs)
