@@ -266,6 +266,7 @@ def finished_bundle(
     tensors: tuple[Tensor, ...],
     inference: bytes,
     in_place: bool = True,
+    weights: Digest | None = None,
 ) -> Bundle:
     """Add update rules, data and digests to a chain of segments over byte-level text."""
     manifest = Manifest(
@@ -280,6 +281,7 @@ def finished_bundle(
         kinds=kinds,
         segments=segments,
         tensors=tensors,
+        weights=weights,
         updates={
             "adamw": UpdateRule(
                 graph=store.add(adamw_graph()), state=("m", "v"), scalars=ADAMW_SCALARS,
@@ -301,6 +303,7 @@ def finished_bundle(
         ),
         loss=Loss(kind="cross-entropy"),
         golden_parameters=Digest("0" * 64),
+        weights=Digest("9" * 64) if any(tensor.digest for tensor in tensors) else None,
     )  # fmt: skip
     files = {
         digest: GraphFile(bytes=len(content), opset=18, ir=8, dtype="float32")

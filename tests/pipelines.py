@@ -165,10 +165,7 @@ class LocalPipeline:
             training=training,
             inputs=self._inputs(windows) if stage == 0 else None,
             labels=windows.labels if last else None,
-            loss_weight=loss_weight(
-                samples=count * self.contract.microbatch_size,
-                context=self.bundle.manifest.data.context,
-            ),
+            loss_weight=loss_weight(count * windows.labels.size),
         )
         if not last:
             _send(worker.exit(self.sequence), self.workers[stage + 1].entry(self.sequence))
