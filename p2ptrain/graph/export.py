@@ -9,6 +9,7 @@ from p2ptrain import limits
 from p2ptrain.bundle import manifest as words
 from p2ptrain.errors import ConfigError, GraphError
 from p2ptrain.graph.asked import counted_cuts, named_cuts, scopes_of
+from p2ptrain.graph.batch_norm import canonicalise_batch_norm
 from p2ptrain.graph.canonical import MASK_PREFIX, canonicalise, evaluation_form
 from p2ptrain.graph.costs import axis_size
 from p2ptrain.graph.cuts import NEW, CutReport, CutRow, Piece, cut, evaluation_piece
@@ -102,6 +103,7 @@ def _prepare(source: Source, frozen: frozenset[str]) -> _Prepared:
     graph = source.training.graph.copy()
     sites = canonicalise(graph, data=source.data_inputs[0])
     evaluating = evaluation_form(graph)
+    canonicalise_batch_norm(graph)
     state = [name.removeprefix(NEW) for name in graph.outputs if name.startswith(NEW)]
     late = (LABELS, LOSS_WEIGHT)
     given = {*source.data_inputs, *late, *parameters, *state}
