@@ -76,7 +76,8 @@ def sim_steps() -> list[Step]:
 def full_steps() -> list[Step]:
     """Everything, each test in the environment that it is for."""
     steps = lint_steps()
-    steps.append(tests("runtime", RUNTIME, "tests", "--ignore=tests/export"))
+    elsewhere = ("--ignore=tests/export", "--ignore=tests/arm")
+    steps.append(tests("runtime", RUNTIME, "tests", *elsewhere))
     if (ROOT / "tests" / "export").is_dir():
         steps.append(tests("export", EXPORT, "tests/export"))
     present = [name for name in STOCK_FOLDERS if (ROOT / name).is_dir()]
@@ -84,6 +85,8 @@ def full_steps() -> list[Step]:
         if folder.is_dir():
             ignored = "--ignore=tests/unit/test_tidy.py"
             steps.append(tests(folder.name.removeprefix(".venv-"), folder, *present, ignored))
+    if (ROOT / "tests" / "arm").is_dir():
+        steps.append(tests("arm", RUNTIME, "tests/arm", "-rs"))
     return steps
 
 

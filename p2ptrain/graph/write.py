@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from p2ptrain.bundle.graph_checks import check_graph
 from p2ptrain.bundle.manifest import Manifest, parse_manifest
 from p2ptrain.errors import ConfigError
 from p2ptrain.graph.export import Bundle
@@ -18,12 +19,15 @@ def write_bundle(directory: Path, bundle: Bundle, checks: Iterable[Measured]) ->
     Graph files of an earlier export that the new manifest does not name are removed.
 
     Raises:
+        BundleError: a peer would refuse the bundle; nothing was written.
         ConfigError: the directory cannot be written.
     """
     noted = {row.name: float(f"{row.error:.2g}") for row in checks}
     manifest = replace(bundle.manifest, checks=noted)
     content = manifest.to_bytes()
     parse_manifest(content)
+    for digest, graph in bundle.files.items():
+        check_graph(manifest, digest, graph)
     try:
         graphs = directory / "graphs"
         graphs.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from p2ptrain import limits
 from p2ptrain.errors import ConfigError
+from p2ptrain.membership.record import MemberRecord
 from p2ptrain.power.model import PowerConfig, parse_power_config
 
 
@@ -42,3 +43,10 @@ def power_settings(settings: Mapping[str, object]) -> PowerConfig:
         what = f"an unknown entry {unknown[0]!r:.60}" if unknown else "a [power] that is no table"
         raise ConfigError(f"config.toml has {what}", hint="README.md lists what it may hold")
     return parse_power_config(table)
+
+
+def default_threads(records: Sequence[MemberRecord]) -> int:
+    """Compute threads of a run that asks for no number: half of the smallest machine's cores,
+    within what every owner allows, and at least one."""
+    allowed = min(record.threads_max for record in records)
+    return max(1, min(allowed, min(record.cores for record in records) // 2))

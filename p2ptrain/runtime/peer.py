@@ -31,7 +31,7 @@ from p2ptrain.power.host import available_memory_bytes, host_identity, power_sou
 from p2ptrain.power.meter import open_meter
 from p2ptrain.runtime.ballots import Ballots, follow_ballot
 from p2ptrain.runtime.blobs import BlobExchange
-from p2ptrain.runtime.config import PeerConfig, power_settings
+from p2ptrain.runtime.config import PeerConfig, default_threads, power_settings
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.energy_report import energy_report
 from p2ptrain.runtime.inbox import BodyReader
@@ -103,7 +103,7 @@ class Peer:
                 say_activity=self._say_activity,
             ),
             proposals=Ballots(lambda: self.agreement),
-            default_threads=self._default_threads,
+            default_threads=lambda: default_threads(self.alive()),
         )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -369,9 +369,3 @@ class Peer:
             return self.config.memory_bytes
         available = available_memory_bytes()
         return MEMORY_UNKNOWN_BYTES if available is None else available // 2
-
-    def _default_threads(self) -> int:
-        """Half of the smallest machine's cores, within what every owner allows."""
-        records = self.alive()
-        allowed = min(record.threads_max for record in records)
-        return max(1, min(allowed, min(record.cores for record in records) // 2))

@@ -157,7 +157,7 @@ class StageRun:
         microbatch = action.microbatch
         if not self._first:
             await self._wait("activation", microbatch, self._entry_ports)
-        inputs = await self._wait_fed("input", microbatch) if self._first else None
+        inputs = (await self._wait_fed("input", microbatch),) if self._first else None
         labels = await self._wait_fed("labels", microbatch) if self._last else None
         loss = await self._compute(
             lambda: self._worker.forward(

@@ -174,6 +174,17 @@ def test_port_in_use(member: str, port_in_use: int, capsys: pytest.CaptureFixtur
     assert "hint: choose another with --port, or --port 0 for any free one" in printed
 
 
+def test_member_does_not_look_for_its_invite_again(
+    member: str, port_in_use: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A unit names the invite at every start: it gets as far as listening."""
+    line = ["join", "--group", member, "--listen", "127.0.0.1", "--port", str(port_in_use)]
+    assert run([*line, "--invite", "gone"]) == 2
+    printed = capsys.readouterr().err
+    assert "gone" not in printed
+    assert str(port_in_use) in printed
+
+
 def test_damaged_invite_is_not_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "invite").write_text('{"version": 9}')
     assert run(["join", "--group", "home", "--invite", "invite"]) == 3

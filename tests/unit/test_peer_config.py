@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from p2ptrain.errors import ConfigError
+from p2ptrain.ids import DeviceId
 from p2ptrain.power.model import PowerConfig
-from p2ptrain.runtime.config import power_settings
+from p2ptrain.runtime.config import default_threads, power_settings
+from tests.sim.plans import make_record
 
 
 def test_nothing_said_keeps_the_assumptions() -> None:
@@ -32,3 +36,25 @@ def test_power_table_is_read() -> None:
 def test_anything_else_is_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         power_settings(settings)
+
+
+@pytest.mark.parametrize(
+    ("machines", "threads"),
+    [
+        ([(1, 1)], 1),
+        ([(2, 2)], 1),
+        ([(8, 8)], 4),
+        ([(8, 8), (4, 4)], 2),
+        ([(16, 3), (16, 16)], 3),
+        ([(16, 16), (1, 1)], 1),
+    ],
+    ids=str,
+)
+def test_run_uses_half_of_the_smallest_machine_within_what_owners_allow(
+    machines: list[tuple[int, int]], threads: int
+) -> None:
+    records = [
+        dataclasses.replace(make_record(DeviceId("a" * 26)), cores=cores, threads_max=allowed)
+        for cores, allowed in machines
+    ]
+    assert default_threads(records) == threads
