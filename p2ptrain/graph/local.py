@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import onnx
 
 from p2ptrain.graph.cuts import NEW, Piece
 from p2ptrain.graph.ir import Graph, apply_names, depth_first, to_model
+
+FUSED_BY_NAME: Final = ("Gather", "Slice")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,13 +146,16 @@ def rename_inner(graph: Graph, stem: str) -> None:
             names[name] = f"{family}{len(names)}"
         _strip(node)
     apply_names(graph, names)
+    for node in graph.nodes:
+        # onnxruntime names what it fuses after these; two without a name are one name too many.
+        node.name = node.output[0] if node.op_type in FUSED_BY_NAME else ""
     alive = kept | set(names.values())
     graph.types = {n: t for n, t in graph.types.items() if n in alive}
     graph.constants = {n: graph.constants[n] for n in names.values() if n in graph.constants}
 
 
 def _strip(node: onnx.NodeProto) -> None:
-    node.name = node.doc_string = ""
+    node.doc_string = ""
     del node.metadata_props[:]
     ordered = sorted(node.attribute, key=lambda a: str(a.name))
     for entry in ordered:
