@@ -1,4 +1,4 @@
-"""From a torch decoder to a bundle in memory: trace, canonicalise, cut, differentiate, describe."""
+"""From a source to a bundle in memory: canonicalise, cut, differentiate, describe."""
 
 from __future__ import annotations
 
@@ -15,24 +15,13 @@ from p2ptrain.graph.cuts import PORT_IN, PORT_OUT, cut
 from p2ptrain.graph.ir import IR_VERSION, OPSET, Axis, Graph, depth_first, to_model
 from p2ptrain.graph.local import Local, localise, rename_inner
 from p2ptrain.graph.lowering.registry import lower
+from p2ptrain.graph.source import LABELS, LOGITS, LOSS, LOSS_WEIGHT, Source
 from p2ptrain.graph.split import Pair, differentiate, name_stash, tidy
-from p2ptrain.graph.torch_export import trace_inference, trace_training
 from p2ptrain.graph.update import Update, adamw, sgd
 from p2ptrain.ids import Digest
 from p2ptrain.training.random import parameters_digest
 
-DATA, LABELS, LOSS_WEIGHT, LOSS, LOGITS = "ids", "labels", "loss_weight", "loss", "logits"
-_ROLES = {DATA: "data", LABELS: "labels", LOSS_WEIGHT: "loss_weight", LOSS: "loss"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
-    """What the module itself cannot say."""
-
-    name: str
-    description: str
-    vocabulary: int
-    context: int
+_ROLES = {LABELS: "labels", LOSS_WEIGHT: "loss_weight", LOSS: "loss"}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,16 +40,18 @@ class _Kind:
     shards: Shards
 
 
-def export(module: Any, about: Description) -> Bundle:  # Any: a torch module
-    """Build the bundle; `check.verify` compares it with torch before anybody writes it.
+def export(source: Source) -> Bundle:
+    """Build the bundle; `check.verify` compares it with its reference before anybody writes it.
 
     Raises:
-        GraphError: the module cannot be traced, cut, differentiated or lowered; the message
+        GraphError: the model cannot be cut, differentiated or lowered; the message
             names the value or operator, the hint says what to change.
     """
-    traced = trace_training(module, context=about.context)
-    sites = canonicalise(traced.graph, data=DATA)
-    pieces = cut(traced.graph, data=DATA, parameters=traced.parameters)
+    (data,) = source.data_inputs
+    traced = source.training
+    graph = traced.graph.copy()
+    sites = canonicalise(graph, data=data)
+    pieces = cut(graph, data=data, parameters=traced.parameters)
     locals_ = [
         localise(piece, sites, role="head" if index == len(pieces) - 1 else "block")
         for index, piece in enumerate(pieces)
@@ -78,28 +69,22 @@ def export(module: Any, about: Description) -> Bundle:  # Any: a torch module
         )
         return digest
 
-    symbols = _symbols(kinds, about.context)
-    described = {k.name: _describe(k, symbols, put) for k in kinds.values()}
-    inference = _inference(module, about, put)
+    symbols = _symbols(kinds, source.data.context)
+    described = {k.name: _describe(k, symbols, data, put) for k in kinds.values()}
+    inference = _inference(source, data, put)
     bundle = words.Manifest(
-        name=about.name,
-        task="language-modelling",
-        description=about.description,
+        name=source.name,
+        task=source.task,
+        description=source.description,
         symbols=symbols,
         graphs=listed,
         kinds=described,
         segments=_segments(locals_, kinds),
-        tensors=_tensors(module, locals_, kinds),
+        tensors=_tensors(source, locals_, kinds),
         updates={u.name: _describe_update(u, put) for u in (adamw(), sgd())},
         inference=inference,
-        data=words.DataSection(
-            kind="windows",
-            tokenizer="bytes",
-            vocabulary=about.vocabulary,
-            context=about.context,
-            sampling="philox-1",
-        ),
-        loss=words.Loss(kind="cross-entropy"),
+        data=source.data,
+        loss=source.loss,
         golden_parameters=Digest("0" * 64),
     )
     bundle = replace(bundle, golden_parameters=parameters_digest(bundle, 0))
@@ -157,7 +142,9 @@ def _symbols(kinds: Mapping[str, _Kind], context: int) -> dict[str, words.Symbol
     return symbols
 
 
-def _describe(kind: _Kind, symbols: Mapping[str, words.Symbol], put: Any) -> words.SegmentKind:
+def _describe(
+    kind: _Kind, symbols: Mapping[str, words.Symbol], data: str, put: Any
+) -> words.SegmentKind:
     """A kind's entry. (Any: the closure that stores a graph.)"""
     graph = kind.local.graph
     sizes = {n: s.size if s.size is not None else 1 for n, s in symbols.items()}
@@ -174,8 +161,10 @@ def _describe(kind: _Kind, symbols: Mapping[str, words.Symbol], put: Any) -> wor
     return words.SegmentKind(
         name=kind.name,
         forms=forms,
-        inputs=tuple(_port(v) for v in value.of(n for n in ports if n not in kind.local.masks)),
-        outputs=tuple(_port(v) for v in value.of(graph.outputs)),
+        inputs=tuple(
+            _port(v, data) for v in value.of(n for n in ports if n not in kind.local.masks)
+        ),
+        outputs=tuple(_port(v, data) for v in value.of(graph.outputs)),
         parameters=tuple(value.plain(kind.local.parameters)),
         masks=tuple(
             words.MaskSite(value=v, probability=kind.local.masks[v.name])
@@ -186,11 +175,10 @@ def _describe(kind: _Kind, symbols: Mapping[str, words.Symbol], put: Any) -> wor
     )
 
 
-def _port(value: words.Value) -> words.Port:
+def _port(value: words.Value, data: str) -> words.Port:
     differentiable = value.name in (PORT_IN, PORT_OUT, LOSS)
-    return words.Port(
-        value=value, role=_ROLES.get(value.name, "boundary"), differentiable=differentiable
-    )
+    role = "data" if value.name == data else _ROLES.get(value.name, "boundary")
+    return words.Port(value=value, role=role, differentiable=differentiable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,9 +207,8 @@ class _Values:
 
 
 def _tensors(
-    module: Any, locals_: list[Local], kinds: Mapping[str, _Kind]
-) -> tuple[words.Tensor, ...]:  # Any: a torch module
-    drawn = initialisers(module)
+    source: Source, locals_: list[Local], kinds: Mapping[str, _Kind]
+) -> tuple[words.Tensor, ...]:
     tensors = []
     for local in locals_:
         groups = kinds[local.fingerprint].shards.groups
@@ -233,29 +220,12 @@ def _tensors(
                     shape=shape,
                     dtype="float32",
                     binding="trainable",
-                    initialiser=drawn[name],
+                    initialiser=source.initialisers[name],
                     decay=len(shape) > 1,
                     shard=groups.get(short),
                 )
             )
     return tuple(tensors)
-
-
-def initialisers(module: Any) -> dict[str, words.Initialiser]:  # Any: a torch module
-    """How each parameter is drawn: as the module says, else from the values it has now."""
-    said = module.initialisers() if hasattr(module, "initialisers") else {}
-    chosen = {}
-    for name, parameter in module.named_parameters():
-        kind, scale = said.get(name) or _measured(parameter)
-        chosen[name] = words.Initialiser(kind=kind, scale=round(scale, 9))
-    return chosen
-
-
-def _measured(parameter: Any) -> tuple[str, float]:  # Any: a torch parameter
-    low, high = float(parameter.min()), float(parameter.max())
-    if low == high and low in (0.0, 1.0):
-        return ("ones" if low else "zeros"), 0.0
-    return "normal", float((parameter.detach() ** 2).mean() ** 0.5)
 
 
 def _describe_update(update: Update, put: Any) -> words.UpdateRule:
@@ -268,25 +238,19 @@ def _describe_update(update: Update, put: Any) -> words.UpdateRule:
     )
 
 
-def _inference(module: Any, about: Description, put: Any) -> words.Inference:
+def _inference(source: Source, data: str, put: Any) -> words.Inference:
     """The whole model in evaluation mode; its parameters are names without values until their
     initialisers are appended. (Any: as above.)"""
-    traced = trace_inference(module, context=about.context)
-    graph = traced.graph
-    result = graph.outputs[0]
-    for node in graph.nodes:
-        node.output[:] = [LOGITS if name == result else name for name in node.output]
-    graph.rename(result, LOGITS)
-    graph.types[LOGITS] = graph.types.pop(result)
-    if canonicalise(graph, data=DATA):
+    graph = source.inference.graph.copy()
+    if canonicalise(graph, data=data):
         raise GraphError("the evaluation graph still contains dropout")
     lower(graph, set())
-    tidy(graph, DATA)
+    tidy(graph, data)
     depth_first(graph)
     rename_inner(graph, "v")
     value = _Values(graph=graph, sizes={})
-    source, logits = value.of([DATA, LOGITS])
+    entry, logits = value.of([data, LOGITS])
     # An initialiser that is an input as well may be overridden: a runtime then warns of each and
     # folds nothing.
-    graph.inputs = {DATA: graph.inputs[DATA]}
-    return words.Inference(graph=put(graph, "inference"), inputs=(source,), output=logits)
+    graph.inputs = {data: graph.inputs[data]}
+    return words.Inference(graph=put(graph, "inference"), inputs=(entry,), output=logits)

@@ -12,9 +12,9 @@ import onnx
 import pytest
 
 from p2ptrain.errors import GraphError
-from p2ptrain.graph.check import session_of
 from p2ptrain.graph.ir import FLOAT, INT64, MICROSOFT, Graph, Type, full_name, make, to_model
 from p2ptrain.graph.lowering.registry import lower, rule_names
+from p2ptrain.graph.runner import session_of
 from p2ptrain.graph.split import Pair, differentiate
 from p2ptrain.graph.views import drop_identities
 
