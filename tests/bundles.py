@@ -37,7 +37,11 @@ from p2ptrain.training.contract import Contract, OptimizerChoice, RuntimeBuild
 from p2ptrain.training.random import parameters_digest
 
 CONTEXT, VOCABULARY, WIDTH = 8, 256, 16
-_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "int64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
+}
 
 TOKENS = Value(name="tokens", shape=("batch", "sequence"), dtype="int64")
 LABELS = Value(name="labels", shape=("batch", "sequence"), dtype="int64")
@@ -77,14 +81,19 @@ class GraphBuilder:
         self.constants.append(helper.make_tensor(name, kind, shape, values))
         return name
 
-    def build(self, inputs: list[Value], outputs: list[Value]) -> bytes:
+    def build(
+        self, inputs: list[Value], outputs: list[Value], frozen: tuple[Value, ...] = ()
+    ) -> bytes:
+        """The graph's bytes; `frozen` values are read by name and declared nowhere."""
+        declared = [_info(value) for value in (*inputs, *frozen)]
         graph = helper.make_graph(
-            self.nodes, "g", [_info(v) for v in inputs], [_info(v) for v in outputs], self.constants
+            self.nodes, "g", declared, [_info(v) for v in outputs], self.constants
         )
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8, producer_name="tests"
         )
         onnx.checker.check_model(model)
+        del model.graph.input[len(inputs) :]
         content: bytes = model.SerializeToString()
         return content
 
@@ -145,7 +154,7 @@ def head_graphs() -> tuple[bytes, bytes]:
     total = forward.op("ReduceSum", forward.op("Neg", chosen), keepdims=0)
     forward.op("Mul", total, "loss_weight", out="loss")
     back = GraphBuilder()
-    hot = back.op("OneHot", "labels", back.ints(VOCABULARY), _zero_one(back), axis=-1)
+    hot = back.op("OneHot", "labels", back.ints(VOCABULARY), zero_one(back), axis=-1)
     factor = back.op("Mul", "loss_weight", "cotangent.loss")
     dlogits = back.op("Mul", back.op("Sub", "p", hot), factor)
     flat = back.op("Reshape", dlogits, back.ints(-1, VOCABULARY))
@@ -161,7 +170,7 @@ def head_graphs() -> tuple[bytes, bytes]:
     )
 
 
-def _zero_one(graph: GraphBuilder) -> str:
+def zero_one(graph: GraphBuilder) -> str:
     name = f"c{len(graph.constants)}"
     graph.constants.append(helper.make_tensor(name, TensorProto.FLOAT, (2,), (0.0, 1.0)))
     return name
@@ -222,18 +231,45 @@ def inference_graph(blocks: int) -> bytes:
     return g.build(inputs, [dataclasses.replace(PROBABILITIES, name="logits")])
 
 
-def tiny_bundle(*, blocks: int = 4, dropout: float = 0.1, in_place: bool = True) -> Bundle:
-    """`blocks` + 2 segments; masks in every block."""
-    graphs: dict[Digest, bytes] = {}
+class GraphStore:
+    """The graphs of a bundle under construction, by digest."""
 
-    def add(content: bytes) -> Digest:
+    def __init__(self) -> None:
+        self.graphs: dict[Digest, bytes] = {}
+
+    def add(self, content: bytes) -> Digest:
         digest = Digest(hashlib.sha256(content).hexdigest())
-        graphs[digest] = content
+        self.graphs[digest] = content
         return digest
 
-    kinds = _kinds(add, dropout)
-    manifest = Manifest(
+
+def tiny_bundle(*, blocks: int = 4, dropout: float = 0.1, in_place: bool = True) -> Bundle:
+    """`blocks` + 2 segments; masks in every block."""
+    store = GraphStore()
+    return finished_bundle(
+        store,
         name="tiny",
+        kinds=_kinds(store.add, dropout),
+        segments=_segments(blocks),
+        tensors=_tensors(blocks),
+        inference=inference_graph(blocks),
+        in_place=in_place,
+    )
+
+
+def finished_bundle(
+    store: GraphStore,
+    *,
+    name: str,
+    kinds: dict[str, SegmentKind],
+    segments: tuple[Segment, ...],
+    tensors: tuple[Tensor, ...],
+    inference: bytes,
+    in_place: bool = True,
+) -> Bundle:
+    """Add update rules, data and digests to a chain of segments over byte-level text."""
+    manifest = Manifest(
+        name=name,
         task="language-modelling",
         description="hand-made for tests",
         symbols={
@@ -242,19 +278,20 @@ def tiny_bundle(*, blocks: int = 4, dropout: float = 0.1, in_place: bool = True)
         },
         graphs={},
         kinds=kinds,
-        segments=_segments(blocks),
-        tensors=_tensors(blocks),
+        segments=segments,
+        tensors=tensors,
         updates={
             "adamw": UpdateRule(
-                graph=add(adamw_graph()), state=("m", "v"), scalars=ADAMW_SCALARS,
+                graph=store.add(adamw_graph()), state=("m", "v"), scalars=ADAMW_SCALARS,
                 in_place=in_place,
             ),
             "sgd": UpdateRule(
-                graph=add(sgd_graph()), state=("momentum",), scalars=SGD_SCALARS, in_place=in_place
+                graph=store.add(sgd_graph()), state=("momentum",), scalars=SGD_SCALARS,
+                in_place=in_place,
             ),
         },
         inference=Inference(
-            graph=add(inference_graph(blocks)),
+            graph=store.add(inference),
             inputs=(TOKENS,),
             output=dataclasses.replace(PROBABILITIES, name="logits"),
         ),
@@ -267,12 +304,12 @@ def tiny_bundle(*, blocks: int = 4, dropout: float = 0.1, in_place: bool = True)
     )  # fmt: skip
     files = {
         digest: GraphFile(bytes=len(content), opset=18, ir=8, dtype="float32")
-        for digest, content in graphs.items()
+        for digest, content in store.graphs.items()
     }
     manifest = dataclasses.replace(
         manifest, graphs=files, golden_parameters=parameters_digest(manifest, 0)
     )
-    return bundle_from_parts(manifest.to_bytes(), graphs)
+    return bundle_from_parts(manifest.to_bytes(), store.graphs)
 
 
 def _kinds(add: object, dropout: float) -> dict[str, SegmentKind]:
@@ -287,7 +324,7 @@ def _kinds(add: object, dropout: float) -> dict[str, SegmentKind]:
             backward_flops=2000,
         )  # fmt: skip
 
-    x, y = _boundary(X), _boundary(Y)
+    x, y = boundary(X), boundary(Y)
     site = MaskSite(value=MASK, probability=dropout)
     tokens, labels, weight = (
         Port(value=value, role=role, differentiable=False)
@@ -302,8 +339,8 @@ def _kinds(add: object, dropout: float) -> dict[str, SegmentKind]:
     return {kind.name: kind for kind in kinds}
 
 
-def _boundary(value: Value) -> Port:
-    return Port(value=value, role="boundary", differentiable=True)
+def boundary(value: Value, *, differentiable: bool = True) -> Port:
+    return Port(value=value, role="boundary", differentiable=differentiable)
 
 
 def _segments(blocks: int) -> tuple[Segment, ...]:
@@ -349,6 +386,7 @@ def contract_for(
     seed: int = 7,
     dropout: float | None = None,
     optimizer: OptimizerChoice | None = None,
+    rematerialise: bool = False,
 ) -> Contract:
     """A contract over a bundle, with digests of no data in particular."""
     return Contract(
@@ -367,6 +405,7 @@ def contract_for(
         evaluate_every=0,
         heldout_microbatches=2,
         builds=(RuntimeBuild(runtime="r", version="1", numpy="2", machine="x86_64", isa="avx2"),),
+        rematerialise=rematerialise,
     )
 
 

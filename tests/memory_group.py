@@ -90,6 +90,8 @@ class Member:
     """Awaited before journal records count as durable."""
     activities: list[str] = field(default_factory=list)
     received: list[object] = field(default_factory=list)
+    senders: list[DeviceId] = field(default_factory=list)
+    """Of each received message."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     alive: bool = True
 
@@ -181,6 +183,7 @@ class Member:
 
     async def _dispatch(self, sender: DeviceId, message: object) -> None:
         self.received.append(message)
+        self.senders.append(sender)
         self.group.changed.notify()
         if isinstance(message, AGREEMENT):
             await self.agreement.deliver(sender, message)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from p2ptrain.engine.contract import Engine
+from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.clipping import Clip, clip_scale
@@ -40,6 +41,7 @@ class LocalPipeline:
         contract: Contract,
         cuts: tuple[int, ...],
         tokens: NDArray[np.uint8],
+        weights: Mapping[str, Array] | None = None,
     ) -> LocalPipeline:
         edges = [0, *cuts, len(bundle.manifest.segments)]
         segments = [range(a, b) for a, b in itertools.pairwise(edges)]
@@ -50,6 +52,7 @@ class LocalPipeline:
                 segments=part,
                 contract=contract,
                 in_flight=min(len(segments) - stage, contract.microbatches),
+                weights=weights,
             )
             for stage, part in enumerate(segments)
         ]
@@ -61,11 +64,22 @@ class LocalPipeline:
         """Steps `first_step` to `last_step`, both included and counted from 1."""
         for step in range(first_step, last_step + 1):
             self.losses.append(self._microbatches(step))
+            self.sum_ties()
             clip = self._clip()
             self.norms.append(clip.norm)
             rate = learning_rate(self.contract.optimizer, step=step, steps=self.contract.steps)
             for worker in self.workers:
                 worker.update(step=step, learning_rate=rate, clip_scale=clip.scale)
+
+    def sum_ties(self) -> None:
+        """Exchange tied gradients, as stages do over links."""
+        held = [
+            {name: worker.gradient(name).copy() for name in worker.held_ties}
+            for worker in self.workers
+        ]
+        for stage, worker in enumerate(self.workers):
+            others = (part for other, part in enumerate(held) if other != stage)
+            worker.sum_ties({name: array for part in others for name, array in part.items()})
 
     def evaluate(self) -> float:
         """Mean held-out loss over the contract's microbatches."""
@@ -149,16 +163,18 @@ class LocalPipeline:
             microbatch=index,
             sequence=self.sequence,
             training=training,
-            inputs=windows.inputs if stage == 0 else None,
+            inputs=self._inputs(windows) if stage == 0 else None,
             labels=windows.labels if last else None,
-            loss_weight=loss_weight(
-                samples=count * self.contract.microbatch_size,
-                context=self.bundle.manifest.data.context,
-            ),
+            loss_weight=loss_weight(count * windows.labels.size),
         )
         if not last:
             _send(worker.exit(self.sequence), self.workers[stage + 1].entry(self.sequence))
         return loss
+
+    def _inputs(self, windows: Windows) -> tuple[Array, ...]:
+        """Tokens, and for a model of two inputs which of them it may look at."""
+        inputs = (windows.inputs, windows.inputs % 7 != 0)
+        return inputs[: len(self.bundle.manifest.data_ports)]
 
     def _backward(self, stage: int, index: int, sequence: int) -> None:
         worker = self.workers[stage]
@@ -171,7 +187,7 @@ class LocalPipeline:
         sums: dict[int, float] = {}
         for worker in self.workers:
             sums |= dict(zip(worker.tensor_indices, worker.square_sums(), strict=True))
-        ordered = [sums[index] for index in range(len(self.bundle.manifest.tensors))]
+        ordered = [sums[index] for index in sorted(sums)]
         return clip_scale(ordered, self.contract.optimizer.clip_norm)
 
 

@@ -60,6 +60,11 @@ _RATE = click.FloatRange(min=0.0)
     help="Probability of dropout. [default: the model's own]",
 )
 @click.option(
+    "--rematerialise",
+    is_flag=True,
+    help="Save memory: compute the forward again for the backward. Same bits, a third slower.",
+)
+@click.option(
     "--optimizer",
     type=click.Choice(["adamw", "sgd"]),
     default="adamw",

@@ -8,6 +8,7 @@ worker owns its engine while it computes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,8 +69,16 @@ class Engine(Protocol):
     def build(self) -> RuntimeBuild:
         """What this engine is: decides which bits it computes."""
 
-    def compile(self, graph: bytes) -> Program:
-        """The program of an ONNX graph; the same bytes give the same program.
+    def compile(self, graph: bytes, constants: Mapping[str, Array] | None = None) -> Program:
+        """The program of an ONNX graph; the same bytes with the same constants give the same one.
+
+        Args:
+            graph: An ONNX file.
+            constants: By name, what the graph reads and neither declares nor holds. Bound for
+                good: their values must not change while the program lives, and the runtime may
+                lay them out anew. An array over a file (`numpy.memmap`) is read from there, not
+                copied. Programs without constants live as long as the engine, others as long as
+                their user.
 
         Raises:
             EngineError: the runtime refuses the graph; the bundle cannot run here.

@@ -9,12 +9,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import weakref
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from p2ptrain.bundle.protobuf import append_externals
 from p2ptrain.engine import build as builds
+from p2ptrain.engine.constants import BoundConstants, bind_constants, constants_key
 from p2ptrain.engine.contract import Array, Buffer, Engine
 from p2ptrain.errors import EngineError, InvariantBroken
 from p2ptrain.training.contract import RuntimeBuild
@@ -82,10 +86,23 @@ class OnnxRuntimeBinding:
 class OnnxRuntimeProgram:
     """A session of one graph."""
 
-    __slots__ = ("input_names", "inputs", "output_names", "outputs", "session")
+    __slots__ = (
+        "__weakref__",
+        "_constants",
+        "input_names",
+        "inputs",
+        "output_names",
+        "outputs",
+        "session",
+    )
 
-    def __init__(self, session: Any) -> None:  # Any: onnxruntime has no types
+    def __init__(
+        self,
+        session: Any,  # Any: onnxruntime has no types
+        constants: BoundConstants | None = None,
+    ) -> None:
         self.session = session
+        self._constants = constants  # the session may read their memory as long as it lives
         self.inputs = tuple(value.name for value in session.get_inputs())
         self.outputs = tuple(value.name for value in session.get_outputs())
         self.input_names = frozenset(self.inputs)
@@ -102,6 +119,9 @@ class OnnxRuntimeEngine:
         self._runtime = import_onnxruntime()
         self._threads = threads
         self._programs: dict[bytes, OnnxRuntimeProgram] = {}
+        self._with_constants: weakref.WeakValueDictionary[
+            tuple[bytes, object], OnnxRuntimeProgram
+        ] = weakref.WeakValueDictionary()
         _share_arena(self._runtime)
 
     @property
@@ -113,12 +133,28 @@ class OnnxRuntimeEngine:
         """Intra-op threads of every session."""
         return self._threads
 
-    def compile(self, graph: bytes) -> OnnxRuntimeProgram:
+    def compile(
+        self, graph: bytes, constants: Mapping[str, Array] | None = None
+    ) -> OnnxRuntimeProgram:
         key = hashlib.sha256(graph).digest()
+        if constants:
+            return self._compile_with(graph, key, constants)
         program = self._programs.get(key)
         if program is None:
             program = OnnxRuntimeProgram(self._session(graph))
             self._programs[key] = program
+        return program
+
+    def _compile_with(
+        self, graph: bytes, digest: bytes, constants: Mapping[str, Array]
+    ) -> OnnxRuntimeProgram:
+        key = (digest, constants_key(constants))
+        program = self._with_constants.get(key)
+        if program is None:
+            bound = bind_constants(constants, absolute=not _knows_folders(self._runtime))
+            content = append_externals(graph, bound.externals)
+            program = OnnxRuntimeProgram(self._session(content, bound), bound)
+            self._with_constants[key] = program
         return program
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> CpuBuffer:
@@ -127,10 +163,18 @@ class OnnxRuntimeEngine:
     def wrap(self, array: Array) -> CpuBuffer:
         return CpuBuffer(array)
 
-    def _session(self, graph: bytes) -> Any:  # Any: onnxruntime has no types
+    def _session(
+        self, graph: bytes, constants: BoundConstants | None = None
+    ) -> Any:  # Any: onnxruntime has no types
+        options = self._options()
+        more: dict[str, list[str]] = {}
+        if constants is not None:
+            _hand_over(self._runtime, options, constants)
+            # Folding would keep a transposed copy of a constant beside the constant itself.
+            more = {"disabled_optimizers": ["ConstantFolding"]}
         try:
             return self._runtime.InferenceSession(
-                graph, self._options(), providers=["CPUExecutionProvider"]
+                graph, options, providers=["CPUExecutionProvider"], **more
             )
         except Exception as error:  # onnxruntime's exceptions share no narrower base
             raise EngineError(
@@ -150,6 +194,22 @@ class OnnxRuntimeEngine:
         # A stage has a dozen sessions and runs one at a time: they share one arena.
         options.add_session_config_entry("session.use_env_allocators", "1")
         return options
+
+
+def _hand_over(
+    runtime: Any,  # Any: onnxruntime has no types
+    options: Any,  # Any: as above
+    constants: BoundConstants,
+) -> None:
+    """Tell a session where its constants are: a folder to map files from, and arrays."""
+    if constants.folder is not None and _knows_folders(runtime):
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", constants.folder
+        )
+    names = list(constants.arrays)
+    values = [runtime.OrtValue.ortvalue_from_numpy(constants.arrays[name]) for name in names]
+    if names:
+        options.add_external_initializers(names, values)
 
 
 def open_engine(*, threads: int) -> Engine:
@@ -225,6 +285,12 @@ def _share_arena(runtime: Any) -> None:  # Any: onnxruntime has no types
     )
     grow_as_requested = 1
     runtime.create_and_register_allocator(memory, runtime.OrtArenaCfg(0, grow_as_requested, -1, -1))
+
+
+def _knows_folders(runtime: Any) -> bool:  # Any: onnxruntime has no types
+    """Whether a session can be told the folder of its constants: from 1.20 on."""
+    major, minor = runtime.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (1, 20)
 
 
 def _has_training(runtime: Any) -> bool:  # Any: onnxruntime has no types

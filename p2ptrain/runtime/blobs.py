@@ -22,14 +22,24 @@ def blob_digest(content: bytes | memoryview) -> Digest:
     return Digest(hashlib.sha256(content).hexdigest())
 
 
+Content = bytes | memoryview
+Write = Callable[[bytes], object]
+
+
 @dataclass(slots=True)
 class _Fetch:
     device: DeviceId
     digest: Digest
-    content: bytearray
+    size: int
+    write: Write
     received: int = 0
+    hash: hashlib._Hash = field(default_factory=hashlib.sha256)
     done: trio.Event = field(default_factory=trio.Event)
-    failure: str | None = None
+    failure: Exception | None = None
+
+    def fail(self, failure: Exception) -> None:
+        self.failure = failure
+        self.done.set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,21 +57,26 @@ SendBulk = Callable[[DeviceId, BulkHeader, memoryview], Awaitable[None]]
 class BlobExchange:
     """Serves the blobs this peer has published and fetches those of others.
 
-    A fetch allocates exactly the size that the requester was told beforehand, checks each chunk's
+    A fetch takes exactly the size that the requester was told beforehand, checks each chunk's
     place and hash, and the whole hash at the end.
     """
 
     def __init__(self, *, send: Callable[[DeviceId, object], None], send_bulk: SendBulk) -> None:
         self._send = send
         self._send_bulk = send_bulk
-        self._published: dict[Digest, bytes] = {}
+        self._published: dict[Digest, Content] = {}
         self._offers: Counter[Digest] = Counter()
         self._fetches: dict[int, _Fetch] = {}
         self._requests = itertools.count(1)
 
-    def publish(self, content: bytes) -> Digest:
-        """Offer a blob to every member until it is withdrawn as often as it was published."""
-        digest = blob_digest(content)
+    def publish(self, content: Content, *, digest: Digest | None = None) -> Digest:
+        """Offer a blob to every member until it is withdrawn as often as it was published.
+
+        Args:
+            content: May be a view of a mapped file, which is read as it is sent.
+            digest: Where it is known; nothing is read here then, and who fetches checks it.
+        """
+        digest = blob_digest(content) if digest is None else digest
         self._published[digest] = content
         self._offers[digest] += 1
         return digest
@@ -73,7 +88,7 @@ class BlobExchange:
             del self._offers[digest]
             self._published.pop(digest, None)
 
-    def published(self, digest: Digest) -> bytes | None:
+    def published(self, digest: Digest) -> Content | None:
         """A blob of ours."""
         return self._published.get(digest)
 
@@ -92,14 +107,29 @@ class BlobExchange:
             PeerLost: it does not have the blob, went away, or took longer than the limit.
             RemoteProtocolError: what came is not what the digest names, or no blob is that long.
         """
-        if not 0 <= size <= limits.BLOB_BYTES_MAX:
-            raise RemoteProtocolError(f"{device[:8]} announced a blob of {size} bytes")
         own = self._published.get(digest)
         if own is not None:
             await trio.lowlevel.checkpoint()
-            return own
+            return bytes(own)
+        content = bytearray()
+        await self.fetch_into(device, digest, size=size, write=content.extend)
+        return bytes(content)
+
+    async def fetch_into(
+        self, device: DeviceId, digest: Digest, *, size: int, write: Write
+    ) -> None:
+        """Get a blob that need not fit into memory: `write` takes it chunk by chunk, in order.
+
+        What was written is the blob only when this returns.
+
+        Raises:
+            PeerLost, RemoteProtocolError: as `fetch`.
+            OSError: what `write` raised.
+        """
+        if not 0 <= size <= limits.BLOB_BYTES_MAX:
+            raise RemoteProtocolError(f"{device[:8]} announced a blob of {size} bytes")
         request = next(self._requests)
-        fetch = _Fetch(device=device, digest=digest, content=bytearray(size))
+        fetch = _Fetch(device=device, digest=digest, size=size, write=write)
         self._fetches[request] = fetch
         try:
             self._send(device, BlobRequest(request=request, digest=digest))
@@ -107,11 +137,9 @@ class BlobExchange:
         finally:
             del self._fetches[request]
         if fetch.failure is not None:
-            raise PeerLost(fetch.failure)
-        content = bytes(fetch.content)
-        if blob_digest(content) != digest:
+            raise fetch.failure
+        if fetch.hash.hexdigest() != digest:
             raise RemoteProtocolError(f"a blob from {device[:8]} does not match its digest")
-        return content
 
     async def serve(self, device: DeviceId, request: BlobRequest) -> None:
         """Answer a request; the caller runs this in a task of its own."""
@@ -138,8 +166,7 @@ class BlobExchange:
         """A member says that it does not have what we asked for."""
         fetch = self._fetches.get(message.request)
         if fetch is not None and fetch.device == device:
-            fetch.failure = f"{device[:8]} no longer has blob {fetch.digest[:12]}"
-            fetch.done.set()
+            fetch.fail(PeerLost(f"{device[:8]} no longer has blob {fetch.digest[:12]}"))
 
     def chunk_received(self, device: DeviceId, header: BulkHeader, chunk: bytes) -> None:
         """A chunk came off a data link, already checked against its own hash.
@@ -148,23 +175,26 @@ class BlobExchange:
             RemoteProtocolError: it does not continue what we asked for; the link is closed.
         """
         fetch = self._fetches.get(header.request)
-        if fetch is None or fetch.device != device:
+        if fetch is None or fetch.device != device or fetch.failure is not None:
             return  # a fetch that we gave up
-        size = len(fetch.content)
-        fits = header.offset == fetch.received and header.offset + len(chunk) <= size
-        if header.digest != fetch.digest or header.total != size or not fits:
+        fits = header.offset == fetch.received and header.offset + len(chunk) <= fetch.size
+        if header.digest != fetch.digest or header.total != fetch.size or not fits:
             raise RemoteProtocolError("a blob chunk that does not continue the blob")
-        fetch.content[header.offset : header.offset + len(chunk)] = chunk
+        try:
+            fetch.write(chunk)
+        except OSError as error:  # ours, not the sender's: its link stays
+            fetch.fail(error)
+            return
+        fetch.hash.update(chunk)
         fetch.received += len(chunk)
-        if fetch.received == size:
+        if fetch.received == fetch.size:
             fetch.done.set()
 
     def peer_down(self, device: DeviceId) -> None:
         """Fail every fetch from a member that is gone."""
         for fetch in self._fetches.values():
             if fetch.device == device:
-                fetch.failure = f"{device[:8]} went away during a transfer"
-                fetch.done.set()
+                fetch.fail(PeerLost(f"{device[:8]} went away during a transfer"))
 
 
 async def _wait_progressing(fetch: _Fetch) -> None:

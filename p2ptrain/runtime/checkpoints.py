@@ -55,6 +55,7 @@ class CheckpointCollector:
         manifest, name = self._job.bundle.manifest, self._contract.optimizer.name
         vectors = 1 + len(manifest.updates[name].state)
         tensors = manifest.segment_tensors(saved.segment)
+        tensors += manifest.segment_running(saved.segment)
         elements = sum(tensor.elements for tensor in tensors)
         names_bytes = HEADER_BYTES_MAX + vectors * sum(256 + len(t.name) for t in tensors)
         size_max = FLOAT32_BYTES * vectors * elements + names_bytes

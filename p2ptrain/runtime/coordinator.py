@@ -29,9 +29,11 @@ from p2ptrain.runtime.progress import ProgressTracker
 from p2ptrain.runtime.reports import NoteReport, TrainRequest, TrainResult
 from p2ptrain.runtime.services import Emit, Proposals, Services
 from p2ptrain.runtime.signal import Signal
+from p2ptrain.runtime.stage_weights import prepare_timeout_s
 from p2ptrain.runtime.trained_model import write_trained_model
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.runs import CheckpointRecord
+from p2ptrain.store.weights import Weights, keep_weights, needed_weights
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import (
     Begin,
@@ -49,6 +51,7 @@ from p2ptrain.training.messages import (
     stamp_of,
 )
 from p2ptrain.training.program import Program
+from p2ptrain.training.safetensors import raw_bytes
 from p2ptrain.training.segment_state import state_digest
 
 
@@ -60,11 +63,13 @@ class Coordinator:
         *,
         request: TrainRequest,
         job: Job,
+        weights: Weights,
         services: Services,
         proposals: Proposals,
         emit: Emit,
     ) -> None:
         self._request, self.job, self._services = request, job, services
+        self.weights = weights
         self._proposals, self._emit = proposals, emit
         self._signal = Signal()
         self._answers: dict[DeviceId, Profiled | Declined | None] = {}
@@ -223,6 +228,7 @@ class Coordinator:
         bundle, directory = self.job.bundle, self.job.directory
         directory.write_record(self.job.record(contract))
         directory.write_bundle(bundle.manifest_bytes, _graphs(bundle))
+        keep_weights(bundle, directory.bundle_path)
 
     async def _begin(self, plan: Plan) -> None:
         """Have every stage prepared, then let all begin."""
@@ -230,6 +236,7 @@ class Coordinator:
         if checkpoint is not None:
             listing = checkpoint_listing(checkpoint.segments)
             await self._publish_checkpoint(checkpoint)
+        self._publish_weights(resumed=checkpoint is not None)
         begin = Begin(
             stamp=stamp_of(plan),
             first_step=self.job.first_step,
@@ -240,11 +247,12 @@ class Coordinator:
         for stage in plan.stages:
             self._services.outlet.send(stage.device, begin)
         everyone = {stage.device for stage in plan.stages}
-        with trio.move_on_after(limits.PREPARE_TIMEOUT_S) as scope:
+        limit_s = prepare_timeout_s(self.job.bundle.manifest, resumed=checkpoint is not None)
+        with trio.move_on_after(limit_s) as scope:
             await self._wait_until(lambda: self._ready >= everyone)
         if scope.cancelled_caught:
             late = ", ".join(map(self._services.directory.name_of, everyone - self._ready))
-            raise PeerLost(f"{late} did not get ready within {limits.PREPARE_TIMEOUT_S:.0f} s")
+            raise PeerLost(f"{late} did not get ready within {limit_s:.0f} s")
         self._withdraw_blobs()
         for stage in plan.stages:
             self._services.outlet.send(stage.device, Go(stamp=stamp_of(plan)))
@@ -255,8 +263,15 @@ class Coordinator:
         for saved in checkpoint.segments:
             self._publish(await trio.to_thread.run_sync(read, checkpoint.step, saved))
 
-    def _publish(self, content: bytes) -> Digest:
-        digest = self._services.blobs.publish(content)
+    def _publish_weights(self, *, resumed: bool) -> None:
+        """Offer every tensor that a stage may fetch; nothing is read before it is asked for."""
+        manifest = self.job.bundle.manifest
+        for segment in range(len(manifest.segments)):
+            for tensor in needed_weights(manifest, segment, resumed=resumed):
+                self._publish(raw_bytes(self.weights.unchecked(tensor.name)), tensor.digest)
+
+    def _publish(self, content: bytes | memoryview, digest: Digest | None = None) -> Digest:
+        digest = self._services.blobs.publish(content, digest=digest)
         self._published.append(digest)
         return digest
 

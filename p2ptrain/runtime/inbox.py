@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.runtime.signal import Signal
+from p2ptrain.training.arrivals import Arrivals, TieKey
 from p2ptrain.training.program import Item
 from p2ptrain.wire.frames import TensorHeader
 
@@ -17,6 +19,8 @@ Targets = Callable[[str, int], tuple[Array, ...]]
 """(kind, microbatch) -> the arrays of that tensor, one per port; raises RemoteProtocolError."""
 
 FED_KINDS = ("input", "labels")
+LOSS_WEIGHT_INDEX = 1
+"""Of the two values of `labels`."""
 FED_AHEAD_MAX = 3
 """Items whose inputs or labels may wait here: the data holder feeds two ahead."""
 DISCARD_BYTES = 64 * 1024
@@ -41,26 +45,29 @@ async def discard(reader: BodyReader, length: int) -> None:
 class TensorInbox:
     """Receives the tensors of one run.
 
-    Inputs and labels (`fed`) are kept until their item comes. A boundary tensor for a later item
+    Inputs and labels (`fed`) are kept until their item comes. Any other tensor of a later item
     waits for that item and holds up only its own data link; that cannot deadlock, because its
     sender begins an item only when the one before needs nothing more from it (PROTOCOL.md
-    section 6.2).
+    section 6.2). Tied gradients of the open item have their own buffers, made once.
     """
 
-    def __init__(self, signal: Signal, *, fed_shape: tuple[int, int]) -> None:
+    def __init__(self, signal: Signal, *, arrivals: Arrivals) -> None:
         self._signal = signal
-        self._fed_shape = fed_shape
-        self._fed: dict[tuple[str, int], dict[tuple[str, int], Array]] = {}
+        self._arrivals = arrivals
+        self._fed: dict[tuple[str, int], dict[tuple[str, int], dict[int, Array]]] = {}
         self._item: Item | None = None
         self._targets: Targets | None = None
         self._arrived: dict[tuple[str, int], set[int]] = {}
+        self._tied: dict[TieKey, Array] = {}
+        self._tied_arrived: set[TieKey] = set()
         self._closed = False
 
     def open(self, item: Item, targets: Targets) -> None:
-        """Accept the boundary tensors of `item`; what belongs to earlier items is forgotten."""
+        """Accept the tensors of `item`; what belongs to earlier items is forgotten."""
         if self._item is not None:
             self._fed.pop((self._item.kind, self._item.step), None)
         self._item, self._targets, self._arrived = item, targets, {}
+        self._tied_arrived.clear()
         self._signal.notify()
 
     def close(self) -> None:
@@ -78,12 +85,20 @@ class TensorInbox:
         """Whether all ports of one boundary tensor of the open item are in their buffers."""
         return len(self._arrived.get((kind, microbatch), ())) >= ports
 
-    def fed(self, kind: str, microbatch: int) -> Array | None:
-        """Inputs or labels of the open item, int64 (microbatch size, context), or None yet."""
+    def fed(self, kind: str, microbatch: int) -> tuple[Array, ...] | None:
+        """All inputs, or labels and loss weight, of a microbatch of the open item; None before
+        the last of them has arrived."""
         if self._item is None:
             return None
         fed = self._fed.get((self._item.kind, self._item.step), {})
-        return fed.get((kind, microbatch))
+        values = fed.get((kind, microbatch), {})
+        count = len(self._arrivals.fed.get(kind, ()))
+        return tuple(values[index] for index in range(count)) if len(values) == count else None
+
+    def tied(self) -> dict[TieKey, Array] | None:
+        """The tied gradients of the open item from all other stages; None before the last has
+        arrived. They are overwritten in the next item."""
+        return dict(self._tied) if self._tied_arrived == set(self._arrivals.tied) else None
 
     async def receive(self, header: TensorHeader, length: int, reader: BodyReader) -> None:
         """Take one frame off a data link.
@@ -99,6 +114,9 @@ class TensorInbox:
         await self._signal.wait_until(lambda: self._closed or self._is_open(header))
         if self._closed:
             await discard(reader, length)
+            return
+        if header.kind == "tied":
+            await self._receive_tied(header, length, reader)
             return
         target = self._target(header, length)
         if target is not None:
@@ -116,16 +134,40 @@ class TensorInbox:
     def _expect_fed(self, header: TensorHeader, length: int) -> Array:
         item = (header.phase, header.step)
         ahead = len(self._fed.keys() | {item}) > FED_AHEAD_MAX
-        if ahead or (header.kind, header.microbatch) in self._fed.get(item, {}):
+        came = self._fed.get(item, {}).get((header.kind, header.microbatch), {})
+        if ahead or header.index in came:
             raise RemoteProtocolError(f"{header.kind} for step {header.step} came out of turn")
-        array = np.empty(self._fed_shape, dtype=np.int64)
-        if array.nbytes != length:
-            raise RemoteProtocolError(f"{header.kind} of {length} bytes, not {array.nbytes}")
-        return array
+        values = self._arrivals.fed.get(header.kind, ())
+        count = self._arrivals.microbatches[header.phase]
+        if not 0 <= header.index < len(values) or header.microbatch >= count:
+            raise RemoteProtocolError(f"{header.kind} that this stage does not expect")
+        value = values[header.index]
+        size = math.prod(value.shape) * np.dtype(value.dtype).itemsize
+        if size != length:
+            raise RemoteProtocolError(f"{header.kind} of {length} bytes, not {size}")
+        return np.empty(value.shape, value.dtype)
 
     def _keep_fed(self, header: TensorHeader, array: Array) -> None:
+        if header.kind == "labels" and header.index == LOSS_WEIGHT_INDEX:
+            _check_weight(float(array[0]))
         fed = self._fed.setdefault((header.phase, header.step), {})
-        fed[header.kind, header.microbatch] = array
+        fed.setdefault((header.kind, header.microbatch), {})[header.index] = array
+        self._signal.notify()
+
+    async def _receive_tied(self, header: TensorHeader, length: int, reader: BodyReader) -> None:
+        key = TieKey(segment=header.segment, tensor_index=header.index)
+        shape = self._arrivals.tied.get(key)
+        if shape is None or header.phase != "train" or header.microbatch != 0:
+            raise RemoteProtocolError("a tied gradient that this stage does not expect")
+        if key in self._tied_arrived:
+            raise RemoteProtocolError(f"the tied gradient of tensor {header.index} came twice")
+        if length != math.prod(shape) * np.dtype(np.float32).itemsize:
+            raise RemoteProtocolError(f"a tied gradient of {length} bytes for shape {shape}")
+        buffer = self._tied.get(key)
+        if buffer is None:
+            buffer = self._tied[key] = np.empty(shape, np.float32)
+        await reader.read_into(buffer.data.cast("B"))
+        self._tied_arrived.add(key)
         self._signal.notify()
 
     def _is_open(self, header: TensorHeader) -> bool:
@@ -141,3 +183,9 @@ class TensorInbox:
         if not 0 <= header.index < len(targets) or targets[header.index].nbytes != length:
             raise RemoteProtocolError(f"{header.kind} of {length} bytes, not what the plan says")
         return targets[header.index]
+
+
+def _check_weight(weight: float) -> None:
+    """RemoteProtocolError for what cannot be one over a count."""
+    if not (math.isfinite(weight) and 0.0 < weight <= 1.0):
+        raise RemoteProtocolError(f"a loss weight of {weight}")

@@ -199,6 +199,7 @@ def _new_contract(
             evaluate_every=request.evaluate_every,
             heldout_microbatches=request.heldout_microbatches,
             builds=(),
+            rematerialise=request.rematerialise,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import trio
 
@@ -18,6 +18,7 @@ from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.stage_run import StageRun
+from p2ptrain.runtime.stage_weights import StageWeights, prepare_timeout_s
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.runs import SavedSegment
 from p2ptrain.training.contract import Contract
@@ -47,8 +48,16 @@ class MemberRun:
     """One decided plan on a device that has a stage in it."""
 
     def __init__(
-        self, *, plan: Plan, contract: Contract, bundle: Bundle, engine: Engine, services: Services
+        self,
+        *,
+        plan: Plan,
+        contract: Contract,
+        bundle: Bundle,
+        engine: Engine,
+        services: Services,
+        own_weights: Mapping[str, Array] | None = None,
     ) -> None:
+        """`own_weights` are the bundle's, where this device is the run's home peer."""
         self.plan, self.stamp = plan, stamp_of(plan)
         self._contract, self._bundle, self._engine = contract, bundle, engine
         self._services = services
@@ -63,6 +72,12 @@ class MemberRun:
         if index is None:
             raise InvariantBroken("a member run on a device without a stage")
         self._stage = plan.stages[index]
+        self._own_weights = own_weights
+        self._stage_weights = StageWeights(
+            services.runs_path / plan.run / "weights",
+            manifest=bundle.manifest,
+            segments=self._stage.segments,
+        )
         self._worker: StageWorker | None = None
         self._meter = services.open_meter(plan, contract.minibatch_size)
 
@@ -74,12 +89,18 @@ class MemberRun:
             NumericsError, CheckpointError, EngineError: the session cannot go on.
         """
         try:
-            await self._hear_from_home(lambda: self._begin is not None, "begin the run")
-            stage_run = await self._prepare(self._required_begin())
+            limit_s = limits.PREPARE_TIMEOUT_S
+            await self._hear_from_home(lambda: self._begin is not None, "begin the run", limit_s)
+            begin = self._required_begin()
+            stage_run = await self._prepare(begin)
             self._services.outlet.send(self.plan.home, Ready(stamp=self.stamp))
-            await self._hear_from_home(lambda: self._go, "say go")
+            resumed = begin.checkpoint is not None
+            limit_s = prepare_timeout_s(self._bundle.manifest, resumed=resumed)
+            await self._hear_from_home(lambda: self._go, "say go", limit_s)
             await stage_run.run()
             await self._signal.wait_until(lambda: self._finished)
+            if self._program is not None and not self._program.stopped:
+                await trio.to_thread.run_sync(self._stage_weights.forget)
         finally:
             self._forget_blobs()
             self._meter.close()
@@ -116,9 +137,9 @@ class MemberRun:
         if self._stage_run is not None:
             self._stage_run.inbox.deliver(header, array)
 
-    async def _hear_from_home(self, heard: Callable[[], bool], what: str) -> None:
-        """Wait for the home peer, which itself waits for its slowest member at most as long."""
-        limit_s = limits.PREPARE_TIMEOUT_S + limits.PROPOSAL_TIMEOUT_S
+    async def _hear_from_home(self, heard: Callable[[], bool], what: str, waits_s: float) -> None:
+        """Wait for the home peer, which itself waits `waits_s` at most for its slowest member."""
+        limit_s = waits_s + limits.PROPOSAL_TIMEOUT_S
         with trio.move_on_after(limit_s):
             await self._signal.wait_until(heard)
         if not heard():
@@ -131,7 +152,8 @@ class MemberRun:
         return self._begin
 
     async def _prepare(self, begin: Begin) -> StageRun:
-        worker = await trio.to_thread.run_sync(self._build_worker)
+        weights = await self._weights(resumed=begin.checkpoint is not None)
+        worker = await trio.to_thread.run_sync(self._build_worker, weights)
         if begin.checkpoint is None:
             await trio.to_thread.run_sync(worker.draw_parameters)
         else:
@@ -154,13 +176,21 @@ class MemberRun:
         )
         return self._stage_run
 
-    def _build_worker(self) -> StageWorker:
+    async def _weights(self, *, resumed: bool) -> Mapping[str, Array]:
+        """The bundle's weights that this stage needs: our own bundle's, or the home peer's."""
+        if self._own_weights is not None:
+            return self._own_weights
+        blobs, home = self._services.blobs, self.plan.home
+        return await self._stage_weights.fetch(blobs, home, resumed=resumed)
+
+    def _build_worker(self, weights: Mapping[str, Array]) -> StageWorker:
         return StageWorker(
             engine=self._engine,
             bundle=self._bundle,
             segments=self._stage.segments,
             contract=self._contract,
             in_flight=self._stage.in_flight_max,
+            weights=weights,
         )
 
     async def _load_checkpoint(self, worker: StageWorker, digest: Digest, size: int) -> None:

@@ -11,7 +11,7 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.planner.choose import choose_plan
 from p2ptrain.planner.input import LeftOut, PlanningInput
 from p2ptrain.planner.plan import Plan
-from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.planner.profile import KindCost, PeerProfile
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.training.contract import Contract, RuntimeBuild
@@ -51,7 +51,7 @@ def place(
         PlanningInput(
             manifest=manifest,
             contract=contract,
-            profiles=able,
+            profiles=tuple(_with_contract(profile, contract) for profile in able),
             home=home,
             stage_memory=lambda segments, in_flight: memory_bytes(
                 manifest,
@@ -78,6 +78,17 @@ def place(
 def with_builds(contract: Contract, builds: Iterable[RuntimeBuild]) -> Contract:
     """The contract of a new run, complete with the distinct runtime builds that take part."""
     return dataclasses.replace(contract, builds=tuple(sorted(set(builds), key=repr)))
+
+
+def _with_contract(profile: PeerProfile, contract: Contract) -> PeerProfile:
+    """The profile with the forward counted into each backward, where that runs it again."""
+    if not contract.rematerialise:
+        return profile
+    kinds = {
+        name: KindCost(forward_ns=c.forward_ns, backward_ns=c.forward_ns + c.backward_ns)
+        for name, c in profile.kinds.items()
+    }
+    return dataclasses.replace(profile, kinds=kinds)
 
 
 def _outsiders(job: Job, profiles: Iterable[PeerProfile]) -> tuple[LeftOut, ...]:

@@ -8,12 +8,14 @@ from typing import Final
 
 import numpy as np
 
+from p2ptrain.bundle.manifest import Manifest, Port
 from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.ids import Digest
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.contract import Contract, OptimizerChoice
+from p2ptrain.training.feed import Feed
 
 _NO_DATA: Final = Digest("0" * 64)
 _STEP: Final = 1
@@ -51,11 +53,13 @@ def profile_kinds(
 
 def _time_stage(worker: StageWorker, bundle: Bundle, batch: int, repeats: int) -> KindCost:
     worker.draw_parameters()
-    tokens = np.zeros((batch, bundle.manifest.data.context), np.int64)
+    feed = made_up_feed(bundle.manifest, batch)
     forward_ns, backward_ns = [], []
     for sequence in range(repeats + 1):
-        _fill(worker.entry(sequence), 1.0)
-        _fill(worker.exit_cotangent(sequence), 1e-3)
+        for array in worker.entry(sequence):
+            fill(array, 1.0)
+        for array in worker.exit_cotangent(sequence):
+            fill(array, 1e-3)
 
         def forward(sequence: int = sequence) -> None:
             worker.forward(
@@ -63,8 +67,8 @@ def _time_stage(worker: StageWorker, bundle: Bundle, batch: int, repeats: int) -
                 microbatch=sequence,
                 sequence=sequence,
                 training=True,
-                inputs=tokens,
-                labels=tokens,
+                inputs=feed.inputs,
+                labels=feed.labels,
                 loss_weight=1.0,
             )
 
@@ -82,12 +86,40 @@ def _time_ns(run: Callable[[], None]) -> int:
     return time.perf_counter_ns() - start
 
 
-def _fill(arrays: tuple[Array, ...], scale: float) -> None:
-    """Ordinary values: zeros or denormals would be timed wrongly."""
-    for array in arrays:
-        if array.dtype.kind == "f":
-            flat = array.reshape(-1)
-            flat[:] = scale * np.cos(np.arange(flat.size))
+def made_up_feed(manifest: Manifest, batch: int) -> Feed:
+    """A microbatch that any model takes: token ids and labels at random within their range.
+
+    Integers of any further port are 0, the one index that every table has.
+    """
+    generator = np.random.Generator(np.random.Philox(0))
+    arrays: list[Array] = []
+    range_left = manifest.data.vocabulary
+    for port in manifest.data_ports:
+        arrays.append(_made_up(manifest, port, batch, range_left, generator))
+        range_left = 0 if arrays[-1].dtype.kind == "i" else range_left
+    classes = manifest.data.classes or manifest.data.vocabulary
+    labels = _made_up(manifest, manifest.labels_port, batch, classes, generator)
+    return Feed(inputs=tuple(arrays), labels=labels)
+
+
+def _made_up(
+    manifest: Manifest, port: Port, batch: int, stop: int, generator: np.random.Generator
+) -> Array:
+    array = np.zeros(manifest.shape(port.value, batch=batch), np.dtype(port.value.dtype))
+    if array.dtype.kind == "i" and stop > 0:
+        array[...] = generator.integers(0, stop, array.shape)
+    else:
+        fill(array, 1.0)
+    return array
+
+
+def fill(array: Array, scale: float) -> None:
+    """Ordinary values: zeros or denormals would be timed wrongly; masks let everything through."""
+    flat = array.reshape(-1)
+    if array.dtype.kind == "f":
+        flat[:] = scale * np.cos(np.arange(flat.size))
+    elif array.dtype.kind == "b":
+        flat[:] = True
 
 
 def _contract(engine: Engine, bundle: Bundle, form: str, batch: int) -> Contract:

@@ -36,6 +36,8 @@ class TrainRequest:
     form: str = "portable"
     schedule: str = "1f1b"
     dropout: float | None = None
+    rematerialise: bool = False
+    """Keep each segment's inputs only, and run its forward again for the backward."""
     optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
     evaluate_every: int = 0
     heldout_microbatches: int = 8

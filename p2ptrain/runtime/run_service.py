@@ -36,6 +36,7 @@ from p2ptrain.runtime.plan_report import plan_report
 from p2ptrain.runtime.reports import EnergyReport, PlanReport, TrainRequest, TrainResult
 from p2ptrain.runtime.services import Emit, Proposals, Services
 from p2ptrain.runtime.signal import Signal
+from p2ptrain.store.weights import open_weights
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import (
     Abort,
@@ -146,11 +147,13 @@ class RunService:
         """
         self._refuse_when_busy()
         job = await trio.to_thread.run_sync(self._open_job, request)
+        weights = await trio.to_thread.run_sync(open_weights, job.bundle)
         self._refuse_when_busy()
         view = max(job.view, self._proposals.next_view(job.run, job.lineage))
         coordinator = Coordinator(
             request=request,
             job=dataclasses.replace(job, view=view),
+            weights=weights,
             services=self._services,
             proposals=self._proposals,
             emit=emit,
@@ -290,6 +293,7 @@ class RunService:
     def _make_part(self, plan: Plan, contract: Contract) -> _Part | None:
         """Our part in a plan; None when what it needs is not there any more."""
         member, conduct = None, self._conduct
+        is_home = plan.home == self._services.device
         if plan.stage_of(self._services.device) is None:
             if conduct is None:
                 return None
@@ -306,6 +310,7 @@ class RunService:
                 bundle=bundle,
                 engine=engine,
                 services=self._services,
+                own_weights=conduct.coordinator.weights if is_home and conduct else None,
             )
         report = plan_report(plan, contract, manifest, self._services.directory.name_of)
         return _Part(plan, member, report, trio.CancelScope())

@@ -1,24 +1,30 @@
 """Run one segment's forward and backward graph with everything bound beforehand.
 
-A microbatch in flight has a stash slot (its sequence number modulo the slots); what the backward
-needs stays there until it ran. Boundary values lie in rings that neighbouring segments share.
+A microbatch in flight has a slot (its sequence number modulo the slots); what the backward needs
+stays there until it ran. Boundary values lie in rings that neighbouring segments share. Where the
+contract rematerialises, a slot keeps only what was fed and the running values that the forward
+read; the stash and the masks lie in one place for all segments of a kind, and the backward runs
+the forward again unless they are still there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
 import numpy as np
 
-from p2ptrain.bundle.manifest import Manifest, Port, SegmentKind
+from p2ptrain.bundle.manifest import Manifest, Port, SegmentKind, Value
 from p2ptrain.engine.contract import Array, Binding, Buffer, Engine, Program
 from p2ptrain.errors import GraphError, InvariantBroken
 from p2ptrain.runtime.segment_memory import FloatArray, SegmentMemory
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.masks import MaskPlace, draw_mask
 
-FED_ROLES = ("data", "labels", "loss_weight")
+FED_ROLES: Final = ("data", "labels", "loss_weight")
+Pass = Literal["train", "again", "evaluate"]
+"""A forward of training; the same one again for its backward; one that only gives the loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +70,36 @@ class _WiredBinding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fed:
+    """What the run gives a microbatch; None where the stage does not need it."""
+
+    inputs: tuple[Array, ...] | None
+    """One array for each data port of the first segment, in port order."""
+    labels: Array | None
+    loss_weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentPrograms:
+    """A segment's compiled graphs."""
+
+    forward: Program
+    backward: Program | None
+    """None where nothing is trained and nobody upstream waits for a cotangent."""
+    evaluation: Program | None
+    """None: the forward with masks of ones."""
+
+
+@dataclass(slots=True)
+class KindStash:
+    """The one stash of all segments of a kind, where the contract rematerialises."""
+
+    values: dict[str, Buffer] = field(default_factory=dict)
+    holds: tuple[int, int] | None = None
+    """Segment and sequence number of the forward that it is from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageSetting:
     """What all segments of a stage share."""
 
@@ -74,7 +110,23 @@ class StageSetting:
     """Microbatches in flight."""
     scratch: FloatArray
     """Gradients of one microbatch of one segment, before they are added to the sum."""
+    running_scratch: FloatArray
+    """Running values that nobody wants."""
     constants: ConstantBuffers
+    kind_stashes: dict[str, KindStash]
+    """By kind; filled by its first segment."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What one microbatch in flight keeps for its backward."""
+
+    values: dict[str, Buffer]
+    running: FloatArray
+    """Running values as the forward read them."""
+    running_views: dict[str, Buffer]
+    step: int = 0
+    microbatch: int = 0
 
 
 class SegmentRunner:
@@ -85,7 +137,7 @@ class SegmentRunner:
         setting: StageSetting,
         *,
         segment_index: int,
-        programs: tuple[Program, Program],
+        programs: SegmentPrograms,
         memory: SegmentMemory,
         entering: Boundary,
         leaving: Boundary,
@@ -95,73 +147,90 @@ class SegmentRunner:
         self._contract = contract = setting.contract
         self._constants = setting.constants
         self._index = segment_index
-        self._forward, self._backward = programs
-        self._memory = memory
-        self._kind = manifest.kinds[manifest.segments[segment_index].kind]
-        self._entering = dict(
-            zip(_boundary_names(self._kind.inputs), entering.activations, strict=True)
-        )
-        self._leaving = dict(
-            zip(_boundary_names(self._kind.outputs), leaving.activations, strict=True)
-        )
-        self._cotangents_in = dict(
-            zip(_boundary_names(self._kind.outputs), leaving.cotangents, strict=True)
-        )
-        self._cotangents_out = dict(
-            zip(_boundary_names(self._kind.inputs), entering.cotangents, strict=True)
-        )
+        self._programs, self._memory = programs, memory
+        self._kind = kind = manifest.kinds[manifest.segments[segment_index].kind]
+        ins, outs = _boundary_names(kind.inputs), _boundary_names(kind.outputs)
+        self._entering = dict(zip(ins, entering.activations, strict=True))
+        self._leaving = dict(zip(outs, leaving.activations, strict=True))
+        self._cotangents_in = dict(zip(outs, leaving.cotangents, strict=True))
+        self._cotangents_out = dict(zip(ins, entering.cotangents, strict=True))
         self._parameters = memory.parameter_buffers()
         self._gradients = memory.gradient_buffers(memory.gradients)
         self._scratch = setting.scratch
         self._scratch_views = memory.gradient_buffers(setting.scratch)
-        self._masks = {
-            site.value.name: _probability(contract, site.probability) for site in self._kind.masks
+        self._running = {
+            "train": memory.running_buffers(memory.pending),
+            "again": memory.running_buffers(setting.running_scratch),
+            "evaluate": memory.running_buffers(setting.running_scratch),
         }
-        self._fed = [port for port in self._kind.inputs if port.role in FED_ROLES]
-        self._losses = [port for port in self._kind.outputs if port.role == "loss"]
-        self._slots = [self._slot_values() for _ in range(setting.slots)]
-        self._forward_bindings: dict[int, _WiredBinding] = {}
+        self._committed = memory.running_buffers(memory.running)
+        self._masks = {
+            site.value.name: _probability(contract, site.probability) for site in kind.masks
+        }
+        self._fed = [port for port in kind.inputs if port.role in FED_ROLES]
+        self._losses = [port for port in kind.outputs if port.role == "loss"]
+        self._stash = setting.kind_stashes.setdefault(kind.name, KindStash())
+        self._slots = [self._make_slot() for _ in range(setting.slots)]
+        self._forward_bindings: dict[tuple[int, Pass], _WiredBinding] = {}
         self._backward_bindings: dict[tuple[int, bool], _WiredBinding] = {}
-        self._evaluation: _WiredBinding | None = None
         self._check_programs()
 
-    def forward(
-        self, *, step: int, microbatch: int, sequence: int, fed: Mapping[str, Array | float | None]
-    ) -> float | None:
+    def forward(self, *, step: int, microbatch: int, sequence: int, fed: Fed) -> float | None:
         """Compute the segment and keep its stash; the loss where the segment has one."""
-        slot = sequence % len(self._slots)
+        slot = self._slots[sequence % len(self._slots)]
+        slot.step, slot.microbatch = step, microbatch
         self._feed(slot, fed)
-        self._draw_masks(slot, step, microbatch)
-        binding = self._forward_bindings.get(slot)
-        if binding is None:
-            binding = self._forward_bindings[slot] = self._bind_forward(slot, training=True)
-        binding.run(sequence)
+        np.copyto(slot.running, self._memory.pending)
+        self._run_forward("train", sequence)
         return self._loss(slot)
 
-    def evaluate(self, *, sequence: int, fed: Mapping[str, Array | float | None]) -> float | None:
-        """Compute the segment without dropout; overwrites the first stash slot."""
-        self._feed(0, fed)
-        if self._evaluation is None:
-            self._evaluation = self._bind_forward(0, training=False)
-        self._evaluation.run(sequence)
-        return self._loss(0)
+    def evaluate(self, *, sequence: int, fed: Fed) -> float | None:
+        """Compute the segment with the running values of the last update and without dropout;
+        overwrites the first slot."""
+        self._feed(self._slots[0], fed)
+        self._stash.holds = None
+        self._forward_binding(0, "evaluate").run(sequence)
+        return self._loss(self._slots[0])
 
     def backward(self, *, sequence: int, first: bool) -> None:
         """Compute cotangents and gradients of one microbatch; `first` of a step starts the sum."""
-        slot = sequence % len(self._slots)
-        binding = self._backward_bindings.get((slot, first))
+        if self._programs.backward is None:
+            return
+        if self._contract.rematerialise and self._stash.holds != (self._index, sequence):
+            self._run_forward("again", sequence)
+        index = sequence % len(self._slots)
+        binding = self._backward_bindings.get((index, first))
         if binding is None:
-            binding = self._bind_backward(slot, self._gradients if first else self._scratch_views)
-            self._backward_bindings[slot, first] = binding
+            gradients = self._gradients if first else self._scratch_views
+            binding = self._bind_backward(self._programs.backward, self._slots[index], gradients)
+            self._backward_bindings[index, first] = binding
         binding.run(sequence)
         if not first:
             self._memory.accumulate(self._scratch)
 
-    def _slot_values(self) -> dict[str, Buffer]:
-        pair = self._kind.forms[self._contract.form]
-        values = [port.value for port in (*self._fed, *self._losses)]
-        values += [value for value in pair.stash if value.name not in self._known()]
-        values += [site.value for site in self._kind.masks if self._masks[site.value.name] > 0.0]
+    def _run_forward(self, how: Pass, sequence: int) -> None:
+        index = sequence % len(self._slots)
+        self._draw_masks(self._slots[index])
+        self._forward_binding(index, how).run(sequence)
+        self._stash.holds = (self._index, sequence)
+
+    def _make_slot(self) -> _Slot:
+        own = [port.value for port in self._fed]
+        kept = [port.value for port in self._losses]
+        stash = self._kind.forms[self._contract.form].stash
+        kept += [value for value in stash if value.name not in self._known()]
+        masks = (site.value for site in self._kind.masks)
+        kept += [value for value in masks if self._masks[value.name] > 0.0]
+        if self._contract.rematerialise:
+            if not self._stash.values:
+                self._stash.values = self._allocate(kept)
+            values = self._allocate(own) | self._stash.values
+        else:
+            values = self._allocate([*own, *kept])
+        running = self._engine.allocate(self._memory.running.shape, np.float32).host()
+        return _Slot(values, running, self._memory.running_buffers(running))
+
+    def _allocate(self, values: Sequence[Value]) -> dict[str, Buffer]:
         batch = self._contract.microbatch_size
         return {
             value.name: self._engine.allocate(
@@ -172,54 +241,84 @@ class SegmentRunner:
 
     def _known(self) -> set[str]:
         """Values that lie elsewhere and are not allocated again when the stash lists them."""
-        return {*self._entering, *self._leaving, *self._parameters, *self._masks} | {
-            port.value.name for port in (*self._fed, *self._losses)
+        return {
+            *self._entering,
+            *self._leaving,
+            *self._parameters,
+            *self._masks,
+            *self._committed,
+            *(port.value.name for port in (*self._fed, *self._losses)),
         }
 
-    def _feed(self, slot: int, fed: Mapping[str, Array | float | None]) -> None:
+    def _feed(self, slot: _Slot, fed: Fed) -> None:
+        inputs = iter(fed.inputs or ())
         for port in self._fed:
-            value = fed[port.role]
-            if value is None:
-                raise InvariantBroken(f"segment {self._index} needs {port.role}")
-            np.copyto(self._slots[slot][port.value.name].host(), value, casting="same_kind")
+            match port.role:
+                case "data":
+                    value: Array | float | None = next(inputs, None)
+                case "labels":
+                    value = fed.labels
+                case _:
+                    value = fed.loss_weight
+            target = slot.values[port.value.name].host()
+            if value is None or (isinstance(value, np.ndarray) and value.shape != target.shape):
+                raise InvariantBroken(f"segment {self._index} needs {port.role} {target.shape}")
+            np.copyto(target, value, casting="same_kind")
 
-    def _draw_masks(self, slot: int, step: int, microbatch: int) -> None:
+    def _draw_masks(self, slot: _Slot) -> None:
         for site, (name, probability) in enumerate(self._masks.items()):
             if probability == 0.0:
                 continue
             place = MaskPlace(
                 seed=self._contract.seed,
-                step=step,
-                microbatch=microbatch,
+                step=slot.step,
+                microbatch=slot.microbatch,
                 segment=self._index,
                 site=site,
             )
-            draw_mask(place, probability, self._slots[slot][name].host())
+            draw_mask(place, probability, slot.values[name].host())
 
-    def _loss(self, slot: int) -> float | None:
+    def _loss(self, slot: _Slot) -> float | None:
         for port in self._losses:
-            return float(self._slots[slot][port.value.name].host().reshape(-1)[0])
+            return float(slot.values[port.value.name].host().reshape(-1)[0])
         return None
 
-    def _bind_forward(self, slot: int, *, training: bool) -> _WiredBinding:
-        binding, wires = self._forward.bind(), []
-        for name in self._forward.inputs:
+    def _forward_binding(self, index: int, how: Pass) -> _WiredBinding:
+        binding = self._forward_bindings.get((index, how))
+        if binding is None:
+            program = self._programs.forward
+            if how == "evaluate" and self._programs.evaluation is not None:
+                program = self._programs.evaluation
+            binding = self._bind_forward(program, self._slots[index], how)
+            self._forward_bindings[index, how] = binding
+        return binding
+
+    def _bind_forward(self, program: Program, slot: _Slot, how: Pass) -> _WiredBinding:
+        binding, wires = program.bind(), []
+        evaluating = how == "evaluate"
+        present = self._committed if evaluating else slot.running_views
+        for name in program.inputs:
             if name in self._entering:
                 wires.append(_Wire(name, self._entering[name], False))
-            elif name in self._masks and not training:
+            elif name in present:
+                binding.set_input(name, present[name])
+            elif name in self._masks and evaluating:
                 binding.set_input(name, self._one(name))
             else:
                 binding.set_input(name, self._value(slot, name))
-        for name in self._forward.outputs:
+        fresh = {f"new.{local}": buffer for local, buffer in self._running[how].items()}
+        for name in program.outputs:
             if name in self._leaving:
                 wires.append(_Wire(name, self._leaving[name], True))
             else:
-                binding.set_output(name, self._value(slot, name))
+                binding.set_output(name, fresh.get(name) or self._value(slot, name))
         return _WiredBinding(binding, wires)
 
-    def _bind_backward(self, slot: int, gradients: Mapping[str, Buffer]) -> _WiredBinding:
-        binding, wires = self._backward.bind(), []
-        for name in self._backward.inputs:
+    def _bind_backward(
+        self, program: Program, slot: _Slot, gradients: Mapping[str, Buffer]
+    ) -> _WiredBinding:
+        binding, wires = program.bind(), []
+        for name in program.inputs:
             port = name.removeprefix("cotangent.")
             if port != name:
                 wires.append(_Wire(name, self._incoming_cotangent(port), False))
@@ -227,24 +326,23 @@ class SegmentRunner:
                 ring = self._entering.get(name) or self._leaving[name]
                 wires.append(_Wire(name, ring, False))
             else:
-                binding.set_input(name, self._value(slot, name))
-        for name in self._backward.outputs:
+                buffer = slot.running_views.get(name) or self._value(slot, name)
+                binding.set_input(name, buffer)
+        for name in program.outputs:
             if name.startswith("gradient."):
-                buffer = gradients.get(name.removeprefix("gradient."))
-                if buffer is not None:  # a frozen tensor's gradient is not handed out
-                    binding.set_output(name, buffer)
+                binding.set_output(name, gradients[name.removeprefix("gradient.")])
                 continue
             outgoing = self._cotangents_out.get(name.removeprefix("cotangent."))
             if outgoing is not None:
                 wires.append(_Wire(name, outgoing, True))
         return _WiredBinding(binding, wires)
 
-    def _value(self, slot: int, name: str) -> Buffer:
+    def _value(self, slot: _Slot, name: str) -> Buffer:
         if name in self._parameters:
             return self._parameters[name]
         if name in self._masks and self._masks[name] == 0.0:
             return self._one(name)
-        return self._slots[slot][name]
+        return slot.values[name]
 
     def _one(self, name: str) -> Buffer:
         (value,) = (site.value for site in self._kind.masks if site.value.name == name)
@@ -263,14 +361,22 @@ class SegmentRunner:
 
     def _check_programs(self) -> None:
         """GraphError when the graphs do not have the values that the manifest promises."""
-        trainable = {f"gradient.{place.local}" for place in self._memory.trainable}
-        gradients = {name for name in self._backward.outputs if name.startswith("gradient.")}
-        known = self._known() | set(self._slots[0])
+        programs = self._programs
+        inner = self._known() | set(self._slots[0].values)
+        fresh = {f"new.{name}" for name in self._committed}
         cotangents = {f"cotangent.{port.value.name}" for port in self._kind.outputs}
-        unknown = {*self._forward.inputs, *self._forward.outputs} - known
-        unknown |= set(self._backward.inputs) - known - cotangents
-        if unknown or not trainable <= gradients:
-            names = ", ".join(sorted(unknown | (trainable - gradients)))
+        gradients = {f"gradient.{name}" for name in self._parameters}
+        unknown = {*programs.forward.inputs} - inner
+        unknown |= {*programs.forward.outputs} - inner - fresh
+        unknown |= fresh - {*programs.forward.outputs}
+        if programs.evaluation is not None:
+            unknown |= {*programs.evaluation.inputs, *programs.evaluation.outputs} - inner
+        if programs.backward is not None:
+            given = {name for name in programs.backward.outputs if name.startswith("gradient.")}
+            unknown |= {*programs.backward.inputs} - inner - cotangents
+            unknown |= gradients ^ given
+        if unknown:
+            names = ", ".join(sorted(unknown))
             raise GraphError(f"the graphs of kind {self._kind.name!r} do not fit: {names:.200}")
 
 

@@ -55,7 +55,7 @@ class SegmentUpdater:
             self._spare = {name: np.empty(CHUNK_ELEMENTS, np.float32) for name in self._changed()}
         layout = memory.layout
         self._slices = self._bind_region(0, layout.decay_stop, scalars.decayed)
-        self._slices += self._bind_region(layout.decay_stop, layout.trainable_stop, scalars.plain)
+        self._slices += self._bind_region(layout.decay_stop, layout.length, scalars.plain)
 
     def run(self) -> None:
         """Replace parameters and state by their updated values."""

@@ -7,31 +7,36 @@ valid until the ring wraps round, `in_flight + 1` microbatches later.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from p2ptrain.bundle.manifest import Manifest, UpdateRule, Value
+from p2ptrain.bundle.manifest import Manifest, Tensor, UpdateRule, Value
 from p2ptrain.engine.contract import Array, Buffer, Engine, Program
-from p2ptrain.errors import ConfigError, InvariantBroken
+from p2ptrain.errors import BundleError, ConfigError, InvariantBroken
 from p2ptrain.ids import Digest
-from p2ptrain.runtime.segment_memory import SegmentMemory, view
+from p2ptrain.runtime.segment_memory import FloatArray, SegmentMemory
 from p2ptrain.runtime.segment_runner import (
     Boundary,
     ConstantBuffers,
+    Fed,
+    SegmentPrograms,
     SegmentRunner,
     StageSetting,
     cotangent_positions,
 )
 from p2ptrain.runtime.segment_updater import SegmentUpdater, UpdateScalars
 from p2ptrain.store.bundles import Bundle
+from p2ptrain.training.barrier import stage_tensor_indices
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.layout import flat_layout
 from p2ptrain.training.optimizer import optimizer_scalars
-from p2ptrain.training.random import draw_parameter
+from p2ptrain.training.random import draw_tensor
 from p2ptrain.training.segment_state import SegmentState
 from p2ptrain.training.squares import CHUNK_ELEMENTS
+from p2ptrain.training.ties import TieGroup, tie_groups, tied_gradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +61,23 @@ class StageWorker:
         segments: range,
         contract: Contract,
         in_flight: int,
+        weights: Mapping[str, Array] | None = None,
     ) -> None:
-        """Compile, allocate and bind; parameters are zero until drawn or loaded.
+        """Compile, allocate and bind; what is trained is zero until drawn or loaded.
+
+        Args:
+            engine: With the contract's threads.
+            bundle: Of the model.
+            segments: The stage's.
+            contract: Of the run.
+            in_flight: Microbatches between their forward and their backward, at most.
+            weights: By name, every tensor of these segments that the bundle's weights hold; best
+                `numpy.memmap`, whose frozen tensors are then not copied. None draws them like the
+                others, which is good for measuring only.
 
         Raises:
             ConfigError: the bundle lacks the contract's graph form or optimizer.
+            BundleError: the weights do not fit the manifest.
             GraphError, EngineError: the bundle cannot run here.
         """
         manifest = bundle.manifest
@@ -70,6 +87,7 @@ class StageWorker:
         self._contract = contract
         self._segments = segments
         self._in_flight = in_flight
+        self._weights = weights
         self._rule = manifest.updates[contract.optimizer.name]
         self._memories = {
             index: SegmentMemory(engine, flat_layout(manifest, index), self._rule.state)
@@ -84,7 +102,9 @@ class StageWorker:
         self._work = np.empty(CHUNK_ELEMENTS)
         self._waiting: set[int] = set()
         self._accumulated = 0
-        self._tensor_indices = self._find_tensors()
+        self._ties = self._find_ties()
+        self._ties_summed = False
+        self._tensor_indices = stage_tensor_indices(manifest, segments)
         self._forward_count = self._evaluation_count = 0
         self._backward_count = self._update_count = 0
 
@@ -104,16 +124,9 @@ class StageWorker:
         )
 
     def draw_parameters(self) -> None:
-        """Start afresh: seeded parameters, optimizer state zero."""
-        indices = {tensor.name: index for index, tensor in enumerate(self._manifest.tensors)}
+        """Start afresh: the bundle's weights, else seeded values; optimizer state zero."""
         for memory in self._memories.values():
-            for place in memory.layout.places:
-                drawn = draw_parameter(
-                    self._contract.seed, place.tensor, indices[place.tensor.name]
-                )
-                np.copyto(view(memory.parameters, place), drawn)
-            for vector in memory.state.values():
-                vector.fill(0.0)
+            memory.start(self._starting_value)
 
     def load(self, segment_index: int, state: SegmentState) -> None:
         """Take over one segment's saved state; CheckpointError when it does not fit."""
@@ -146,8 +159,8 @@ class StageWorker:
         microbatch: int,
         sequence: int,
         training: bool,
-        inputs: NDArray[np.int64] | None,
-        labels: NDArray[np.int64] | None,
+        inputs: tuple[Array, ...] | None,
+        labels: Array | None,
         loss_weight: float,
     ) -> float | None:
         """Run all segments on one microbatch.
@@ -156,10 +169,11 @@ class StageWorker:
             step: Counted from 1; with `microbatch` it decides the dropout masks.
             microbatch: Index within the step.
             sequence: Names the boundary arrays and the stash slot.
-            training: False evaluates: no dropout, nothing kept for a backward.
-            inputs: Token ids (B, T), needed by the first stage.
-            labels: Token ids (B, T), needed by the last stage.
-            loss_weight: Factor of the summed cross-entropy, as `training.loss` gives it.
+            training: False evaluates: no dropout, the last update's running values, nothing kept
+                for a backward.
+            inputs: One array per data port, in port order, needed by the first stage.
+            labels: Of the labels port's shape, needed by the last stage.
+            loss_weight: Factor of the summed loss, as `training.loss` gives it.
 
         Returns:
             The loss on the last stage, else None. It may be infinite or NaN: abandon the step.
@@ -167,7 +181,7 @@ class StageWorker:
         Raises:
             EngineError: the runtime failed; the stage's stash is lost.
         """
-        fed = {"data": inputs, "labels": labels, "loss_weight": loss_weight}
+        fed = Fed(inputs=inputs, labels=labels, loss_weight=loss_weight)
         loss: float | None = None
         if not training:
             if self._waiting:
@@ -195,16 +209,55 @@ class StageWorker:
         self._accumulated += 1
         self._backward_count += 1
 
+    @property
+    def held_ties(self) -> tuple[str, ...]:
+        """Tensors of this stage whose gradient is a sum over copies, in segment order."""
+        held = {name for group in self._ties for name in group.tensors if self._holds(name)}
+        places = (place for m in self._memories.values() for place in m.layout.places)
+        return tuple(place.tensor.name for place in places if place.tensor.name in held)
+
+    def gradient(self, name: str) -> FloatArray:
+        """The accumulated gradient of a trainable tensor of this stage: a live view."""
+        for memory in self._memories.values():
+            found = memory.gradient(name)
+            if found is not None:
+                return found
+        raise InvariantBroken(f"the stage has no gradient of {name!r}")
+
+    def sum_ties(self, elsewhere: Mapping[str, Array]) -> None:
+        """Give every copy of a tied tensor here the sum of all copies' gradients.
+
+        Called once after the last backward of a step, before `square_sums`; a stage without ties
+        may leave it out.
+
+        Args:
+            elsewhere: Gradients of the copies on other stages, by tensor name.
+
+        Raises:
+            InvariantBroken: a copy's gradient is missing, or it was called before.
+        """
+        if self._waiting or self._ties_summed or self._accumulated == 0:
+            raise InvariantBroken("ties are summed once, after every backward of a step")
+        for group in self._ties:
+            here = {name: self.gradient(name) for name in group.tensors if self._holds(name)}
+            total = tied_gradient(group, {**elsewhere, **here})
+            for gradient in here.values():
+                np.copyto(gradient, total)
+        self._ties_summed = True
+
     def square_sums(self) -> NDArray[np.float64]:
         """Square sums of the accumulated gradients, one per tensor as `tensor_indices` orders.
 
-        Frozen tensors give 0; a gradient that is not finite gives infinity or NaN.
+        Frozen tensors and copies of tied ones give 0, their owner the whole; a gradient that is
+        not finite gives infinity or NaN.
         """
+        self._check_ties()
         sums: dict[str, float] = {}
         for memory in self._memories.values():
             sums |= memory.square_sums(self._work)
-        names = [self._manifest.tensors[index].name for index in self.tensor_indices]
-        return np.array([sums.get(name, 0.0) for name in names], np.float64)
+        tensors = [self._manifest.tensors[index] for index in self.tensor_indices]
+        own = [sums.get(tensor.name, 0.0) if tensor.tied_to is None else 0.0 for tensor in tensors]
+        return np.array(own, np.float64)
 
     def update(self, *, step: int, learning_rate: float, clip_scale: float) -> None:
         """Apply the step's update with the accumulated gradients, and start a new sum.
@@ -216,6 +269,7 @@ class StageWorker:
         """
         if self._waiting or self._accumulated == 0:
             raise InvariantBroken("an update needs every backward of its step")
+        self._check_ties()
         decayed, plain = (
             optimizer_scalars(
                 self._contract.optimizer,
@@ -229,18 +283,54 @@ class StageWorker:
         self._scalars.set(decayed=decayed, plain=plain)
         for updater in self._updaters:
             updater.run()
-        self._accumulated = 0
+        for memory in self._memories.values():
+            memory.commit_running()
+        self._begin_sum()
         self._update_count += 1
 
     def abandon_step(self) -> None:
-        """Forget microbatches in flight and gradients: parameters stay as they are."""
+        """Forget microbatches in flight, gradients and what the step's forwards made of running
+        values: parameters and committed running values stay as they are."""
         self._waiting.clear()
-        self._accumulated = 0
+        for memory in self._memories.values():
+            memory.abandon_running()
+        self._begin_sum()
 
-    def _find_tensors(self) -> tuple[int, ...]:
-        names = {p.tensor.name for m in self._memories.values() for p in m.layout.places}
-        tensors = enumerate(self._manifest.tensors)
-        return tuple(index for index, tensor in tensors if tensor.name in names)
+    def _begin_sum(self) -> None:
+        self._accumulated = 0
+        self._ties_summed = False
+
+    def _check_ties(self) -> None:
+        if self._ties and not self._ties_summed:
+            raise InvariantBroken("tied gradients were not summed before they were used")
+
+    def _find_ties(self) -> tuple[TieGroup, ...]:
+        """Groups of which at least one copy is trained here."""
+        groups = tie_groups(self._manifest)
+        return tuple(g for g in groups if any(self._holds(name) for name in g.tensors))
+
+    def _holds(self, name: str) -> bool:
+        places = (place for m in self._memories.values() for place in m.layout.places)
+        return any(place.tensor.name == name for place in places)
+
+    def _starting_value(self, tensor: Tensor) -> Array:
+        if tensor.digest is None or self._weights is None:
+            names = [each.name for each in self._manifest.tensors]
+            return draw_tensor(self._manifest, self._contract.seed, names.index(tensor.name))
+        value = self._weights.get(tensor.name)
+        if value is None or value.shape != tensor.shape or value.dtype.name != tensor.dtype:
+            raise BundleError(f"the weights lack {tensor.name!r}, or hold it in another shape")
+        return value
+
+    def _frozen(self, segment_index: int) -> dict[str, Array]:
+        """The constants of a segment's graphs, by local name."""
+        kind = self._manifest.kinds[self._manifest.segments[segment_index].kind]
+        tensors = self._manifest.segment_tensors(segment_index)
+        return {
+            value.name: self._starting_value(tensor)
+            for value, tensor in zip(kind.parameters, tensors, strict=True)
+            if tensor.binding == "frozen"
+        }
 
     def _occupy(self, sequence: int) -> None:
         slots = {waiting % self._in_flight for waiting in self._waiting}
@@ -269,15 +359,18 @@ class StageWorker:
         return tuple(self._engine.allocate(shape, np.dtype(value.dtype)) for _ in range(places))
 
     def _make_runners(self, bundle: Bundle) -> list[SegmentRunner]:
-        longest = max(memory.gradients.size for memory in self._memories.values())
-        scratch = self._engine.allocate((longest,), np.float32).host()
+        memories = self._memories.values()
+        longest = max(memory.gradients.size for memory in memories)
+        running = max(memory.running.size for memory in memories)
         setting = StageSetting(
             engine=self._engine,
             manifest=self._manifest,
             contract=self._contract,
             slots=self._in_flight,
-            scratch=scratch,
+            scratch=self._engine.allocate((longest,), np.float32).host(),
+            running_scratch=self._engine.allocate((running,), np.float32).host(),
             constants=ConstantBuffers(self._engine),
+            kind_stashes={},
         )
         return [
             SegmentRunner(
@@ -291,11 +384,21 @@ class StageWorker:
             for place, index in enumerate(self._segments)
         ]
 
-    def _programs(self, bundle: Bundle, segment_index: int) -> tuple[Program, Program]:
+    def _programs(self, bundle: Bundle, segment_index: int) -> SegmentPrograms:
         kind = self._manifest.kinds[self._manifest.segments[segment_index].kind]
         pair = kind.forms[self._contract.form]
-        forward = self._engine.compile(bundle.graph(pair.forward))
-        return forward, self._engine.compile(bundle.graph(pair.backward))
+        constants = self._frozen(segment_index)
+
+        def program(digest: Digest) -> Program:
+            return self._engine.compile(bundle.graph(digest), constants)
+
+        passes_back = any(p.differentiable and p.role == "boundary" for p in kind.inputs)
+        trains = bool(self._memories[segment_index].layout.places)
+        return SegmentPrograms(
+            forward=program(pair.forward),
+            backward=program(pair.backward) if trains or passes_back else None,
+            evaluation=None if kind.evaluation is None else program(kind.evaluation),
+        )
 
     def _make_updaters(self, bundle: Bundle, rule: UpdateRule) -> list[SegmentUpdater]:
         program = self._engine.compile(bundle.graph(Digest(rule.graph)))

@@ -22,10 +22,10 @@ from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.schedule.actions import Action, stage_actions
+from p2ptrain.training.arrivals import TieSend, arrivals, tied_sends
 from p2ptrain.training.barrier import StepBarrier
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
-from p2ptrain.training.loss import loss_weight
 from p2ptrain.training.messages import Done, Evaluated, stamp_of
 from p2ptrain.training.program import Item, Program
 from p2ptrain.wire.frames import TensorHeader
@@ -91,8 +91,8 @@ class StageRun:
         self._sequence = 0
         self._next = Neighbour(None if self._last else plan.stages[index + 1].device)
         self._previous = Neighbour(None if self._first else plan.stages[index - 1].device)
-        shape = (contract.microbatch_size, manifest.data.context)
-        self.inbox = TensorInbox(signal, fed_shape=shape)
+        self._tied_sends = tied_sends(manifest, plan, index)
+        self.inbox = TensorInbox(signal, arrivals=arrivals(manifest, contract, plan, index))
         self.barrier = StepBarrier(
             plan=plan,
             manifest=manifest,
@@ -158,7 +158,7 @@ class StageRun:
         if not self._first:
             await self._wait("activation", microbatch, self._entry_ports)
         inputs = await self._wait_fed("input", microbatch) if self._first else None
-        labels = await self._wait_fed("labels", microbatch) if self._last else None
+        labels, weight = await self._wait_labels(microbatch) if self._last else (None, 0.0)
         loss = await self._compute(
             lambda: self._worker.forward(
                 step=item.step,
@@ -167,7 +167,7 @@ class StageRun:
                 training=item.kind == "train",
                 inputs=inputs,
                 labels=labels,
-                loss_weight=self._loss_weight(item),
+                loss_weight=weight,
             )
         )
         if not self._last:
@@ -194,6 +194,8 @@ class StageRun:
 
     async def _finish_step(self, step: int, loss: float) -> None:
         """Exchange square sums with every stage, then apply the one update that all agree on."""
+        if self._worker.held_ties:
+            await self._sum_ties(step)
         sums = await self._compute(self._worker.square_sums)
         done = Done(
             stamp=self._stamp,
@@ -214,6 +216,30 @@ class StageRun:
         usage = self._meter.usage(self._stamp, step=step)
         self._outlet.send(self._plan.home, usage)
 
+    async def _sum_ties(self, step: int) -> None:
+        """Give the copies of tied tensors one gradient, wherever they live.
+
+        All sends end before the sum, which overwrites the gradients that are sent.
+        """
+        async with trio.open_nursery() as nursery:
+            for send in self._tied_sends:
+                for device in send.devices:
+                    nursery.start_soon(self._send_tied, step, send, device)
+            with self._meter.phase("wait"):
+                await self._signal.wait_until(lambda: self.inbox.tied() is not None)
+        arrived = self.inbox.tied()
+        if arrived is None:
+            raise InvariantBroken("tied gradients vanished")
+        tensors = self._manifest.tensors
+        elsewhere = {tensors[key.tensor_index].name: array for key, array in arrived.items()}
+        await self._compute(lambda: self._worker.sum_ties(elsewhere))
+
+    async def _send_tied(self, step: int, send: TieSend, device: DeviceId) -> None:
+        header = self._header(Item(kind="train", step=step), "tied", 0, send.key.segment)
+        header = dataclasses.replace(header, index=send.key.tensor_index)
+        with self._meter.phase("communicate"):
+            await send_whole(self._outlet, device, header, self._worker.gradient(send.tensor))
+
     async def _compute(self, work: Callable[[], _T]) -> _T:
         with self._meter.phase("compute"):
             return await trio.to_thread.run_sync(work, limiter=self._limiter)
@@ -222,13 +248,18 @@ class StageRun:
         with self._meter.phase("wait"):
             await self._signal.wait_until(lambda: self.inbox.arrived(kind, microbatch, ports))
 
-    async def _wait_fed(self, kind: str, microbatch: int) -> Array:
+    async def _wait_fed(self, kind: str, microbatch: int) -> tuple[Array, ...]:
         with self._meter.phase("wait"):
             await self._signal.wait_until(lambda: self.inbox.fed(kind, microbatch) is not None)
-        array = self.inbox.fed(kind, microbatch)
-        if array is None:
+        arrays = self.inbox.fed(kind, microbatch)
+        if arrays is None:
             raise InvariantBroken("fed data vanished")
-        return array
+        return arrays
+
+    async def _wait_labels(self, microbatch: int) -> tuple[Array, float]:
+        """Labels, and what the summed loss is multiplied by."""
+        labels, weight = await self._wait_fed("labels", microbatch)
+        return labels, float(weight[0])
 
     async def _send_all(self, neighbour: Neighbour) -> None:
         """Send one neighbour's tensors in order, one frame per array, until the queue closes."""
@@ -267,10 +298,6 @@ class StageRun:
             segment=segment,
             index=0,
         )
-
-    def _loss_weight(self, item: Item) -> float:
-        samples = self._contract.microbatch_size * self._program.microbatches(item)
-        return loss_weight(samples=samples, context=self._manifest.data.context)
 
     @property
     def _entry_ports(self) -> int:

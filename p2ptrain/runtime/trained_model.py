@@ -53,3 +53,4 @@ def _tensors(
             content, bundle.manifest, bundle=bundle.digest, state_names=state_names
         )
         yield from stored.state.tensors.items()
+        yield from stored.state.running.items()

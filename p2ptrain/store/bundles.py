@@ -149,16 +149,25 @@ def _check_graph(manifest: Manifest, digest: Digest, content: bytes) -> None:
 
 def _read_inside(directory: Path, path: Path, bytes_max: int) -> bytes:
     """Read a regular file of at most `bytes_max` bytes that lies inside `directory`."""
+    size = size_inside(directory, path)
+    if size > bytes_max:
+        raise BundleError(f"{path.name} has {size} bytes; {bytes_max} are expected")
+    try:
+        with path.open("rb") as file:
+            return file.read(bytes_max + 1)
+    except OSError as error:
+        raise BundleError(f"{path.name} cannot be read: {error.strerror}") from error
+
+
+def size_inside(directory: Path, path: Path) -> int:
+    """Bytes of a regular file inside `directory`; BundleError for anything else."""
     try:
         if not path.resolve(strict=True).is_relative_to(directory.resolve()):
             raise BundleError(f"{path.name} lies outside the bundle")
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise BundleError(f"{path.name} is not a regular file")
-        if status.st_size > bytes_max:
-            raise BundleError(f"{path.name} has {status.st_size} bytes; {bytes_max} are expected")
-        with path.open("rb") as file:
-            return file.read(bytes_max + 1)
+        return status.st_size
     except FileNotFoundError as error:
         raise BundleError(f"the bundle lacks {path.name}") from error
     except OSError as error:

@@ -1,11 +1,13 @@
-"""How one segment's tensors lie in one flat float32 vector.
+"""How one segment's tensors lie in flat float32 vectors.
 
-Tensors that decay come first, then the other trainable ones, then the frozen: an update is two
-runs over contiguous slices, whatever the shapes. Every tensor starts on a cache line.
+Trainable tensors that decay come first, then the other trainable ones: an update is two runs over
+contiguous slices, whatever the shapes. Running values have a vector of their own; frozen tensors
+are constants of the graphs and lie in none. Every tensor starts on a cache line.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,43 +34,62 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlatLayout:
-    """A segment's places in its kind's parameter order, and the ends of the three regions."""
+    """A segment's places, each kind of tensor in its kind's order, and the vectors' lengths."""
 
     places: tuple[Place, ...]
+    """Of the trainable tensors."""
     decay_stop: int
-    trainable_stop: int
     length: int
+    running: tuple[Place, ...]
+    running_length: int
 
 
 def flat_layout(manifest: Manifest, segment_index: int) -> FlatLayout:
     """Lay out one segment.
 
     Raises:
-        GraphError: a tensor is tied or not float32, which this version does not train.
+        GraphError: a trainable tensor or running value is not float32.
     """
     kind = manifest.kinds[manifest.segments[segment_index].kind]
-    local_names = [value.name for value in kind.parameters]
-    named = list(zip(local_names, manifest.segment_tensors(segment_index), strict=True))
-    for _, tensor in named:
-        if tensor.tied_to is not None or tensor.dtype != "float32":
-            raise GraphError(f"tensor {tensor.name!r} is tied or not float32", hint=_HINT)
+    parameters = [
+        (value.name, tensor)
+        for value, tensor in zip(
+            kind.parameters, manifest.segment_tensors(segment_index), strict=True
+        )
+        if tensor.binding == "trainable"
+    ]
+    values = manifest.segment_running(segment_index)
+    running = list(zip((value.name for value in kind.running), values, strict=True))
+    for _, tensor in (*parameters, *running):
+        if tensor.dtype != "float32":
+            raise GraphError(f"tensor {tensor.name!r} is {tensor.dtype}", hint=_HINT)
+    decayed = [named for named in parameters if _decays(manifest, named[1])]
+    plain = [named for named in parameters if named not in decayed]
+    starts, decay_stop = _starts(decayed, 0)
+    more, length = _starts(plain, decay_stop)
+    starts |= more
+    running_starts, running_length = _starts(running, 0)
+    return FlatLayout(
+        places=tuple(Place(local=n, tensor=t, start=starts[n]) for n, t in parameters),
+        decay_stop=decay_stop,
+        length=length,
+        running=tuple(Place(local=n, tensor=t, start=running_starts[n]) for n, t in running),
+        running_length=running_length,
+    )
+
+
+_HINT: Final = "export the model in float32; only frozen tensors may have another type"
+
+
+def _decays(manifest: Manifest, tensor: Tensor) -> bool:
+    """A tied copy decays as its owner does, or the two would part."""
+    return (tensor if tensor.tied_to is None else manifest.tensor(tensor.tied_to)).decay
+
+
+def _starts(named: Iterable[tuple[str, Tensor]], offset: int) -> tuple[dict[str, int], int]:
+    """Where each tensor starts from `offset` on, and where the last one ends."""
     starts: dict[str, int] = {}
-    stops = []
-    offset = 0
-    for region in range(3):
-        for local, tensor in named:
-            if _region(tensor) == region:
-                starts[local] = offset
-                offset += -(-tensor.elements // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
-        stops.append(offset)
-    places = tuple(Place(local=n, tensor=t, start=starts[n]) for n, t in named)
-    return FlatLayout(places=places, decay_stop=stops[0], trainable_stop=stops[1], length=stops[2])
-
-
-_HINT: Final = "export the model with its tied weights apart, in float32"
-
-
-def _region(tensor: Tensor) -> int:
-    if tensor.binding == "frozen":
-        return 2
-    return 0 if tensor.decay else 1
+    for local, tensor in named:
+        starts[local] = offset
+        offset += -(-tensor.elements // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
+    return starts, offset

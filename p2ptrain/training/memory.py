@@ -35,7 +35,7 @@ def memory_bytes(
     if rule is None:
         raise PlanInfeasible(f"the bundle has no update rule {optimizer!r}")
     layouts = [flat_layout(manifest, index) for index in segments]
-    trainable = [layout.trainable_stop for layout in layouts]
+    trainable = [layout.length for layout in layouts]
     elements = sum(layout.length for layout in layouts)  # parameters
     elements += sum(trainable) * (1 + len(rule.state)) + max(trainable)  # gradients, state, scratch
     stash = [manifest.stash_bytes(index, form=form, batch=batch) for index in segments]

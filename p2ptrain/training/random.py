@@ -56,11 +56,29 @@ def draw_parameter(seed: int, tensor: Tensor, tensor_index: int) -> NDArray[np.f
     return drawn.reshape(tensor.shape)
 
 
+def draw_tensor(manifest: Manifest, seed: int, tensor_index: int) -> NDArray[np.float32]:
+    """The starting value of one of the manifest's tensors: a tied copy is drawn as its owner.
+
+    Raises:
+        BundleError: as `draw_parameter`.
+    """
+    tensor = manifest.tensors[tensor_index]
+    if tensor.tied_to is None:
+        return draw_parameter(seed, tensor, tensor_index)
+    names = [each.name for each in manifest.tensors]
+    owner_index = names.index(tensor.tied_to)
+    return draw_parameter(seed, manifest.tensors[owner_index], owner_index)
+
+
 def parameters_digest(manifest: Manifest, seed: int) -> Digest:
-    """sha256 over all parameters drawn with `seed`: little-endian float32, manifest order."""
+    """sha256 over all tensors that are drawn: little-endian float32, manifest order.
+
+    Those with a digest of their own are not drawn but come from the bundle's weights.
+    """
     digest = hashlib.sha256()
     for index, tensor in enumerate(manifest.tensors):
-        digest.update(draw_parameter(seed, tensor, index).astype("<f4").tobytes())
+        if tensor.digest is None:
+            digest.update(draw_tensor(manifest, seed, index).astype("<f4").tobytes())
     return Digest(digest.hexdigest())
 
 

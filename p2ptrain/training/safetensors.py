@@ -7,6 +7,7 @@ overlap.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2ptrain.errors import CheckpointError, InvariantBroken
+from p2ptrain.ids import Digest
 
 Array = NDArray[Any]  # Any: the element type is data here
 
@@ -45,26 +47,65 @@ class TensorFile:
     metadata: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlace:
+    """Where one tensor lies in a file."""
+
+    dtype: np.dtype[Any]  # Any: the element type is data here
+    shape: tuple[int, ...]
+    start: int
+    """Of its first byte, counted from the beginning of the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileLayout:
+    """The checked header of a file; names are in file order."""
+
+    places: dict[str, TensorPlace]
+    metadata: dict[str, str]
+
+
 def encode_tensors(
     tensors: Mapping[str, Array], metadata: Mapping[str, str]
 ) -> list[bytes | memoryview]:
     """The file's bytes as chunks that share memory with the tensors where they can."""
+    raw = {name: _little_endian(tensor) for name, tensor in tensors.items()}
+    head = encode_head({name: (each.dtype, each.shape) for name, each in raw.items()}, metadata)
+    return [head, *(raw_bytes(each) for each in raw.values() if each.nbytes)]
+
+
+def encode_head(
+    tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],  # Any: as above
+    metadata: Mapping[str, str],
+) -> bytes:
+    """What comes before the tensors' bytes in a file of these dtypes and shapes."""
     header: dict[str, object] = {_METADATA: dict(metadata)}
-    chunks: list[bytes | memoryview] = []
     offset = 0
-    for name, tensor in tensors.items():
-        raw = _little_endian(tensor)
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _NAMES[raw.dtype],
-            "shape": list(raw.shape),
-            "data_offsets": [offset, offset + raw.nbytes],
+            "dtype": _NAMES[dtype.newbyteorder("<")],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
         }
-        offset += raw.nbytes
-        if raw.nbytes:
-            chunks.append(raw.reshape(-1).view(np.uint8).data)
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return [_PREFIX.pack(len(text)), text, *chunks]
+    return _PREFIX.pack(len(text)) + text
+
+
+def raw_bytes(tensor: Array) -> memoryview:
+    """A tensor's little-endian bytes, shared with it where it is laid out so already."""
+    return _little_endian(tensor).reshape(-1).view(np.uint8).data
+
+
+def tensor_digest(tensor: Array) -> Digest:
+    """sha256 of a tensor's bytes: `Tensor.digest` of a bundle's manifest."""
+    return Digest(hashlib.sha256(raw_bytes(tensor)).hexdigest())
 
 
 def decode_tensors(content: bytes | memoryview) -> TensorFile:
@@ -74,18 +115,34 @@ def decode_tensors(content: bytes | memoryview) -> TensorFile:
         CheckpointError: not a whole, consistent safetensors file; nothing of it was used.
     """
     view = memoryview(content).toreadonly()
+    layout = read_layout(view)
+    tensors: dict[str, Array] = {
+        name: np.frombuffer(view[place.start : place.start + place.nbytes], place.dtype).reshape(
+            place.shape
+        )
+        for name, place in layout.places.items()
+    }
+    return TensorFile(tensors=tensors, metadata=layout.metadata)
+
+
+def read_layout(view: memoryview) -> FileLayout:
+    """Check a whole file, which may be mapped: only its header is read.
+
+    Raises:
+        CheckpointError: as `decode_tensors`.
+    """
     header, start = _header(view)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged("its metadata is not text")
-    data = view[start:]
-    tensors: dict[str, Array] = {}
-    covered = 0
+    places: dict[str, TensorPlace] = {}
+    covered, length = 0, len(view) - start
     for name, entry in header.items():
-        tensors[name], covered = _tensor(data, name, entry, covered)
-    if covered != len(data):
-        raise _damaged(f"its tensors cover {covered} of {len(data)} bytes")
-    return TensorFile(tensors=tensors, metadata=metadata)
+        places[name] = _place(name, entry, covered, start, length)
+        covered += places[name].nbytes
+    if covered != length:
+        raise _damaged(f"its tensors cover {covered} of {length} bytes")
+    return FileLayout(places=places, metadata=metadata)
 
 
 def _header(view: memoryview) -> tuple[dict[str, Any], int]:  # Any: JSON values
@@ -110,7 +167,8 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON
     return dict(pairs)
 
 
-def _tensor(data: memoryview, name: str, entry: object, start: int) -> tuple[Array, int]:
+def _place(name: str, entry: object, offset: int, start: int, length: int) -> TensorPlace:
+    """The tensor at `offset` of the `length` bytes of data that begin at `start`."""
     if not isinstance(entry, dict):
         raise _damaged(f"{name!r:.80} is not described by a map")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -119,10 +177,10 @@ def _tensor(data: memoryview, name: str, entry: object, start: int) -> tuple[Arr
     if not _whole_numbers(shape) or len(shape) > RANK_MAX:
         raise _damaged(f"{name!r:.80} has no valid shape")
     element = np.dtype(_DTYPES[dtype])
-    end = start + math.prod(shape) * element.itemsize
-    if not _whole_numbers(offsets) or offsets != [start, end] or end > len(data):
+    end = offset + math.prod(shape) * element.itemsize
+    if not _whole_numbers(offsets) or offsets != [offset, end] or end > length:
         raise _damaged(f"{name!r:.80} does not lie where its shape puts it")
-    return np.frombuffer(data[start:end], element).reshape(shape), end
+    return TensorPlace(dtype=element, shape=tuple(shape), start=start + offset)
 
 
 def _whole_numbers(value: Any) -> TypeGuard[list[int]]:  # Any: a JSON value

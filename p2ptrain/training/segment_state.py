@@ -1,13 +1,14 @@
-"""One segment's parameters and optimizer state: what is checkpointed, shipped and hashed.
+"""One segment's parameters, optimizer state and running values: what is saved and hashed.
 
-Checkpoints are per segment, never per stage, so that any number of peers can resume them.
+Checkpoints are per segment, never per stage, so that any number of peers can resume them. Frozen
+tensors are in none: they come from the bundle's weights or are drawn again.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -19,9 +20,12 @@ from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
 from p2ptrain.training.safetensors import Array, decode_tensors, encode_tensors
 
 FORMAT: Final = "p2ptrain-segment"
-VERSION: Final = 1
+VERSION: Final = 2
+"""Version 1 knew no running values, and reads as a segment that has none."""
+VERSIONS_READ: Final = ("1", "2")
 _PARAMETER: Final = "parameter/"
 _STATE: Final = "state."
+_RUNNING: Final = "running/"
 
 FloatArray = NDArray[np.float32]
 
@@ -42,19 +46,21 @@ class StateHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentState:
-    """Parameters by tensor name and optimizer vectors by state name and tensor name.
+    """Trainable parameters and running values by tensor name, optimizer vectors by state name and
+    tensor name.
 
-    All arrays are float32 of the tensors' shapes, in manifest order; frozen tensors have no
-    optimizer state.
+    All arrays are float32 of the tensors' shapes, in their kind's order. Each copy of a tied
+    tensor is there, with the same values.
     """
 
     tensors: dict[str, FloatArray]
     state: dict[str, dict[str, FloatArray]]
     step: int
     """Updates applied so far."""
+    running: dict[str, FloatArray] = field(default_factory=dict)
 
     def digest(self) -> Digest:
-        """sha256 over parameters, then each state vector, little-endian, in manifest order."""
+        """sha256 over parameters, each state vector, then running values, little-endian."""
         digest = hashlib.sha256()
         for tensor in self._named().values():
             digest.update(np.ascontiguousarray(tensor, "<f4").tobytes())
@@ -83,7 +89,7 @@ class SegmentState:
         named: dict[str, Array] = {_PARAMETER + n: tensor for n, tensor in self.tensors.items()}
         for state, vectors in self.state.items():
             named |= {f"{_STATE}{state}/{name}": vector for name, vector in vectors.items()}
-        return named
+        return named | {_RUNNING + name: value for name, value in self.running.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,9 +143,9 @@ def read_segment_state(
 def _header(metadata: dict[str, str]) -> StateHeader:
     if metadata.get("format") != FORMAT:
         raise CheckpointError("the file is not a checkpoint of p2ptrain")
-    if metadata.get("version") != str(VERSION):
+    if metadata.get("version") not in VERSIONS_READ:
         raise CheckpointError(
-            f"checkpoint version {metadata.get('version')!r} is unknown; this p2ptrain reads "
+            f"checkpoint version {metadata.get('version')!r} is unknown; this p2ptrain reads up to "
             f"{VERSION}",
             hint="update p2ptrain",
         )
@@ -161,11 +167,12 @@ def _expected_shapes(
     manifest: Manifest, segment_index: int, state_names: tuple[str, ...]
 ) -> dict[str, tuple[int, ...]]:
     tensors = manifest.segment_tensors(segment_index)
-    shapes = {_PARAMETER + tensor.name: tensor.shape for tensor in tensors}
+    trainable = [tensor for tensor in tensors if tensor.binding == "trainable"]
+    shapes = {_PARAMETER + tensor.name: tensor.shape for tensor in trainable}
     for state in state_names:
-        trainable = [tensor for tensor in tensors if tensor.binding == "trainable"]
         shapes |= {f"{_STATE}{state}/{tensor.name}": tensor.shape for tensor in trainable}
-    return shapes
+    running = manifest.segment_running(segment_index)
+    return shapes | {_RUNNING + tensor.name: tensor.shape for tensor in running}
 
 
 def _state(
@@ -178,4 +185,5 @@ def _state(
         tensors=under(_PARAMETER),
         state={name: under(f"{_STATE}{name}/") for name in state_names},
         step=header.step,
+        running=under(_RUNNING),
     )

@@ -17,8 +17,8 @@ from p2ptrain.ids import DeviceId, GroupId, is_base32
 from p2ptrain.training.contract import RuntimeBuild
 from p2ptrain.wire.codec import from_plain, to_plain, unpack_map
 
-PROTOCOL_MIN: Final = 1
-PROTOCOL_MAX: Final = 1
+PROTOCOL_MIN: Final = 2
+PROTOCOL_MAX: Final = 2
 FEATURES: Final[tuple[str, ...]] = ()
 LINK_KINDS: Final = ("control", "data")
 REFUSE_DUPLICATE: Final = "duplicate"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
@@ -160,6 +163,72 @@ def test_engine_updates_in_place_as_it_does_apart(engine: Engine, content: bytes
 def test_engine_shares_programs_of_equal_graphs(engine: Engine) -> None:
     assert engine.compile(MATMUL) is engine.compile(bytes(bytearray(MATMUL)))
     assert engine.compile(MATMUL) is not engine.compile(SOFTMAX)
+
+
+def without_input(content: bytes, name: str) -> bytes:
+    """The same graph, reading `name` without declaring it."""
+    model = onnx.load_from_string(content)
+    kept = [value for value in model.graph.input if value.name != name]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    bare: bytes = model.SerializeToString()
+    return bare
+
+
+def mapped(path: Path, array: Array, skipped: int = 0) -> Array:
+    path.write_bytes(bytes(skipped) + array.tobytes())
+    return np.memmap(path, array.dtype, "r", offset=skipped, shape=array.shape)
+
+
+GEMM = graph(
+    [("Gemm", ["a", "w", "bias"], ["c"], {})],
+    {"a": (F, ["n", 64]), "w": (F, [64, 48]), "bias": (F, [48])},
+    {"c": (F, ["n", 48])},
+)
+
+
+@pytest.mark.parametrize("place", ["memory", "file", "two folders", "view"])
+def test_engine_binds_constants_that_the_graph_does_not_declare(
+    engine: Engine, tmp_path: Path, place: str
+) -> None:
+    generator = np.random.default_rng(4)
+    w, bias = generator.standard_normal((64, 48), np.float32), np.arange(48, dtype=np.float32)
+    (tmp_path / "other").mkdir()
+    whole = np.concatenate([bias, w.reshape(-1)])
+    view = mapped(tmp_path / "whole", whole, skipped=40)
+    constants = {
+        "memory": {"w": w, "bias": bias},
+        "file": {"w": mapped(tmp_path / "one", w, skipped=100), "bias": bias},
+        "two folders": {
+            "w": mapped(tmp_path / "w", w), "bias": mapped(tmp_path / "other" / "b", bias),
+        },
+        "view": {"w": view[48:].reshape(64, 48), "bias": view[:48]},
+    }[place]  # fmt: skip
+    program = engine.compile(without_input(without_input(GEMM, "w"), "bias"), constants)
+    assert program.inputs == ("a",)
+    a, c = generator.standard_normal((8, 64), np.float32), np.zeros((8, 48), np.float32)
+    binding = program.bind()
+    binding.set_input("a", engine.wrap(a))
+    binding.set_output("c", engine.wrap(c))
+    binding.run()
+    np.testing.assert_allclose(c, a @ w + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_engine_shares_programs_of_the_same_constants_while_they_are_used(engine: Engine) -> None:
+    content = without_input(GEMM, "w")
+    w, other = np.ones((64, 48), np.float32), np.ones((64, 48), np.float32)
+    program = engine.compile(content, {"w": w})
+    assert engine.compile(content, {"w": w}) is program
+    assert engine.compile(content, {"w": other}) is not program
+    gone = weakref.ref(program)
+    del program
+    gc.collect()
+    assert gone() is None
+
+
+def test_engine_refuses_a_constant_that_is_missing(engine: Engine) -> None:
+    with pytest.raises(EngineError, match="refuses a graph"):
+        engine.compile(without_input(GEMM, "w"), {"bias": np.ones(48, np.float32)})
 
 
 def test_engine_names_inputs_and_outputs_in_graph_order(engine: Engine) -> None:

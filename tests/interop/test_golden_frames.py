@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import struct
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,8 @@ TENSOR = TensorHeader(
     segment=2,
     index=0,
 )
+TIED = dataclasses.replace(TENSOR, kind="tied", microbatch=0, segment=4, index=17)
+LOSS_WEIGHT = dataclasses.replace(TENSOR, kind="labels", segment=0, index=1)
 BULK = BulkHeader(
     request=7,
     kind="blob",
@@ -84,9 +88,14 @@ def enrolment_frames() -> dict[str, bytes]:
 
 def vectors() -> dict[str, bytes]:
     hello, tensor, bulk = encode_hello(HELLO), encode_header(TENSOR), encode_header(BULK)
+    newer = encode_hello(dataclasses.replace(HELLO, protocol_min=2, protocol_max=2))
+    tied, weight = encode_header(TIED), encode_header(LOSS_WEIGHT)
     return {
         "hello": encode_frame_head(FrameType.HELLO, b"", len(hello)) + hello,
+        "hello-v2": encode_frame_head(FrameType.HELLO, b"", len(newer)) + newer,
         "tensor": encode_frame_head(FrameType.TENSOR, tensor, 16) + CHUNK,
+        "tied": encode_frame_head(FrameType.TENSOR, tied, 16) + CHUNK,
+        "loss-weight": encode_frame_head(FrameType.TENSOR, weight, 8) + struct.pack("<d", 1 / 96),
         "bulk": encode_frame_head(FrameType.BULK, bulk, 16) + CHUNK,
         **enrolment_frames(),
     }

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import gc
+
+import numpy as np
+
 from p2ptrain.engine.onnxruntime_engine import OnnxRuntimeEngine
-from p2ptrain.runtime.profiling import profile_kinds
-from tests.bundles import tiny_bundle
+from p2ptrain.runtime.profiling import made_up_feed, profile_kinds
+from tests.bundles import CONTEXT, VOCABULARY, tiny_bundle
+from tests.varied_bundle import varied_bundle
 
 
 def test_profile_kinds_gives_every_distinct_segment_a_cost() -> None:
     engine, bundle = OnnxRuntimeEngine(threads=1), tiny_bundle()
     compiled = []
     inner = engine._session
-    engine._session = lambda graph: compiled.append(graph) or inner(graph)  # type: ignore[method-assign]
+    engine._session = lambda *graph: compiled.append(graph) or inner(*graph)  # type: ignore[method-assign]
     first = profile_kinds(engine, bundle, "portable", 2, 3)
     assert set(first) == {"embed", "block", "head"}
     assert all(cost.forward_ns > 0 and cost.backward_ns > 0 for cost in first.values())
     assert len(compiled) == 2 * 3 + 1
     profile_kinds(engine, bundle, "portable", 4, 1)
     assert len(compiled) == 2 * 3 + 1
+
+
+def test_profile_kinds_takes_any_inputs_and_keeps_no_frozen_placeholder() -> None:
+    engine, bundle = OnnxRuntimeEngine(threads=1), varied_bundle()
+    costs = profile_kinds(engine, bundle, "portable", 2, 1)
+    assert set(costs) == {"start", "mix", "fixed", "block", "head"}
+    gc.collect()
+    assert len(engine._with_constants) == 0
+
+
+def test_made_up_feed_is_valid_for_every_port() -> None:
+    feed = made_up_feed(varied_bundle().manifest, 3)
+    tokens, keep = feed.inputs
+    assert tokens.shape == keep.shape == feed.labels.shape == (3, CONTEXT)
+    assert (tokens.dtype, keep.dtype) == (np.int64, np.bool_)
+    for ids in (tokens, feed.labels):
+        assert 0 <= ids.min() < ids.max() < VOCABULARY
+    assert keep.all(), "nothing is hidden"

@@ -173,8 +173,8 @@ async def raw_connection(peer: Peer, member: Group, kind: str) -> Connection:
 
 def hello_of(member: Group, kind: str, **changes: object) -> Hello:
     fields: dict[str, object] = {
-        "protocol_min": 1,
-        "protocol_max": 1,
+        "protocol_min": 2,
+        "protocol_max": 2,
         "features": (),
         "group": member.id,
         "device": member.device,
@@ -498,7 +498,7 @@ async def test_end_in_the_middle_of_a_tensor_is_a_loss(mint_group: MintGroup) ->
 
 @pytest.mark.parametrize(
     ("changes", "refusal"),
-    [({"protocol_min": 2, "protocol_max": 3}, "version"), ({"device": "c" * 26}, None)],
+    [({"protocol_min": 1, "protocol_max": 1}, "version"), ({"device": "c" * 26}, None)],
 )
 async def test_hello_that_does_not_fit_is_refused(
     mint_group: MintGroup, changes: dict[str, object], refusal: str | None

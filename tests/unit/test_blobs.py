@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
+from functools import partial
 
+import numpy as np
 import pytest
 import trio
 import trio.testing
@@ -107,6 +110,60 @@ async def test_blob_goes_when_it_is_withdrawn_as_often_as_published() -> None:
     assert blobs.published(digest) == b"twice"
     blobs.withdraw(digest)
     assert blobs.statistics().published_count == 0
+
+
+async def test_view_is_served_under_the_digest_it_was_published_with() -> None:
+    content = np.arange(400_000, dtype=np.float32)
+    wire = Wire()
+    digest = blob_digest(content.data.cast("B"))
+    assert wire.blobs.publish(content.data.cast("B"), digest=digest) == digest
+    await wire.blobs.serve(ME, BlobRequest(request=1, digest=digest))
+    assert [len(chunk) for _, chunk in wire.chunks] == [1 << 20, 1_600_000 - (1 << 20)]
+    assert b"".join(chunk for _, chunk in wire.chunks) == content.tobytes()
+    assert await wire.blobs.fetch(ME, digest, size=1_600_000) == content.tobytes()
+
+
+async def test_chunks_are_written_as_they_come(mock_clock: MockClock) -> None:
+    content = bytes(range(256)) * (3 << 12)
+    wire, written, ended = Wire(), bytearray(), []
+
+    async def fetch() -> None:
+        digest = blob_digest(content)
+        await wire.blobs.fetch_into(OTHER, digest, size=len(content), write=written.extend)
+        ended.append(True)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fetch)
+        await trio.testing.wait_all_tasks_blocked()
+        request = wire.sent[-1][1]
+        assert isinstance(request, BlobRequest)
+        for number, (header, chunk) in enumerate(await served(content, request), start=1):
+            assert not ended
+            wire.blobs.chunk_received(OTHER, header, chunk)
+            assert len(written) == number << 20
+    assert ended
+    assert written == content
+
+
+async def test_disk_that_refuses_a_chunk_ends_the_fetch_and_not_the_link(
+    mock_clock: MockClock,
+) -> None:
+    def full(chunk: bytes) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    wire, content = Wire(), bytes(2 << 20)
+    fetch = partial(
+        wire.blobs.fetch_into, OTHER, blob_digest(content), size=len(content), write=full
+    )
+    with pytest.RaisesGroup(pytest.RaisesExc(OSError, match="no space left")):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetch)
+            await trio.testing.wait_all_tasks_blocked()
+            request = wire.sent[-1][1]
+            assert isinstance(request, BlobRequest)
+            for header, chunk in await served(content, request):
+                wire.blobs.chunk_received(OTHER, header, chunk)
+    assert wire.blobs.statistics().fetch_count == 0
 
 
 async def test_unknown_blob_is_answered_with_missing() -> None:

@@ -15,12 +15,25 @@ from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
 from p2ptrain.runtime.inbox import FED_AHEAD_MAX, TensorInbox, discard
 from p2ptrain.runtime.signal import Signal
+from p2ptrain.training.arrivals import Arrivals, FedValue, TieKey
 from p2ptrain.training.program import Item
 from p2ptrain.wire.frames import TensorHeader
 from tests.memory_group import MemoryReader
 
 SHAPE = (2, 3)
 FED_BYTES = 2 * 3 * 8
+TIE = TieKey(segment=2, tensor_index=5)
+OTHER_TIE = TieKey(segment=3, tensor_index=7)
+ARRIVALS = Arrivals(
+    fed={
+        "input": (FedValue(shape=SHAPE, dtype="int64"),),
+        "labels": (
+            FedValue(shape=SHAPE, dtype="int64"), FedValue(shape=(1,), dtype="float64"),
+        ),
+    },
+    microbatches={"train": 2, "evaluate": 1},
+    tied={TIE: (2, 2), OTHER_TIE: (3,)},
+)  # fmt: skip
 
 
 class Targets:
@@ -35,10 +48,12 @@ class Targets:
         return () if kind == "release" else tuple(self.arrays)
 
 
-def header(kind: str, *, step: int = 1, microbatch: int = 0, index: int = 0) -> TensorHeader:
+def header(
+    kind: str, *, step: int = 1, microbatch: int = 0, index: int = 0, segment: int = 0
+) -> TensorHeader:
     return TensorHeader(
         run=RunId("r" * 26), lineage=Lineage(0), view=ViewNumber(1), plan=Digest("0" * 64),
-        kind=kind, phase="train", step=step, microbatch=microbatch, segment=0, index=index,
+        kind=kind, phase="train", step=step, microbatch=microbatch, segment=segment, index=index,
     )  # fmt: skip
 
 
@@ -47,7 +62,7 @@ def train(step: int, kind: Literal["train", "evaluate"] = "train") -> Item:
 
 
 def inbox() -> TensorInbox:
-    return TensorInbox(Signal(), fed_shape=SHAPE)
+    return TensorInbox(Signal(), arrivals=ARRIVALS)
 
 
 def tokens(value: int) -> Array:
@@ -60,19 +75,27 @@ async def take(box: TensorInbox, what: TensorHeader, content: bytes) -> None:
     assert not reader.left, "part of the body was left unread"
 
 
+def fed(box: TensorInbox, kind: str, microbatch: int) -> tuple[Array, ...]:
+    arrays = box.fed(kind, microbatch)
+    assert arrays is not None
+    return arrays
+
+
 async def test_fed_tensors_wait_for_their_item() -> None:
     box = inbox()
     assert box.fed("input", 0) is None
     await take(box, header("input", step=2), tokens(5).tobytes())
     box.deliver(header("input", step=1), tokens(4))
     box.deliver(header("labels", step=1, microbatch=1), tokens(6))
+    box.deliver(header("labels", step=1, microbatch=1, index=1), np.array([0.25]))
     box.open(train(1), Targets())
     assert box.begun()
-    np.testing.assert_array_equal(box.fed("input", 0), tokens(4))
-    np.testing.assert_array_equal(box.fed("labels", 1), tokens(6))
+    np.testing.assert_array_equal(fed(box, "input", 0)[0], tokens(4))
+    np.testing.assert_array_equal(fed(box, "labels", 1)[0], tokens(6))
+    assert fed(box, "labels", 1)[1] == 0.25
     assert box.fed("input", 1) is None
     box.open(train(2), Targets())
-    np.testing.assert_array_equal(box.fed("input", 0), tokens(5))
+    np.testing.assert_array_equal(fed(box, "input", 0)[0], tokens(5))
     box.open(train(1), Targets())
     assert box.fed("input", 0) is None, "a finished item's inputs are forgotten"
     assert not box.begun()
@@ -83,7 +106,7 @@ async def test_delivered_array_is_copied() -> None:
     box.deliver(header("input"), mine)
     mine.fill(9)
     box.open(train(1), Targets())
-    np.testing.assert_array_equal(box.fed("input", 0), tokens(1))
+    np.testing.assert_array_equal(fed(box, "input", 0)[0], tokens(1))
 
 
 async def test_feeding_is_bounded() -> None:
@@ -100,6 +123,111 @@ async def test_feeding_is_bounded() -> None:
 async def test_fed_tensor_of_another_size_is_refused(length: int) -> None:
     with pytest.raises(RemoteProtocolError, match="bytes"):
         await take(inbox(), header("labels"), bytes(length))
+
+
+async def test_inputs_of_several_ports_keep_their_shapes_and_dtypes() -> None:
+    image, mask = FedValue(shape=(2, 4), dtype="float32"), FedValue(shape=(2,), dtype="bool")
+    box = TensorInbox(
+        Signal(),
+        arrivals=Arrivals(fed={"input": (image, mask)}, microbatches={"train": 1}, tied={}),
+    )
+    box.open(train(1), Targets())
+    await take(box, header("input", index=1), np.array([True, False]).tobytes())
+    assert box.fed("input", 0) is None, "one port is still missing"
+    await take(box, header("input"), np.arange(8, dtype=np.float32).tobytes())
+    pixels, kept = fed(box, "input", 0)
+    np.testing.assert_array_equal(pixels, np.arange(8, dtype=np.float32).reshape(2, 4))
+    np.testing.assert_array_equal(kept, [True, False])
+    with pytest.raises(RemoteProtocolError, match="out of turn"):
+        await take(box, header("input", index=1), bytes(2))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        header("input", index=1),
+        header("labels", index=2),
+        header("input", microbatch=2),
+        dataclasses.replace(header("input", microbatch=1), phase="evaluate"),
+    ],
+)
+async def test_fed_tensor_that_no_port_takes_is_refused(what: TensorHeader) -> None:
+    with pytest.raises(RemoteProtocolError, match="does not expect"):
+        await take(inbox(), what, bytes(FED_BYTES))
+
+
+async def test_stage_in_the_middle_is_fed_nothing() -> None:
+    box = TensorInbox(Signal(), arrivals=dataclasses.replace(ARRIVALS, fed={}))
+    with pytest.raises(RemoteProtocolError, match="does not expect"):
+        await take(box, header("input"), bytes(FED_BYTES))
+
+
+@pytest.mark.parametrize("weight", [0.0, -0.5, 1.5, np.inf, np.nan])
+async def test_loss_weight_that_is_no_share_is_refused(weight: float) -> None:
+    with pytest.raises(RemoteProtocolError, match="a loss weight of"):
+        await take(inbox(), header("labels", index=1), np.array([weight]).tobytes())
+
+
+async def test_tied_gradients_are_complete_when_every_copy_has_come() -> None:
+    box = inbox()
+    box.open(train(1), Targets())
+    assert box.tied() is None
+    first = np.arange(4, dtype=np.float32)
+    await take(box, header("tied", segment=2, index=5), first.tobytes())
+    assert box.tied() is None
+    await take(box, header("tied", segment=3, index=7), np.ones(3, np.float32).tobytes())
+    arrived = box.tied()
+    assert arrived is not None
+    np.testing.assert_array_equal(arrived[TIE], first.reshape(2, 2))
+    np.testing.assert_array_equal(arrived[OTHER_TIE], np.ones(3))
+    with pytest.raises(RemoteProtocolError, match="came twice"):
+        await take(box, header("tied", segment=2, index=5), first.tobytes())
+    box.open(train(2), Targets())
+    assert box.tied() is None, "the next step has its own"
+    await take(box, header("tied", step=2, segment=2, index=5), first.tobytes())
+
+
+async def test_tied_gradient_of_a_later_step_waits_for_it(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    box = inbox()
+    box.open(train(1), Targets())
+    later = header("tied", step=2, segment=3, index=7)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take, box, later, np.ones(3, np.float32).tobytes())
+        await trio.testing.wait_all_tasks_blocked()
+        await take(box, header("tied", segment=2, index=5), bytes(16))
+        assert box.tied() is None
+        box.open(train(2), Targets())
+    await take(box, header("tied", step=2, segment=2, index=5), bytes(16))
+    assert box.tied() is not None
+
+
+@pytest.mark.parametrize(
+    ("what", "length"),
+    [
+        (header("tied", segment=2, index=5), 12),
+        (header("tied", segment=2, index=5), 0),
+        (header("tied", segment=2, index=5, microbatch=1), 16),
+        (header("tied", segment=2, index=7), 12),
+        (header("tied", segment=9, index=5), 16),
+    ],
+)
+async def test_tied_gradient_that_the_plan_does_not_predict_is_refused(
+    what: TensorHeader, length: int
+) -> None:
+    box = inbox()
+    box.open(train(1), Targets())
+    with pytest.raises(RemoteProtocolError, match="tied gradient"):
+        await take(box, what, bytes(length))
+
+
+async def test_evaluation_has_no_tied_gradients() -> None:
+    box = inbox()
+    box.open(train(1, "evaluate"), Targets())
+    what = dataclasses.replace(header("tied", segment=2, index=5), phase="evaluate")
+    with pytest.raises(RemoteProtocolError, match="tied gradient"):
+        await take(box, what, bytes(16))
 
 
 async def test_boundary_tensor_lands_in_its_buffer() -> None:

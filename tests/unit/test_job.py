@@ -10,7 +10,7 @@ import pytest
 from p2ptrain.errors import BundleError, CheckpointError, ConfigError, DataError, NotFound
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
 from p2ptrain.runtime.job import Job, open_job
-from p2ptrain.runtime.placement import _outsiders, with_builds
+from p2ptrain.runtime.placement import _outsiders, place, with_builds
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory, SavedSegment
 from tests.bundles import CONTEXT, graph_files, tiny_bundle, write_bundle
@@ -225,6 +225,21 @@ def test_run_directory_without_its_bundle_is_refused(tmp_path: Path, begun: Job)
 def test_builds_of_a_contract_are_distinct_and_sorted(begun: Job) -> None:
     other = dataclasses.replace(BUILD, isa="avx512")
     assert with_builds(begun.contract, [other, BUILD, other]).builds == (BUILD, other)
+
+
+def test_rematerialised_run_counts_the_second_forward(tmp_path: Path) -> None:
+    plans = []
+    for rematerialise in (False, True):
+        wanted = request(tmp_path, rematerialise=rematerialise)
+        job = job_of(wanted, tmp_path)
+        assert job.contract.rematerialise == rematerialise
+        peer = profile("a", [(1000, 2000)] * 4)
+        peer = dataclasses.replace(
+            peer, kinds=dict.fromkeys(job.bundle.manifest.kinds, peer.kinds["k0"])
+        )
+        plans.append(place(wanted, job, {peer.device: peer}, home=peer.device).plan)
+    plain, again = (plan.stages[0].step_compute_ns for plan in plans)
+    assert again == plain * 4 // 3
 
 
 def test_resumed_run_takes_no_peer_of_another_build(tmp_path: Path, begun: Job) -> None:

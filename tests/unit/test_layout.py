@@ -11,6 +11,7 @@ from p2ptrain.errors import GraphError, PlanInfeasible
 from p2ptrain.training.layout import flat_layout
 from p2ptrain.training.memory import memory_bytes
 from tests.bundles import CONTEXT, VOCABULARY, WIDTH, tiny_bundle
+from tests.varied_bundle import varied_bundle
 
 MANIFEST = tiny_bundle(blocks=2).manifest
 
@@ -22,15 +23,28 @@ def with_tensor(name: str, **changes: object) -> Manifest:
     return dataclasses.replace(MANIFEST, tensors=tuple(changed(t) for t in MANIFEST.tensors))
 
 
-def test_layout_puts_decayed_tensors_first_and_frozen_ones_last() -> None:
+def test_layout_puts_decayed_tensors_first_and_leaves_frozen_ones_out() -> None:
     layout = flat_layout(MANIFEST, 1)
     assert [(p.local, p.start) for p in layout.places] == [("w", 0), ("b", WIDTH * WIDTH)]
-    assert (layout.decay_stop, layout.trainable_stop) == (256, 272)
+    assert (layout.decay_stop, layout.length) == (256, 272)
     swapped = flat_layout(with_tensor("block0.w", decay=False), 1)
-    assert (swapped.decay_stop, swapped.trainable_stop) == (0, 272)
+    assert (swapped.decay_stop, swapped.length) == (0, 272)
     frozen = flat_layout(with_tensor("block0.w", binding="frozen"), 1)
-    assert [(p.local, p.start) for p in frozen.places] == [("w", 16), ("b", 0)]
-    assert (frozen.trainable_stop, frozen.length) == (16, 272)
+    assert [(p.local, p.start) for p in frozen.places] == [("b", 0)]
+    assert (frozen.decay_stop, frozen.length) == (0, 16)
+
+
+def test_layout_gives_running_values_a_vector_of_their_own() -> None:
+    layout = flat_layout(varied_bundle().manifest, 1)
+    assert [place.local for place in layout.places] == ["scale"]
+    assert [(p.local, p.start) for p in layout.running] == [("mean", 0)]
+    assert (layout.length, layout.running_length) == (WIDTH, WIDTH)
+
+
+def test_layout_lets_a_tied_copy_decay_as_its_owner() -> None:
+    tied = with_tensor("block1.b", tied_to="block0.w", shape=(WIDTH, WIDTH), decay=False)
+    assert [p.start for p in flat_layout(tied, 2).places] == [0, WIDTH * WIDTH]
+    assert flat_layout(tied, 2).decay_stop == 2 * WIDTH * WIDTH
 
 
 def test_layout_starts_every_tensor_on_a_cache_line() -> None:
@@ -39,10 +53,10 @@ def test_layout_starts_every_tensor_on_a_cache_line() -> None:
     assert layout.length == 272
 
 
-@pytest.mark.parametrize("changes", [{"tied_to": "block0.b"}, {"dtype": "int64"}])
-def test_layout_refuses_what_is_not_trained_yet(changes: dict[str, object]) -> None:
+def test_layout_refuses_to_train_what_is_not_float32() -> None:
     with pytest.raises(GraphError, match=r"block0\.w"):
-        flat_layout(with_tensor("block0.w", **changes), 1)
+        flat_layout(with_tensor("block0.w", dtype="int64"), 1)
+    assert flat_layout(with_tensor("block0.w", dtype="int64", binding="frozen"), 1).length == 16
 
 
 def predicted(segments: range, *, batch: int = 2, in_flight: int = 1, rule: str = "adamw") -> int:

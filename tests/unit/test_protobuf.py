@@ -7,7 +7,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from p2ptrain.bundle.protobuf import append_initialisers
+from p2ptrain.bundle.protobuf import (
+    ExternalInitialiser,
+    append_externals,
+    append_initialisers,
+)
 from p2ptrain.errors import BundleError
 
 FLOAT = onnx.TensorProto.FLOAT
@@ -68,3 +72,13 @@ def test_a_model_over_two_gigabytes_is_refused_before_it_is_written() -> None:
     assert next(pieces) == model()
     with pytest.raises(BundleError, match="2 GiB"):
         next(pieces)
+
+
+def test_external_constants_are_declared_by_their_place_in_a_file() -> None:
+    array = np.zeros((3, 200), np.int32)
+    external = ExternalInitialiser(name="t", array=array, file_name="w.bin", offset=4096)
+    (found,) = onnx.load_model_from_string(append_externals(model(), [external])).graph.initializer
+    assert (found.name, tuple(found.dims), found.data_type) == ("t", (3, 200), 6)
+    assert found.data_location == onnx.TensorProto.EXTERNAL
+    places = {entry.key: entry.value for entry in found.external_data}
+    assert places == {"location": "w.bin", "offset": "4096", "length": "2400"}

@@ -10,7 +10,9 @@ import pytest
 
 from p2ptrain.bundle.manifest import Initialiser, Tensor
 from p2ptrain.errors import BundleError
-from p2ptrain.training.random import draw_parameter
+from p2ptrain.ids import Digest
+from p2ptrain.training.random import draw_parameter, draw_tensor, parameters_digest
+from tests.varied_bundle import varied_bundle
 
 
 def tensor(kind: str, shape: tuple[int, ...], scale: float = 0.0) -> Tensor:
@@ -80,3 +82,19 @@ def test_what_cannot_be_drawn_is_refused() -> None:
 
 GOLDEN_NORMAL = "8f10e3b4e65665a5bf0a9433dfcabb39f4d060cc9f88ec4ce4b2aa86999438e7"
 GOLDEN_UNIFORM = "8d74b5ed63185cf22a15ccf8db8f0489688f5ed5aba6854e3f29989e3d07f071"
+
+
+def test_tied_copies_are_drawn_as_their_owner() -> None:
+    manifest = varied_bundle().manifest
+    last = len(manifest.tensors) - 1
+    assert manifest.tensors[last].tied_to == manifest.tensors[0].name
+    owner = draw_parameter(7, manifest.tensors[0], 0)
+    assert draw_tensor(manifest, 7, 0).tobytes() == owner.tobytes()
+    assert draw_tensor(manifest, 7, last).tobytes() == owner.tobytes()
+
+
+def test_parameters_digest_leaves_out_what_comes_from_weights() -> None:
+    digests = {Digest("5" * 64), Digest("6" * 64)}
+    drawn = {parameters_digest(varied_bundle(frozen_digest=d).manifest, 0) for d in digests}
+    assert len(drawn) == 1
+    assert parameters_digest(varied_bundle().manifest, 0) not in drawn

@@ -20,6 +20,7 @@ from p2ptrain.training.segment_state import (
     state_digest,
 )
 from tests.bundles import WIDTH, tiny_bundle
+from tests.varied_bundle import varied_bundle
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,30 @@ def test_segment_state_digest_is_over_parameters_then_state() -> None:
     assert state.digest() == hashlib.sha256(raw).hexdigest()
 
 
+def test_segment_state_holds_running_values_and_its_digest_covers_them() -> None:
+    varied = varied_bundle()
+    names = {"mix0.scale": np.ones(WIDTH, np.float32)}
+    state = SegmentState(
+        tensors=names, state={"momentum": names}, step=3,
+        running={"mix0.mean": np.arange(WIDTH, dtype=np.float32)},
+    )  # fmt: skip
+    content = state.to_bytes(header(varied, step=3))
+    stored = read(content, varied, ("momentum",)).state
+    np.testing.assert_array_equal(stored.running["mix0.mean"], state.running["mix0.mean"])
+    assert stored.digest() == state.digest()
+    assert stored.digest() != dataclasses.replace(state, running={}).digest()
+    without = dataclasses.replace(state, running={})
+    with pytest.raises(CheckpointError, match="other tensors"):
+        read(without.to_bytes(header(varied, step=3)), varied, ("momentum",))
+
+
+def test_segment_state_of_version_1_is_read_where_nothing_runs(bundle: Bundle) -> None:
+    state = made_state()
+    file = decode_tensors(state.to_bytes(header(bundle)))
+    content = b"".join(encode_tensors(file.tensors, {**file.metadata, "version": "1"}))
+    assert read(content, bundle).state.digest() == state.digest()
+
+
 @pytest.mark.parametrize("part", ["tensors", "m", "v"])
 def test_segment_state_digest_sees_every_bit(part: str) -> None:
     state = made_state()
@@ -106,7 +131,7 @@ def test_segment_state_of_another_optimizer_is_refused(bundle: Bundle) -> None:
     ("changes", "message"),
     [
         ({"format": "else"}, "not a checkpoint of p2ptrain"),
-        ({"version": "2"}, "version '2' is unknown"),
+        ({"version": "3"}, "version '3' is unknown"),
         ({"step": None}, "header is damaged"),
     ],
 )
