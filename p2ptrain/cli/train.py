@@ -87,6 +87,11 @@ _RATE = click.FloatRange(min=0.0)
 )
 @click.option("--resume", metavar="RUN", help="Go on with a run of this device, by its id.")
 @click.option("--out", metavar="FILE", help="Where to write the trained model as one ONNX file.")
+@click.option(
+    "--safetensors",
+    metavar="FILE",
+    help="Write it for torch and transformers too, adapters merged.",
+)
 @report_options
 def train(group_name: str, as_json: bool, **options: Any) -> None:  # Any: click's values
     """Train a model together with every peer that is there.
@@ -128,7 +133,7 @@ def _request(options: dict[str, Any]) -> TrainRequest:  # Any: click's values
     }
     names = {field.name for field in fields(TrainRequest)} - {"optimizer"}
     values = {name: value for name, value in options.items() if name in names}
-    for name in ("data", "heldout", "out"):
+    for name in ("data", "heldout", "out", "safetensors"):
         values[name] = _absolute(values[name])
     values["bundle"] = _bundle(values["bundle"])
     values["data"] = values["data"] or ""
@@ -174,11 +179,12 @@ def _check_paths(request: TrainRequest) -> None:
             raise DataError(f"there is no file {path}")
         if Path(path).stat().st_size == 0:
             raise DataError(f"{path} is empty")
-    if request.out is not None and not Path(request.out).parent.is_dir():
-        raise ConfigError(
-            f"there is no folder {Path(request.out).parent}",
-            hint="make it, or choose another --out",
-        )
+    for option, out in (("--out", request.out), ("--safetensors", request.safetensors)):
+        if out is not None and not Path(out).parent.is_dir():
+            raise ConfigError(
+                f"there is no folder {Path(out).parent}",
+                hint=f"make it, or choose another {option}",
+            )
 
 
 def _stopped(result: TrainResult, group_name: str) -> Interrupted:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from numpy.typing import NDArray
+
 from p2ptrain.bundle import manifest as words
 from p2ptrain.errors import GraphError
 from p2ptrain.graph.canonical import canonicalise
@@ -18,6 +20,7 @@ from p2ptrain.graph.lowering.registry import lower
 from p2ptrain.graph.source import LABELS, LOGITS, LOSS, LOSS_WEIGHT, Source
 from p2ptrain.graph.split import Pair, differentiate, name_stash, tidy
 from p2ptrain.graph.update import Update, adamw, sgd
+from p2ptrain.graph.weights import with_weights
 from p2ptrain.ids import Digest
 from p2ptrain.training.random import parameters_digest
 
@@ -30,6 +33,10 @@ class Bundle:
 
     manifest: words.Manifest
     files: dict[Digest, bytes] = field(default_factory=dict)
+    weights: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """What `weights.safetensors` is written from, by tensor name. (Any: every dtype.)"""
+    further: Mapping[str, bytes] = field(default_factory=dict)
+    """Other files by name: `tokenizer.json`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +96,8 @@ def export(source: Source) -> Bundle:
     )
     bundle = replace(bundle, golden_parameters=parameters_digest(bundle, 0))
     words.check_manifest(bundle)
-    return Bundle(manifest=bundle, files=files)
+    manifest = with_weights(bundle, source.weights)
+    return Bundle(manifest=manifest, files=files, weights=source.weights, further=source.files)
 
 
 def _kinds(locals_: list[Local]) -> dict[str, _Kind]:

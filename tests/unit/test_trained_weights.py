@@ -1,0 +1,165 @@
+"""What a run has made: names and values of the model's own tensors, wherever they lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from p2ptrain.bundle.manifest import Adapter, Initialiser, Manifest, Tensor, Value
+from p2ptrain.engine.contract import Array
+from p2ptrain.errors import BundleError, CheckpointError
+from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
+from p2ptrain.runtime.trained_weights import (
+    TrainedRun,
+    own_tensors,
+    safetensors_chunks,
+    trained_tensors,
+)
+from p2ptrain.store.bundles import Bundle, bundle_from_parts
+from p2ptrain.store.runs import CheckpointRecord, RunDirectory, SavedSegment
+from p2ptrain.training.random import draw_tensor, parameters_digest
+from p2ptrain.training.safetensors import decode_tensors, tensor_digest
+from p2ptrain.training.segment_state import SegmentState, StateHeader
+from tests.bundles import WIDTH, contract_for, graph_files
+from tests.varied_bundle import varied_bundle
+from tests.weights import write_weighted
+
+RUN, STEP = RunId("a" * 26), 3
+RANK, SCALE = 2, 0.5
+DOWN, UP = "fixed.lora_down", "fixed.lora_up"
+
+
+def adapted_bundle() -> Bundle:
+    """The varied bundle, whose frozen matrix has an adapter; its graphs do not matter here."""
+    bundle = varied_bundle()
+    manifest = bundle.manifest
+    shapes = {DOWN: (RANK, WIDTH), UP: (WIDTH, RANK)}
+    kind, segments = manifest.kinds["fixed"], list(manifest.segments)
+    place = next(i for i, segment in enumerate(segments) if segment.name == "fixed")
+    added = {name.removeprefix("fixed."): name for name in shapes}
+    segments[place] = dataclasses.replace(
+        segments[place], parameters={**segments[place].parameters, **added}
+    )
+    values = tuple(
+        Value(name=local, shape=tuple(map(str, shapes[name]))) for local, name in added.items()
+    )
+    kinds = {
+        **manifest.kinds,
+        "fixed": dataclasses.replace(kind, parameters=(*kind.parameters, *values)),
+    }
+    adapter = Adapter(down=DOWN, up=UP, scale=SCALE, transposed=True)
+    tensors = [
+        dataclasses.replace(t, adapter=adapter if t.name == "fixed.w" else None)
+        for t in manifest.tensors
+    ]
+    tensors += [_part(name, shape) for name, shape in shapes.items()]
+    changed = dataclasses.replace(
+        manifest, kinds=kinds, segments=tuple(segments), tensors=tuple(tensors)
+    )
+    changed = dataclasses.replace(changed, golden_parameters=parameters_digest(changed, 0))
+    return bundle_from_parts(changed.to_bytes(), graph_files(bundle))
+
+
+def _part(name: str, shape: tuple[int, ...]) -> Tensor:
+    return Tensor(
+        name=name, shape=shape, dtype="float32", binding="trainable", decay=True,
+        initialiser=Initialiser(kind="uniform", scale=0.1),
+    )  # fmt: skip
+
+
+def value_of(name: str, shape: tuple[int, ...]) -> Array:
+    """What training has made of a tensor: anything but its draw."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
+    return np.random.Generator(np.random.Philox(seed)).standard_normal(shape).astype(np.float32)
+
+
+def checkpoint_of(directory: RunDirectory, bundle: Bundle) -> CheckpointRecord:
+    """A stored checkpoint, every trained tensor and running value of it made by `value_of`."""
+    manifest, saved = bundle.manifest, []
+    for index in range(len(manifest.segments)):
+        content = _state(manifest, index).to_bytes(
+            StateHeader(
+                run=RUN, lineage=Lineage(0), view=ViewNumber(1), plan=Digest("1" * 64), step=STEP,
+                segment=index, bundle=bundle.digest,
+            )
+        )  # fmt: skip
+        directory.write_segment(STEP, index, content)
+        saved.append(
+            SavedSegment(
+                segment=index, blob=Digest(hashlib.sha256(content).hexdigest()),
+                blob_bytes=len(content), state=Digest("0" * 64),
+            )
+        )  # fmt: skip
+    return CheckpointRecord(
+        run=RUN, lineage=Lineage(0), view=ViewNumber(1), plan=Digest("1" * 64), step=STEP,
+        bundle=bundle.digest, contract=contract_for(bundle).digest, segments=tuple(saved),
+    )  # fmt: skip
+
+
+def _state(manifest: Manifest, index: int) -> SegmentState:
+    trained = [t for t in manifest.segment_tensors(index) if t.binding == "trainable"]
+    values = {t.name: value_of(t.tied_to or t.name, t.shape) for t in trained}
+    running = {t.name: value_of(t.name, t.shape) for t in manifest.segment_running(index)}
+    zeros = {name: np.zeros_like(value) for name, value in values.items()}
+    return SegmentState(tensors=values, state={"m": zeros, "v": zeros}, step=STEP, running=running)
+
+
+def run_of(path: Path, bundle: Bundle) -> TrainedRun:
+    directory = RunDirectory(path / RUN)
+    checkpoint = checkpoint_of(directory, bundle)
+    contract = contract_for(bundle, seed=11)
+    return TrainedRun(bundle=bundle, contract=contract, directory=directory, checkpoint=checkpoint)
+
+
+def test_the_model_s_own_tensors_are_there_once_under_their_names(tmp_path: Path) -> None:
+    bundle = adapted_bundle()
+    found = list(trained_tensors(run_of(tmp_path, bundle)))
+    assert [name for name, _ in found] == [t.name for t in own_tensors(bundle.manifest)]
+    assert {name for name, _ in found} == {
+        "start.table", "mix0.scale", "mix0.mean", "mix1.scale", "mix1.mean", "fixed.w", "fixed.b",
+        "block0.w", "block0.b", "block1.w", "block1.b",
+    }  # fmt: skip
+    for name, value in found:
+        if name != "fixed.w":
+            np.testing.assert_array_equal(value, value_of(name, value.shape))
+
+
+@pytest.mark.parametrize("shipped", [False, True])
+def test_an_adapter_is_merged_into_what_was_drawn_or_shipped(tmp_path: Path, shipped: bool) -> None:
+    bundle = adapted_bundle()
+    names = [tensor.name for tensor in bundle.manifest.tensors]
+    frozen = draw_tensor(bundle.manifest, 11, names.index("fixed.w"))
+    if shipped:
+        frozen = value_of("elsewhere", (WIDTH, WIDTH))
+        bundle = write_weighted(tmp_path / "bundle", bundle, {"fixed.w": frozen})
+    merged = dict(trained_tensors(run_of(tmp_path, bundle)))["fixed.w"]
+    down, up = value_of(DOWN, (RANK, WIDTH)), value_of(UP, (WIDTH, RANK))
+    wanted = frozen.astype(float) + SCALE * (up.astype(float) @ down.astype(float)).T
+    np.testing.assert_array_equal(merged, wanted.astype(np.float32))
+
+
+def test_the_safetensors_file_holds_the_same_and_names_its_framework(tmp_path: Path) -> None:
+    run = run_of(tmp_path, adapted_bundle())
+    file = decode_tensors(b"".join(safetensors_chunks(run)))
+    assert file.metadata == {"format": "pt"}
+    wanted = dict(trained_tensors(run))
+    assert list(file.tensors) == list(wanted)
+    assert all(tensor_digest(file.tensors[n]) == tensor_digest(v) for n, v in wanted.items())
+
+
+def test_a_damaged_segment_or_lost_weights_are_told(tmp_path: Path) -> None:
+    bundle = adapted_bundle()
+    weighted = write_weighted(tmp_path / "bundle", bundle, {"fixed.w": value_of("w", (WIDTH,) * 2)})
+    run = run_of(tmp_path, weighted)
+    assert weighted.directory is not None
+    (weighted.directory / "weights.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"weights\.safetensors"):
+        list(trained_tensors(run))
+    other = run_of(tmp_path / "other", bundle)
+    other.directory.write_segment(STEP, 2, b"nothing")
+    with pytest.raises(CheckpointError):
+        list(trained_tensors(other))
