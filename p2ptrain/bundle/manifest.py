@@ -33,7 +33,7 @@ from typing import Any, Final, Literal
 
 from p2ptrain import limits
 from p2ptrain.errors import BundleError, RemoteProtocolError
-from p2ptrain.ids import Digest, is_digest
+from p2ptrain.ids import Digest
 from p2ptrain.wire.codec import from_plain, to_plain
 
 FORMAT: Final = "p2ptrain-bundle"
@@ -384,6 +384,17 @@ def parse_manifest(content: bytes) -> Manifest:
         BundleError: too large, not JSON, an unknown version, or inconsistent; the bundle is
             refused whole and nothing of it was used.
     """
+    manifest = decode_manifest(content)
+    check_manifest(manifest)
+    return manifest
+
+
+def decode_manifest(content: bytes) -> Manifest:
+    """Read `manifest.json` without asking whether its parts agree; `check_manifest` does.
+
+    Raises:
+        BundleError: too large, not JSON, an unknown version, or fields of other types.
+    """
     if len(content) > limits.MANIFEST_BYTES_MAX:
         raise BundleError(f"manifest.json has {len(content)} bytes, over the limit")
     try:
@@ -401,11 +412,9 @@ def parse_manifest(content: bytes) -> Manifest:
     if document["version"] == 1:
         _upgrade(document)
     try:
-        manifest = from_plain(Manifest, document)
+        return from_plain(Manifest, document)
     except RemoteProtocolError as error:
         raise BundleError(f"manifest.json: {error.message}") from error
-    check_manifest(manifest)
-    return manifest
 
 
 def _upgrade(document: dict[str, Any]) -> None:  # Any: JSON, not yet checked
@@ -426,117 +435,8 @@ def check_manifest(manifest: Manifest) -> None:
     Raises:
         BundleError: names the first contradiction found.
     """
-    problem = next(_problems(manifest), None)
+    from p2ptrain.bundle.contradictions import contradictions  # which needs the classes above
+
+    problem = next(contradictions(manifest), None)
     if problem is not None:
         raise BundleError(f"manifest.json: {problem}")
-
-
-def _problems(manifest: Manifest) -> Any:  # Any: a generator of sentences
-    if not 1 <= len(manifest.segments) <= limits.SEGMENTS_MAX:
-        yield f"{len(manifest.segments)} segments"
-    for digest, graph in manifest.graphs.items():
-        if not is_digest(digest):
-            yield f"graph {digest!r:.80} is not named by its sha256"
-        if not 0 < graph.bytes <= limits.GRAPH_BYTES_MAX:
-            yield f"graph {digest:.12} has {graph.bytes} bytes"
-    if manifest.task not in TASKS or manifest.loss.kind not in LOSSES:
-        yield f"unknown task {manifest.task!r:.40} or loss {manifest.loss.kind!r:.40}"
-    if manifest.data.kind not in DATA_KINDS:
-        yield f"unknown data kind {manifest.data.kind!r:.40}"
-    yield from _reference_problems(manifest)
-    yield from _tensor_problems(manifest)
-    yield from _chain_problems(manifest)
-
-
-def _reference_problems(manifest: Manifest) -> Any:  # Any: as above
-    referred = [manifest.inference.graph, *(rule.graph for rule in manifest.updates.values())]
-    for kind in manifest.kinds.values():
-        for form, pair in kind.forms.items():
-            if form not in FORMS:
-                yield f"kind {kind.name!r} has an unknown form {form!r}"
-            referred += [pair.forward, pair.backward]
-        if kind.evaluation is not None:
-            referred.append(kind.evaluation)
-        if "portable" not in kind.forms:
-            yield f"kind {kind.name!r} has no portable form"
-        yield from _value_problems(manifest, kind)
-    for digest in referred:
-        if digest not in manifest.graphs:
-            yield f"graph {digest!r:.80} is referred to but not listed"
-    if len(set(referred)) < len(manifest.graphs):
-        yield "a listed graph is not referred to"
-
-
-def _value_problems(manifest: Manifest, kind: SegmentKind) -> Any:  # Any: as above
-    values = [port.value for port in (*kind.inputs, *kind.outputs)]
-    values += [*kind.parameters, *kind.running, *(site.value for site in kind.masks)]
-    values += [value for pair in kind.forms.values() for value in pair.stash]
-    for value in values:
-        if value.dtype not in DTYPES:
-            yield f"{kind.name}.{value.name} has unknown dtype {value.dtype!r}"
-        for axis in value.shape:
-            for factor in axis.split("*"):
-                if not factor.isdigit() and factor not in manifest.symbols:
-                    yield f"{kind.name}.{value.name} has unknown axis {axis!r}"
-    for port in (*kind.inputs, *kind.outputs):
-        if port.role not in PORT_ROLES:
-            yield f"{kind.name}.{port.value.name} has unknown role {port.role!r}"
-
-
-def _tensor_problems(manifest: Manifest) -> Any:  # Any: as above
-    names = [tensor.name for tensor in manifest.tensors]
-    if len(set(names)) != len(names):
-        yield "two tensors have the same name"
-    for tensor in manifest.tensors:
-        if tensor.binding not in BINDINGS:
-            yield f"tensor {tensor.name!r} has unknown binding {tensor.binding!r}"
-        if tensor.initialiser.kind not in ("zeros", "ones", "normal", "uniform"):
-            yield f"tensor {tensor.name!r} has unknown initialiser"
-        if any(axis < 1 for axis in tensor.shape) or tensor.elements > limits.TENSOR_ELEMENTS_MAX:
-            yield f"tensor {tensor.name!r} has shape {tensor.shape}"
-        yield from _tie_problems(manifest, tensor)
-    used = [name for segment in manifest.segments for name in segment.parameters.values()]
-    used += [name for segment in manifest.segments for name in segment.running.values()]
-    if sorted(used) != sorted(names):
-        yield "the segments' parameters and running values are not exactly the listed tensors"
-
-
-def _tie_problems(manifest: Manifest, tensor: Tensor) -> Any:  # Any: as above
-    if tensor.tied_to is None:
-        return
-    names = [each.name for each in manifest.tensors]
-    owner = manifest._tensor_index.get(tensor.tied_to)
-    if owner is None or owner.tied_to is not None:
-        yield f"tensor {tensor.name!r} is tied to {tensor.tied_to!r}, which owns nothing"
-    elif names.index(owner.name) > names.index(tensor.name):
-        yield f"tensor {tensor.name!r} comes before {owner.name!r}, to which it is tied"
-    elif (owner.shape, owner.dtype, owner.binding) != (tensor.shape, tensor.dtype, tensor.binding):
-        yield f"tensor {tensor.name!r} is not what it is tied to"
-
-
-def _chain_problems(manifest: Manifest) -> Any:  # Any: as above
-    index = manifest._tensor_index
-    previous: tuple[Value, ...] = ()
-    for segment in manifest.segments:
-        kind = manifest.kinds.get(segment.kind)
-        if kind is None:
-            yield f"segment {segment.name!r} has unknown kind {segment.kind!r}"
-            return
-        if sorted(segment.parameters) != sorted(value.name for value in kind.parameters):
-            yield f"segment {segment.name!r} does not name its kind's parameters"
-            return
-        if sorted(segment.running) != sorted(value.name for value in kind.running):
-            yield f"segment {segment.name!r} does not name its kind's running values"
-            return
-        named = {**segment.parameters, **segment.running}
-        for value in (*kind.parameters, *kind.running):
-            tensor = index.get(named[value.name])
-            if tensor is None or manifest.shape(value, batch=1) != tensor.shape:
-                yield f"segment {segment.name!r}: parameter {value.name!r} has another shape"
-        entering = tuple(port.value for port in kind.inputs if port.role == "boundary")
-        if [(v.shape, v.dtype) for v in entering] != [(v.shape, v.dtype) for v in previous]:
-            yield f"segment {segment.name!r} does not fit onto the one before it"
-        previous = tuple(port.value for port in kind.outputs if port.role == "boundary")
-    last = manifest.kinds[manifest.segments[-1].kind]
-    if [port.role for port in last.outputs] != ["loss"]:
-        yield "the last segment does not end in the loss"

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import click
 
+from p2ptrain.cli.bundle import bundle
 from p2ptrain.cli.demonstrate import demo
 from p2ptrain.cli.group import group
 from p2ptrain.cli.join import join
@@ -50,7 +51,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (group, join, train, status, energy, demo):
+for _command in (group, join, train, status, energy, bundle, demo):
     cli.add_command(_command)
 
 

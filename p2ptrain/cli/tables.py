@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from rich.table import Table
 from rich.text import Text
 
+from p2ptrain.bundle.report import BundleReport
 from p2ptrain.ids import short
 from p2ptrain.runtime.reports import (
     EnergyReport,
@@ -17,6 +18,7 @@ from p2ptrain.runtime.reports import (
     StepReport,
     TrainResult,
 )
+from p2ptrain.store.verify_bundle import Verification
 from p2ptrain.units import format_bytes, format_count, format_joules, format_seconds
 
 PHASES = ("compute", "communicate", "wait", "idle")
@@ -53,10 +55,14 @@ def plan_lines(plan: PlanReport) -> list[str]:
 
 
 def _segments(stage: StageReport) -> str:
-    if not stage.segments:
+    return _span(stage.segments)
+
+
+def _span(segments: tuple[str, ...]) -> str:
+    if not segments:
         return "-"
-    first, last = stage.segments[0], stage.segments[-1]
-    return first if first == last else f"{first} .. {last} ({len(stage.segments)})"
+    first, last = segments[0], segments[-1]
+    return first if first == last else f"{first} .. {last} ({len(segments)})"
 
 
 def step_line(step: StepReport) -> str:
@@ -172,6 +178,69 @@ def status_lines(status: PeerStatus) -> list[str]:
     if status.runs:
         lines.append(f"can be resumed: {', '.join(status.runs)}")
     return lines
+
+
+def bundle_table(report: BundleReport) -> Table:
+    """One row per kind of segment; sizes and operations of one sample."""
+    table = _table(f"bundle {report.name} ({short(report.digest)})")
+    table.add_column("kind")
+    table.add_column("segments")
+    for heading in ("parameters", "FLOPs", "backward", "stash", "boundary"):
+        table.add_column(heading, justify="right")
+    table.add_column("forms")
+    for kind in report.kinds:
+        add_row(
+            table,
+            kind.name,
+            _span(kind.segments),
+            format_count(kind.parameters),
+            format_count(kind.forward_flops),
+            format_count(kind.backward_flops),
+            format_bytes(kind.stash_bytes),
+            format_bytes(kind.boundary_bytes),
+            ", ".join(kind.forms),
+        )
+    return table
+
+
+def bundle_lines(report: BundleReport) -> list[str]:
+    """What is said below the table: what it learns from, what it holds, how it was checked."""
+    counts = [f"{format_count(n)} {binding}" for binding, n in report.parameters.items() if n]
+    lines = [
+        report.description,
+        f"task: {report.task}, {report.loss} loss",
+        f"data: {report.data_kind}{_data_details(report)}; {'; '.join(report.inputs)}",
+        f"parameters: {', '.join(counts)}, in {report.tensors} tensors",
+        f"weights: {'in the bundle' if report.weights else 'drawn from the seed of a run'}",
+        f"graphs: {report.graphs}, {format_bytes(report.graph_bytes)}",
+        f"optimizers: {', '.join(report.updates)}",
+        f"tied: {', '.join(report.ties)}" if report.ties else "",
+        f"adapters: on {len(report.adapters)} tensors" if report.adapters else "",
+        f"digest: {report.digest}",
+    ]
+    if report.checks:
+        name, error = max(report.checks.items(), key=lambda check: check[1])
+        lines.append(f"worst of {len(report.checks)} checks against torch: {error:.1e}, {name}")
+    return [line for line in lines if line]
+
+
+def _data_details(report: BundleReport) -> str:
+    details = []
+    if report.tokenizer:
+        details.append(f"{report.vocabulary} tokens by {report.tokenizer}")
+    if report.classes:
+        details.append(f"{report.classes} classes")
+    return f" ({', '.join(details)})" if details else ""
+
+
+def verification_table(report: Verification) -> Table:
+    """One row per check."""
+    table = _table(f"{report.directory}: {'sound' if report.sound else 'not sound'}")
+    for heading in ("checked", "", "found"):
+        table.add_column(heading)
+    for finding in report.findings:
+        add_row(table, finding.subject, finding.state, finding.detail)
+    return table
 
 
 def printable(text: str) -> str:

@@ -328,6 +328,7 @@ class Coordinator:
     def _write_model(self, path: Path, checkpoint: CheckpointRecord) -> None:
         run = TrainedRun(
             bundle=self.job.bundle,
+            weights=self.weights,
             contract=self._contract,
             directory=self.job.directory,
             checkpoint=checkpoint,

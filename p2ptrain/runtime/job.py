@@ -76,6 +76,7 @@ def open_job(
     if not request.bundle or not request.data:
         raise ConfigError("a new run needs a model and data", hint="give --model and --data")
     bundle = load_bundle(find_bundle(request.bundle))
+    bundle.check()
     training, heldout = _read_data(bundle, request.data, request.heldout)
     contract = _new_contract(request, bundle, training, heldout, default_threads)
     return Job(
@@ -98,6 +99,7 @@ def _resumed_job(request: TrainRequest, runs_path: Path) -> Job:
     directory = find_run(runs_path, request.resume or "")
     record = directory.read_record()
     bundle = load_bundle(directory.bundle_path)
+    bundle.check()
     if bundle.digest != record.contract.bundle:
         raise CheckpointError(f"the bundle stored with run {record.run[:8]} is another model")
     if request.bundle:

@@ -153,4 +153,4 @@ class OfferDesk:
         for digest, file in manifest.graphs.items():
             name = Digest(digest)
             graphs[name] = await blobs.fetch(home, name, size=file.bytes)
-        return bundle_from_parts(content, graphs)
+        return await trio.to_thread.run_sync(bundle_from_parts, content, graphs)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from p2ptrain.bundle.onnx_reader import read_graph
 from p2ptrain.bundle.protobuf import append_initialisers
 from p2ptrain.errors import ConfigError
-from p2ptrain.runtime.trained_weights import TrainedRun, safetensors_chunks, trained_tensors
+from p2ptrain.runtime.trained_weights import TrainedRun, final_tensors, safetensors_chunks
 from p2ptrain.store.atomic import write_atomic
 
 
@@ -15,12 +16,14 @@ def write_trained_model(path: Path, run: TrainedRun) -> None:
     """Turn a checkpoint into a model that stock onnxruntime loads; blocking.
 
     Raises:
-        CheckpointError, BundleError: a segment, or the bundle's weights, are damaged; the file is
-            not written.
+        CheckpointError: a segment is damaged; the file is not written.
+        BundleError: the weights are damaged, or the model is over 2 GiB; nor is it.
         ConfigError: the place cannot be written to; the run itself is safe.
     """
     graph = run.bundle.graph(run.bundle.manifest.inference.graph)
-    _write(path, append_initialisers(graph, trained_tensors(run)), option="--out")
+    read = {name for node in read_graph(graph).nodes for name in node.inputs}
+    needed = ((name, tensor) for name, tensor in final_tensors(run) if name in read)
+    _write(path, append_initialisers(graph, needed), option="--out")
 
 
 def write_trained_safetensors(path: Path, run: TrainedRun) -> None:

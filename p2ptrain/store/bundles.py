@@ -2,6 +2,8 @@
 
 A bundle is hostile until checked. Files are opened by digest only, never by a path that the
 manifest holds; their length is checked before they are read, and their hash before they are used.
+No graph is handed out that is not what the manifest says (`bundle.graph_checks`), whether it comes
+from a directory or over the wire, so none reaches onnxruntime.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Final
 
 import p2ptrain
 from p2ptrain import limits
+from p2ptrain.bundle.graph_checks import check_graph
 from p2ptrain.bundle.manifest import Manifest, parse_manifest
 from p2ptrain.errors import BundleError, NotFound
 from p2ptrain.ids import Digest
@@ -40,7 +43,8 @@ class Bundle:
         """The bytes of one graph, checked against the manifest.
 
         Raises:
-            BundleError: not in the bundle, missing, damaged, or outside the directory.
+            BundleError: not in the bundle, missing, damaged, outside the directory, or not what
+                the manifest says; do not use the bundle.
         """
         if digest not in self.manifest.graphs:
             raise BundleError(f"the bundle has no graph {digest!r:.20}")
@@ -58,9 +62,8 @@ class Bundle:
     def _read(self, digest: Digest) -> bytes:
         if self.directory is None:
             raise BundleError(f"the bundle came without its graph {digest:.12}")
-        path = self.directory / GRAPH_FOLDER / f"{digest}.onnx"
-        content = _read_inside(self.directory, path, self.manifest.graphs[digest].bytes)
-        _check_graph(self.manifest, digest, content)
+        content = read_graph_file(self.directory, self.manifest, digest)
+        check_graph(self.manifest, digest, content)
         return content
 
 
@@ -76,21 +79,35 @@ def load_bundle(directory: Path) -> Bundle:
     path = directory / MANIFEST_FILE
     if not path.exists():
         raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST_FILE}")
-    return _bundle(_read_inside(directory, path, limits.MANIFEST_BYTES_MAX), directory, {})
+    return _bundle(read_inside(directory, path, limits.MANIFEST_BYTES_MAX), directory, {})
 
 
 def bundle_from_parts(manifest_bytes: bytes, graphs: Mapping[Digest, bytes]) -> Bundle:
     """A bundle received over the wire.
 
     Raises:
-        BundleError: a graph is not in the manifest, or has another length or hash.
+        BundleError: a graph is not in the manifest, has another length or hash, or is not what
+            the manifest says.
     """
     bundle = _bundle(manifest_bytes, None, dict(graphs))
     for digest, content in graphs.items():
         if digest not in bundle.manifest.graphs:
             raise BundleError(f"graph {digest!r:.20} is not in the manifest")
-        _check_graph(bundle.manifest, digest, content)
+        _check_file(bundle.manifest, digest, content)
+        check_graph(bundle.manifest, digest, content)
     return bundle
+
+
+def read_graph_file(directory: Path, manifest: Manifest, digest: Digest) -> bytes:
+    """The bytes of a graph that the manifest lists; nobody has looked at their meaning yet.
+
+    Raises:
+        BundleError: missing, damaged, or outside the directory.
+    """
+    path = directory / GRAPH_FOLDER / f"{digest}.onnx"
+    content = read_inside(directory, path, manifest.graphs[digest].bytes)
+    _check_file(manifest, digest, content)
+    return content
 
 
 def find_bundle(name_or_path: str) -> Path:
@@ -139,7 +156,7 @@ def _bundle(content: bytes, directory: Path | None, graphs: dict[Digest, bytes])
     )
 
 
-def _check_graph(manifest: Manifest, digest: Digest, content: bytes) -> None:
+def _check_file(manifest: Manifest, digest: Digest, content: bytes) -> None:
     expected = manifest.graphs[digest].bytes
     if len(content) != expected:
         raise BundleError(f"graph {digest:.12} has {len(content)} bytes instead of {expected}")
@@ -147,8 +164,12 @@ def _check_graph(manifest: Manifest, digest: Digest, content: bytes) -> None:
         raise BundleError(f"graph {digest:.12} is damaged: its hash differs")
 
 
-def _read_inside(directory: Path, path: Path, bytes_max: int) -> bytes:
-    """Read a regular file of at most `bytes_max` bytes that lies inside `directory`."""
+def read_inside(directory: Path, path: Path, bytes_max: int) -> bytes:
+    """The content of a regular file of at most `bytes_max` bytes that lies inside `directory`.
+
+    Raises:
+        BundleError: it is none, or cannot be read.
+    """
     size = size_inside(directory, path)
     if size > bytes_max:
         raise BundleError(f"{path.name} has {size} bytes; {bytes_max} are expected")
@@ -170,5 +191,7 @@ def size_inside(directory: Path, path: Path) -> int:
         return status.st_size
     except FileNotFoundError as error:
         raise BundleError(f"the bundle lacks {path.name}") from error
+    except RuntimeError as error:  # a loop of links, before Python 3.13
+        raise BundleError(f"{path.name} is a link that leads nowhere") from error
     except OSError as error:
         raise BundleError(f"{path.name} cannot be read: {error.strerror}") from error

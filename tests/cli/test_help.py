@@ -18,7 +18,9 @@ def _imported_by(*arguments: str) -> set[str]:
     return {entry.rsplit("|", 1)[-1].strip().split(".")[0] for entry in process.stderr.splitlines()}
 
 
-@pytest.mark.parametrize("line", ["--help", "train --help", "join --help", "demo --help"])
+@pytest.mark.parametrize(
+    "line", ["--help", "train --help", "join --help", "bundle verify --help", "demo --help"]
+)
 def test_help_imports_nothing_heavy(line: str) -> None:
     imported = _imported_by(*line.split())
     assert "click" in imported
@@ -28,12 +30,12 @@ def test_help_imports_nothing_heavy(line: str) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     printed = capsys.readouterr().out
-    for name in ("group", "join", "train", "status", "energy", "demo"):
+    for name in ("group", "join", "train", "status", "energy", "bundle", "demo"):
         assert f"\n  {name} " in printed
     assert "..." not in printed.partition("Commands:")[2]
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for line in ([], ["group"]):
+    for line in ([], ["group"], ["bundle"]):
         assert run(line) == 0
         assert "Usage: p2ptrain" in capsys.readouterr().out

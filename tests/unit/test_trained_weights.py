@@ -2,73 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from p2ptrain.bundle.manifest import Adapter, Initialiser, Manifest, Tensor, Value
+from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import BundleError, CheckpointError
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
 from p2ptrain.runtime.trained_weights import (
     TrainedRun,
+    final_tensors,
     own_tensors,
     safetensors_chunks,
-    trained_tensors,
 )
-from p2ptrain.store.bundles import Bundle, bundle_from_parts
+from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory, SavedSegment
-from p2ptrain.training.random import draw_tensor, parameters_digest
+from p2ptrain.store.weights import open_weights
+from p2ptrain.training.random import draw_tensor
 from p2ptrain.training.safetensors import decode_tensors, tensor_digest
 from p2ptrain.training.segment_state import SegmentState, StateHeader
-from tests.bundles import WIDTH, contract_for, graph_files
-from tests.varied_bundle import varied_bundle
+from tests.adapted_bundle import RANK, SCALE, adapted_bundle
+from tests.bundles import WIDTH, contract_for
 from tests.weights import write_weighted
 
 RUN, STEP = RunId("a" * 26), 3
-RANK, SCALE = 2, 0.5
 DOWN, UP = "fixed.lora_down", "fixed.lora_up"
-
-
-def adapted_bundle() -> Bundle:
-    """The varied bundle, whose frozen matrix has an adapter; its graphs do not matter here."""
-    bundle = varied_bundle()
-    manifest = bundle.manifest
-    shapes = {DOWN: (RANK, WIDTH), UP: (WIDTH, RANK)}
-    kind, segments = manifest.kinds["fixed"], list(manifest.segments)
-    place = next(i for i, segment in enumerate(segments) if segment.name == "fixed")
-    added = {name.removeprefix("fixed."): name for name in shapes}
-    segments[place] = dataclasses.replace(
-        segments[place], parameters={**segments[place].parameters, **added}
-    )
-    values = tuple(
-        Value(name=local, shape=tuple(map(str, shapes[name]))) for local, name in added.items()
-    )
-    kinds = {
-        **manifest.kinds,
-        "fixed": dataclasses.replace(kind, parameters=(*kind.parameters, *values)),
-    }
-    adapter = Adapter(down=DOWN, up=UP, scale=SCALE, transposed=True)
-    tensors = [
-        dataclasses.replace(t, adapter=adapter if t.name == "fixed.w" else None)
-        for t in manifest.tensors
-    ]
-    tensors += [_part(name, shape) for name, shape in shapes.items()]
-    changed = dataclasses.replace(
-        manifest, kinds=kinds, segments=tuple(segments), tensors=tuple(tensors)
-    )
-    changed = dataclasses.replace(changed, golden_parameters=parameters_digest(changed, 0))
-    return bundle_from_parts(changed.to_bytes(), graph_files(bundle))
-
-
-def _part(name: str, shape: tuple[int, ...]) -> Tensor:
-    return Tensor(
-        name=name, shape=shape, dtype="float32", binding="trainable", decay=True,
-        initialiser=Initialiser(kind="uniform", scale=0.1),
-    )  # fmt: skip
 
 
 def value_of(name: str, shape: tuple[int, ...]) -> Array:
@@ -112,20 +73,25 @@ def run_of(path: Path, bundle: Bundle) -> TrainedRun:
     directory = RunDirectory(path / RUN)
     checkpoint = checkpoint_of(directory, bundle)
     contract = contract_for(bundle, seed=11)
-    return TrainedRun(bundle=bundle, contract=contract, directory=directory, checkpoint=checkpoint)
+    return TrainedRun(
+        bundle=bundle, weights=open_weights(bundle), contract=contract, directory=directory,
+        checkpoint=checkpoint,
+    )  # fmt: skip
 
 
 def test_the_model_s_own_tensors_are_there_once_under_their_names(tmp_path: Path) -> None:
     bundle = adapted_bundle()
-    found = list(trained_tensors(run_of(tmp_path, bundle)))
-    assert [name for name, _ in found] == [t.name for t in own_tensors(bundle.manifest)]
-    assert {name for name, _ in found} == {
+    found = list(final_tensors(run_of(tmp_path, bundle)))
+    own = [tensor.name for tensor in own_tensors(bundle.manifest)]
+    assert [name for name, _ in found] == [*own, "head.table"]
+    assert set(own) == {
         "start.table", "mix0.scale", "mix0.mean", "mix1.scale", "mix1.mean", "fixed.w", "fixed.b",
         "block0.w", "block0.b", "block1.w", "block1.b",
     }  # fmt: skip
     for name, value in found:
         if name != "fixed.w":
-            np.testing.assert_array_equal(value, value_of(name, value.shape))
+            owner = bundle.manifest.tensor(name).tied_to or name
+            np.testing.assert_array_equal(value, value_of(owner, value.shape))
 
 
 @pytest.mark.parametrize("shipped", [False, True])
@@ -136,7 +102,7 @@ def test_an_adapter_is_merged_into_what_was_drawn_or_shipped(tmp_path: Path, shi
     if shipped:
         frozen = value_of("elsewhere", (WIDTH, WIDTH))
         bundle = write_weighted(tmp_path / "bundle", bundle, {"fixed.w": frozen})
-    merged = dict(trained_tensors(run_of(tmp_path, bundle)))["fixed.w"]
+    merged = dict(final_tensors(run_of(tmp_path, bundle)))["fixed.w"]
     down, up = value_of(DOWN, (RANK, WIDTH)), value_of(UP, (WIDTH, RANK))
     wanted = frozen.astype(float) + SCALE * (up.astype(float) @ down.astype(float)).T
     np.testing.assert_array_equal(merged, wanted.astype(np.float32))
@@ -146,20 +112,21 @@ def test_the_safetensors_file_holds_the_same_and_names_its_framework(tmp_path: P
     run = run_of(tmp_path, adapted_bundle())
     file = decode_tensors(b"".join(safetensors_chunks(run)))
     assert file.metadata == {"format": "pt"}
-    wanted = dict(trained_tensors(run))
-    assert list(file.tensors) == list(wanted)
-    assert all(tensor_digest(file.tensors[n]) == tensor_digest(v) for n, v in wanted.items())
+    wanted = dict(final_tensors(run))
+    assert list(file.tensors) == [tensor.name for tensor in own_tensors(run.bundle.manifest)]
+    assert all(tensor_digest(v) == tensor_digest(wanted[n]) for n, v in file.tensors.items())
 
 
-def test_a_damaged_segment_or_lost_weights_are_told(tmp_path: Path) -> None:
+def test_a_damaged_segment_or_damaged_weights_are_told(tmp_path: Path) -> None:
     bundle = adapted_bundle()
-    weighted = write_weighted(tmp_path / "bundle", bundle, {"fixed.w": value_of("w", (WIDTH,) * 2)})
-    run = run_of(tmp_path, weighted)
+    given = {"fixed.w": value_of("w", (WIDTH, WIDTH))}
+    weighted = write_weighted(tmp_path / "bundle", bundle, given)
     assert weighted.directory is not None
-    (weighted.directory / "weights.safetensors").unlink()
-    with pytest.raises(BundleError, match=r"weights\.safetensors"):
-        list(trained_tensors(run))
+    path = weighted.directory / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x99")
+    with pytest.raises(BundleError, match="damaged"):
+        list(final_tensors(run_of(tmp_path, weighted)))
     other = run_of(tmp_path / "other", bundle)
     other.directory.write_segment(STEP, 2, b"nothing")
     with pytest.raises(CheckpointError):
-        list(trained_tensors(other))
+        list(safetensors_chunks(other))
