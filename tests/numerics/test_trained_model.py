@@ -15,11 +15,10 @@ from onnx import numpy_helper
 from p2ptrain.bundle.manifest import Inference
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import BundleError, CheckpointError, ConfigError
-from p2ptrain.ids import Digest, Lineage, ViewNumber
+from p2ptrain.ids import Digest
 from p2ptrain.runtime.trained_model import write_trained_model
-from p2ptrain.runtime.trained_weights import TrainedRun, final_tensors
+from p2ptrain.runtime.trained_weights import final_tensors
 from p2ptrain.store.bundles import Bundle, bundle_from_parts
-from p2ptrain.store.runs import CheckpointRecord, RunDirectory, SavedSegment
 from p2ptrain.store.weights import open_weights
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.random import draw_tensor
@@ -34,6 +33,7 @@ from tests.bundles import (
     tiny_bundle,
 )
 from tests.pipelines import LocalPipeline
+from tests.stored_runs import store_run
 from tests.varied_bundle import MEAN, varied_bundle
 from tests.weights import some_weights, write_weighted
 
@@ -73,33 +73,10 @@ class Trained:
     def __init__(self, path: Path, bundle: Bundle) -> None:
         self.bundle, weights = bundle, open_weights(bundle)
         self.contract: Contract = contract_for(bundle, steps=STEPS)
-        self.directory = RunDirectory(path / ("r" * 26))
         engine = open_engine(threads=1)
         self.pipeline = LocalPipeline.make(engine, bundle, self.contract, (), TEXT, weights=weights)
         self.pipeline.train(1, STEPS)
-        self.run = TrainedRun(
-            bundle=bundle, weights=weights, contract=self.contract, directory=self.directory,
-            checkpoint=self._save(),
-        )  # fmt: skip
-
-    def _save(self) -> CheckpointRecord:
-        saved = []
-        for index, state in enumerate(self.pipeline.states(STEPS)):
-            content = state.to_bytes(self.pipeline.header(index, STEPS))
-            self.directory.write_segment(STEPS, index, content)
-            blob = Digest(hashlib.sha256(content).hexdigest())
-            saved.append(
-                SavedSegment(
-                    segment=index, blob=blob, blob_bytes=len(content), state=state.digest()
-                )
-            )
-        record = CheckpointRecord(
-            run="r" * 26, lineage=Lineage(0), view=ViewNumber(1), plan=Digest("3" * 64),
-            step=STEPS, bundle=self.bundle.digest, contract=self.contract.digest,
-            segments=tuple(saved),
-        )  # fmt: skip
-        self.directory.commit_checkpoint(record)
-        return record
+        self.run = store_run(path, bundle, self.contract, self.pipeline.states(STEPS))
 
     def tensors(self) -> dict[str, np.ndarray]:
         return dict(final_tensors(self.run))
@@ -168,7 +145,9 @@ def test_damaged_sources_write_no_model(tmp_path: Path) -> None:
     trained.run = dataclasses.replace(trained.run, weights=open_weights(bundle))
     with pytest.raises(BundleError, match="damaged"):
         trained.write(tmp_path / "trained.onnx")
-    segment = trained.directory.path / f"checkpoints/step-0000000{STEPS}/segment-0001.safetensors"
+    segment = (
+        trained.run.directory.path / f"checkpoints/step-0000000{STEPS}/segment-0001.safetensors"
+    )
     segment.write_bytes(segment.read_bytes()[:-1] + b"\x99")
     with pytest.raises(CheckpointError, match="damaged"):
         trained.write(tmp_path / "trained.onnx")

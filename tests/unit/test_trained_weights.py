@@ -11,7 +11,6 @@ import pytest
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import BundleError, CheckpointError
-from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
 from p2ptrain.runtime.trained_weights import (
     TrainedRun,
     final_tensors,
@@ -19,16 +18,15 @@ from p2ptrain.runtime.trained_weights import (
     safetensors_chunks,
 )
 from p2ptrain.store.bundles import Bundle
-from p2ptrain.store.runs import CheckpointRecord, RunDirectory, SavedSegment
-from p2ptrain.store.weights import open_weights
 from p2ptrain.training.random import draw_tensor
 from p2ptrain.training.safetensors import decode_tensors, tensor_digest
-from p2ptrain.training.segment_state import SegmentState, StateHeader
+from p2ptrain.training.segment_state import SegmentState
 from tests.adapted_bundle import RANK, SCALE, adapted_bundle
 from tests.bundles import WIDTH, contract_for
+from tests.stored_runs import store_run
 from tests.weights import write_weighted
 
-RUN, STEP = RunId("a" * 26), 3
+STEP = 3
 DOWN, UP = "fixed.lora_down", "fixed.lora_up"
 
 
@@ -36,29 +34,6 @@ def value_of(name: str, shape: tuple[int, ...]) -> Array:
     """What training has made of a tensor: anything but its draw."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
     return np.random.Generator(np.random.Philox(seed)).standard_normal(shape).astype(np.float32)
-
-
-def checkpoint_of(directory: RunDirectory, bundle: Bundle) -> CheckpointRecord:
-    """A stored checkpoint, every trained tensor and running value of it made by `value_of`."""
-    manifest, saved = bundle.manifest, []
-    for index in range(len(manifest.segments)):
-        content = _state(manifest, index).to_bytes(
-            StateHeader(
-                run=RUN, lineage=Lineage(0), view=ViewNumber(1), plan=Digest("1" * 64), step=STEP,
-                segment=index, bundle=bundle.digest,
-            )
-        )  # fmt: skip
-        directory.write_segment(STEP, index, content)
-        saved.append(
-            SavedSegment(
-                segment=index, blob=Digest(hashlib.sha256(content).hexdigest()),
-                blob_bytes=len(content), state=Digest("0" * 64),
-            )
-        )  # fmt: skip
-    return CheckpointRecord(
-        run=RUN, lineage=Lineage(0), view=ViewNumber(1), plan=Digest("1" * 64), step=STEP,
-        bundle=bundle.digest, contract=contract_for(bundle).digest, segments=tuple(saved),
-    )  # fmt: skip
 
 
 def _state(manifest: Manifest, index: int) -> SegmentState:
@@ -70,13 +45,9 @@ def _state(manifest: Manifest, index: int) -> SegmentState:
 
 
 def run_of(path: Path, bundle: Bundle) -> TrainedRun:
-    directory = RunDirectory(path / RUN)
-    checkpoint = checkpoint_of(directory, bundle)
-    contract = contract_for(bundle, seed=11)
-    return TrainedRun(
-        bundle=bundle, weights=open_weights(bundle), contract=contract, directory=directory,
-        checkpoint=checkpoint,
-    )  # fmt: skip
+    """A run whose trained tensors and running values are all made by `value_of`."""
+    states = [_state(bundle.manifest, index) for index in range(len(bundle.manifest.segments))]
+    return store_run(path, bundle, contract_for(bundle, seed=11), states)
 
 
 def test_the_model_s_own_tensors_are_there_once_under_their_names(tmp_path: Path) -> None:
