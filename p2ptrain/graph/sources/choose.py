@@ -48,6 +48,10 @@ def source_of(model: str, request: Request) -> Source:
     # transformers must not look for anything online, whatever the folder lacks.
     os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    if path.suffix == ".onnx":
+        from p2ptrain.graph.sources.onnx_file import file_source
+
+        return file_source(path, request)
     if path.suffix == ".json" or path.is_dir():
         from p2ptrain.graph.sources.hugging_face import folder_source
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from p2ptrain.bundle.manifest import LOSSES, TASKS, DataSection, Loss
 from p2ptrain.errors import ConfigError
+from p2ptrain.graph.ir import Axis
 from p2ptrain.graph.source import LABELS, LOSS_WEIGHT
 from p2ptrain.graph.sources.inputs import EXAMPLE_BATCH, Input
 from p2ptrain.ids import Digest
@@ -146,3 +147,15 @@ def example_of(
         labels = generator.standard_normal(logits).astype(np.float32)
     counted = int((labels != task.loss.ignore_index).sum())
     return {**example, LABELS: labels, LOSS_WEIGHT: np.array(1.0 / counted, np.float32)}
+
+
+def refuse_misfit(task: Task, logits: tuple[Axis, ...]) -> None:
+    """ConfigError unless the logits have the axes that a task needs."""
+    per_token = {"language-modelling", "masked-language-modelling", "token-classification"}
+    per_sample = {"sequence-classification", "image-classification"}
+    wanted = 3 if task.name in per_token else 2 if task.name in per_sample else None
+    if wanted is not None and len(logits) != wanted:
+        raise ConfigError(
+            f"{task.name} needs logits of {wanted} axes, the model gives {logits}",
+            hint="choose another --task, or let the model end in one logit per class",
+        )

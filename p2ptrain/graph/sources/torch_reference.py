@@ -24,6 +24,7 @@ from p2ptrain.graph.sources.torch_model import TorchModel, logits_of
 Array = NDArray[Any]  # Any: float32, float64, int64 and bool
 
 _DRAW: Final = torch.ops.aten.bernoulli_.float
+_CONVERT: Final = torch.ops.aten._to_copy.default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,7 @@ class TorchReference:
             n: values[n].requires_grad_() for n, _ in module.named_parameters() if n in values
         }
         running = {n: values[n] for n, _ in module.named_buffers() if n in values}
-        with _GivenMasks(masks) as given:
+        with _InFloat64(masks) as given:
             logits = self._logits(module, values, inputs, torch.float64)
         given.refuse_left_over()
         loss = summed_loss(self.loss, logits, torch.from_numpy(inputs[LABELS]))
@@ -100,9 +101,13 @@ def summed_loss(loss: Loss, logits: Any, labels: Any) -> Any:  # Any: torch tens
     return functions[loss.kind](logits, labels.to(logits.dtype), reduction="sum")
 
 
-class _GivenMasks(TorchDispatchMode):  # type: ignore[misc]  # torch is untyped here
-    """Every dropout, wherever it is called, draws its noise by one operator and divides it by the
-    probability; here that operator gives our masks, in the order of the calls."""
+class _InFloat64(TorchDispatchMode):  # type: ignore[misc]  # torch is untyped here
+    """Two things that a module does itself are done otherwise while this is entered.
+
+    Every dropout, wherever it is called, draws its noise by one operator and divides it by the
+    probability: that operator gives our masks, in the order of the calls. And where a module asks
+    for float32 (a softmax, a norm) it gets float64.
+    """
 
     def __init__(self, masks: Sequence[Array]) -> None:
         super().__init__()
@@ -112,8 +117,11 @@ class _GivenMasks(TorchDispatchMode):  # type: ignore[misc]  # torch is untyped 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: Any = (), named: Any = None
     ) -> Any:  # Any: torch's own protocol
+        named = dict(named or {})
+        if function is _CONVERT and named.get("dtype") is torch.float32:
+            named["dtype"] = torch.float64
         if function is not _DRAW:
-            return function(*arguments, **(named or {}))
+            return function(*arguments, **named)
         noise, kept = arguments[0], arguments[1] if len(arguments) > 1 else 0.5
         if self._given == len(self._masks):
             raise GraphError(

@@ -8,13 +8,19 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from p2ptrain.errors import ConfigError
 from p2ptrain.graph.ir import Axis
 from p2ptrain.graph.source import LOGITS, Source
 from p2ptrain.graph.sources.inputs import EXAMPLE_BATCH, SEQUENCE
 from p2ptrain.graph.sources.losses import append_loss
 from p2ptrain.graph.sources.requests import Request
-from p2ptrain.graph.sources.tasks import Images, Task, Text, data_section, example_of
+from p2ptrain.graph.sources.tasks import (
+    Images,
+    Task,
+    Text,
+    data_section,
+    example_of,
+    refuse_misfit,
+)
 from p2ptrain.graph.sources.torch_model import TorchModel
 from p2ptrain.graph.sources.torch_reference import TorchReference
 from p2ptrain.graph.sources.torch_tracing import trace
@@ -71,18 +77,6 @@ def torch_source(model: TorchModel, task: Task, request: Request, about: About) 
         files=dict(about.files),
         example=example,
     )
-
-
-def refuse_misfit(task: Task, logits: tuple[Axis, ...]) -> None:
-    """ConfigError unless the logits have the axes that a task needs."""
-    per_token = {"language-modelling", "masked-language-modelling", "token-classification"}
-    per_sample = {"sequence-classification", "image-classification"}
-    wanted = 3 if task.name in per_token else 2 if task.name in per_sample else None
-    if wanted is not None and len(logits) != wanted:
-        raise ConfigError(
-            f"{task.name} needs logits of {wanted} axes, the model gives {logits}",
-            hint="choose another --task, or let the model end in one logit per class",
-        )
 
 
 def _sizes(axes: tuple[Axis, ...], context: int) -> tuple[int, ...]:

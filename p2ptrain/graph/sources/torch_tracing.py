@@ -7,11 +7,7 @@ become one tensor, and training would be silently wrong.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +21,7 @@ from p2ptrain.graph.ir import OPSET, Graph, attribute, from_model
 from p2ptrain.graph.local import apply_names
 from p2ptrain.graph.source import LOGITS, Traced
 from p2ptrain.graph.sources.inputs import EXAMPLE_BATCH, SEQUENCE
+from p2ptrain.graph.sources.simplify import quiet, simplify
 from p2ptrain.graph.sources.torch_model import TorchModel, logits_of
 
 PREFIX: Final = "model."
@@ -110,7 +107,7 @@ def _dynamic_shapes(
 def _export(
     wrapped: Any, tensors: tuple[Any, ...], shapes: Any, model: TorchModel
 ) -> onnx.ModelProto:  # Any: torch modules, tensors and dimensions
-    with _quiet(), model.plain_operators():
+    with quiet(), model.plain_operators():
         try:
             program = torch.onnx.export(
                 wrapped,
@@ -141,22 +138,6 @@ def _first_cause(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch warns of training mode, of torchvision and of itself; none of it is news here."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _as_traced(
     proto: onnx.ModelProto,
     parameter_names: Mapping[str, str],
@@ -167,7 +148,7 @@ def _as_traced(
     found = _inputs_of_initialisers(proto, parameter_names)
     if training:
         _batch_norms_to_training(proto, modes)
-    graph = from_model(_optimise(proto))
+    graph = from_model(simplify(proto))
     _use_module_names(graph, [*found.parameters, *found.running])
     apply_names(graph, {graph.outputs[0]: LOGITS})
     read = {name for node in graph.nodes for name in node.input}
@@ -232,14 +213,6 @@ def _batch_norms_to_training(proto: onnx.ModelProto, modes: Mapping[str, bool]) 
         if modes.get(running[0].rpartition(".")[0], False):
             node.attribute.append(helper.make_attribute("training_mode", 1))
             node.output.extend(NEW + name for name in running)
-
-
-def _optimise(model: onnx.ModelProto) -> onnx.ModelProto:
-    from onnxscript import optimizer
-
-    optimise: Callable[..., onnx.ModelProto] = optimizer.optimize
-    with _quiet():
-        return optimise(model)
 
 
 def _use_module_names(graph: Graph, names: list[str]) -> None:
