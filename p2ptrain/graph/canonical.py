@@ -13,9 +13,11 @@ from typing import Final
 
 import onnx
 
+from p2ptrain.graph.fusions import fuse_activations
 from p2ptrain.graph.ir import FLOAT, MICROSOFT, Graph, Type, attribute, make
 from p2ptrain.graph.views import drop_identities, product, rewrite_views, share_equal_nodes
 
+MASK_PREFIX: Final = "mask."
 UNARY: Final = ("Gelu", "Relu", "Tanh", "Sigmoid", "Erf", "Neg", "Exp", "Sqrt", "Identity")
 WITH_SCALAR: Final = ("Mul", "Add", "Sub", "Div", "Pow")
 
@@ -32,6 +34,7 @@ def canonicalise(graph: Graph, *, data: str) -> tuple[DropoutSite, ...]:
     """Rewrite the graph in place; gives its dropout sites. `data` is the first input."""
     sites = replace_dropout(graph)
     fuse_gelu(graph)
+    fuse_activations(graph)
     linears_to_gemm(graph, data)
     _until_settled(graph, _sink_unflattened)
     rewrite_views(graph, data)
@@ -59,13 +62,25 @@ def replace_dropout(graph: Graph) -> tuple[DropoutSite, ...]:
         if ratio == 0.0:
             graph.nodes[index] = make("Identity", [source], [target])
             continue
-        mask = f"mask.{len(sites)}"
+        mask = f"{MASK_PREFIX}{len(sites)}"
         graph.inputs[mask] = graph.types[mask] = graph.types[source]
         graph.nodes[index] = make("Mul", [source, mask], [target])
         sites.append(DropoutSite(name=mask, probability=round(ratio, 6)))
     graph.prune()
     drop_identities(graph)
     return tuple(sites)
+
+
+def evaluation_form(graph: Graph) -> Graph:
+    """A copy without dropout: no value is multiplied by a mask, and all keep their names."""
+    copied = graph.copy()
+    for index, node in enumerate(copied.nodes):
+        masks = [name for name in node.input if name.startswith(MASK_PREFIX)]
+        if node.op_type == "Mul" and masks:
+            (source,) = (name for name in node.input if name not in masks)
+            copied.nodes[index] = make("Identity", [source], node.output)
+    copied.inputs = {n: t for n, t in copied.inputs.items() if not n.startswith(MASK_PREFIX)}
+    return copied
 
 
 def fuse_gelu(graph: Graph) -> None:

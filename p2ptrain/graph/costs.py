@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import onnx
 
@@ -15,26 +16,48 @@ from p2ptrain.graph.views import VIEWS
 
 HEADS = "heads"
 COLUMNS = "columns"
+RECURRENT: Final = ("LSTM", "GRU", "RNN")
+PRODUCTS: Final = ("Gemm", "MatMul", "Conv", "ConvTranspose", "Einsum", *RECURRENT)
 
 
 def product_flops(graph: Graph, sizes: Mapping[str, int]) -> int:
-    """Floating-point operations of all matrix products, 2 per multiply-add.
+    """Floating-point operations of all matrix products and convolutions, 2 per multiply-add.
 
     Args:
         sizes: The size of every symbol, `batch` included.
     """
-    total = 0
-    for node in graph.nodes:
-        if node.op_type == "Gemm":
-            left = _sizes(graph, node.input[0], sizes)
-            inner = left[0] if attribute(node, "transA", 0) else left[1]
-        elif node.op_type in ("MatMul", "FusedMatMul"):
-            left = _sizes(graph, node.input[0], sizes)
-            inner = left[-2] if attribute(node, "transA", 0) else left[-1]
-        else:
-            continue
-        total += 2 * inner * math.prod(_sizes(graph, node.output[0], sizes))
-    return total
+    return sum(node_flops(graph, node, sizes) for node in graph.nodes)
+
+
+def node_flops(graph: Graph, node: onnx.NodeProto, sizes: Mapping[str, int]) -> int:
+    """Floating-point operations of one node; 0 for what is not a product."""
+    if node.op_type in ("Gemm", "MatMul", "FusedMatMul"):
+        left = _sizes(graph, node.input[0], sizes)
+        inner = left[-2 if attribute(node, "transA", 0) and len(left) > 1 else -1]
+        return 2 * inner * math.prod(_sizes(graph, node.output[0], sizes))
+    if node.op_type in ("Conv", "ConvTranspose"):
+        moved = node.output[0] if node.op_type == "Conv" else node.input[0]
+        kernel = _sizes(graph, node.input[1], sizes)[1:]
+        return 2 * math.prod(kernel) * math.prod(_sizes(graph, moved, sizes))
+    if node.op_type in RECURRENT:
+        steps = math.prod(_sizes(graph, node.input[0], sizes)[:2])
+        return 2 * steps * sum(math.prod(_sizes(graph, w, sizes)) for w in node.input[1:3])
+    if node.op_type == "Einsum":
+        return _einsum_flops(graph, node, sizes)
+    return 0
+
+
+def _einsum_flops(graph: Graph, node: onnx.NodeProto, sizes: Mapping[str, int]) -> int:
+    """One multiply-add for every combination of the letters; `...` stands for leading axes."""
+    terms = bytes(attribute(node, "equation")).decode().replace(" ", "").split("->")[0].split(",")
+    letters: dict[str, int] = {}
+    leading = 1
+    for term, name in zip(terms, node.input, strict=True):
+        axes = list(_sizes(graph, name, sizes))
+        named = term.replace("...", "")
+        leading = max(leading, math.prod(axes[: len(axes) - len(named)]))
+        letters.update(zip(named, axes[len(axes) - len(named) :], strict=True))
+    return 2 * leading * math.prod(letters.values()) if len(terms) > 1 else 0
 
 
 def _sizes(graph: Graph, name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -68,7 +91,8 @@ def find_shards(graph: Graph) -> Shards:
         source = _back(graph, producers, node.input[0])
         below = producers.get(source)
         axes = graph.axes(source)
-        if len(axes) == 4 and isinstance(axes[2], int) and isinstance(axes[3], int):
+        merged = below is not None and below.op_type == "Transpose"
+        if merged and len(axes) == 4 and isinstance(axes[2], int) and isinstance(axes[3], int):
             sizes[HEADS] = axes[2]
             _put(groups, node, HEADS, axes[3], inner=True)
         elif below is not None and below.op_type == "Gemm":

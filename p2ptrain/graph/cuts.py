@@ -1,24 +1,54 @@
-"""Find where a canonical forward graph may be cut, and cut it into a chain of segments.
+"""Cut a canonical forward graph into a chain of segments.
 
-A frontier is a point of the order where a single value carries everything that the rest needs
-from the data: the residual stream between two half blocks. What follows from shapes alone
-(positions, causal masks) is recomputed in each segment.
+What crosses a cut: the main values that later nodes read, and beside them the data inputs (or
+what follows from these alone) that later segments need to make masks and positions again. Sizes
+are read from whatever crosses. Every value that crosses is `y`, `y1`, ... of one segment and
+`x`, `x1`, ... of the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
 import onnx
 
 from p2ptrain.errors import GraphError
-from p2ptrain.graph.ir import Graph, attribute
+from p2ptrain.graph.canonical import MASK_PREFIX
+from p2ptrain.graph.flow import SIZES, Flow, asked_axes
+from p2ptrain.graph.ir import INT64, Axis, Graph, Type, apply_names, attribute, make
+from p2ptrain.graph.source import LOSS
 
-PRODUCTS: Final = ("Gemm", "MatMul", "Conv", "ConvTranspose", "Einsum")
 PORT_IN: Final = "x"
 PORT_OUT: Final = "y"
+NEW: Final = "new."
+DERIVED_SHARE: Final = 2
+"""Data inputs cross as they are, unless what is made of them has less than half of their bytes."""
+
+
+def port_name(stem: str, index: int) -> str:
+    """x, x1, x2, ...: the only port has no number."""
+    return f"{stem}{index}" if index else stem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """The main nodes of one segment, from `start` up to `end`, the latter excluded."""
+
+    start: int
+    end: int
+    enters: tuple[str, ...]
+    leaves: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ports:
+    """What enters or leaves a segment: port name -> the model's value, in order."""
+
+    values: dict[str, str]
+    differentiable: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,157 +56,252 @@ class Piece:
     """One segment cut out of the model, still with the model's parameter names."""
 
     graph: Graph
-    """Inputs: port, other data inputs, parameters, masks; one output."""
-    parameters: tuple[str, ...]
+    """Inputs: ports, labels and loss weight, parameters, running values, masks. Outputs: ports,
+    then new running values."""
+    entering: Ports
+    leaving: Ports
+    span: Span
+    late: tuple[str, ...]
+    """Labels and loss weight, in the last segment."""
+    trainable: tuple[str, ...]
+    frozen: tuple[str, ...]
+    running: tuple[str, ...]
     masks: tuple[str, ...]
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (*self.trainable, *self.frozen)
 
-def cut(graph: Graph, *, data: str, parameters: Iterable[str]) -> tuple[Piece, ...]:
-    """Cut at every residual frontier: first | half block | ... | last with the loss.
+
+def cut(flow: Flow, cuts: Sequence[int]) -> tuple[Piece, ...]:
+    """Cut behind the main nodes at these positions.
 
     Raises:
-        GraphError: a parameter is read in two segments, or a value other than the frontier
-            crosses; the message names it.
+        GraphError: a size cannot be read from what crosses, or a data input has a port's name.
     """
-    carriers = _carriers(graph, data)
-    groups = _join(_regions(graph, carriers))
+    crossings = crossing_values(flow, cuts)
     pieces = []
-    entry = data
-    known = tuple(parameters)
-    for index, group in enumerate(groups):
-        last = index == len(groups) - 1
-        exit_value = graph.outputs[0] if last else _exit(graph, group, carriers)
-        pieces.append(_piece(graph, entry, exit_value, data, known, carriers))
-        entry = exit_value
-    _refuse_ties(pieces)
+    start, enters = 0, flow.roles.data
+    for index, leaves in enumerate([*crossings, (flow.graph.outputs[0],)]):
+        last = index == len(crossings)
+        end = len(flow.order) if last else cuts[index] + 1
+        span = Span(start=start, end=end, enters=enters, leaves=leaves)
+        pieces.append(_piece(flow, flow.graph, span))
+        start, enters = end, leaves
     return tuple(pieces)
 
 
-def _carriers(graph: Graph, data: str) -> set[str]:
-    """Values that depend on the data's content, not only on its shape."""
-    carrying = {data}
-    for node in graph.nodes:
-        if node.op_type != "Shape" and carrying.intersection(node.input):
-            carrying.update(name for name in node.output if name)
-    return carrying
+def evaluation_piece(flow: Flow, evaluating: Graph, piece: Piece) -> Graph:
+    """The same segment cut out of the model as it is evaluated: no masks, no new running values.
 
-
-def _regions(graph: Graph, carriers: set[str]) -> list[list[onnx.NodeProto]]:
-    """Runs of carrying nodes between points where exactly one carried value is alive."""
-    nodes = [n for n in graph.nodes if n.op_type != "Shape" and carriers.intersection(n.input)]
-    last_read: dict[str, int] = {}
-    for position, node in enumerate(nodes):
-        for name in node.input:
-            last_read[name] = position
-    regions: list[list[onnx.NodeProto]] = [[]]
-    alive: set[str] = set()
-    for position, node in enumerate(nodes):
-        regions[-1].append(node)
-        alive.update(name for name in node.output if name in last_read)
-        alive = {name for name in alive if last_read[name] > position}
-        if len(alive) == 1 and position < len(nodes) - 1:
-            regions.append([])
-    return regions
-
-
-def _join(regions: list[list[onnx.NodeProto]]) -> list[list[onnx.NodeProto]]:
-    """Parallel regions with a matrix product are segments; what lies around joins its neighbour.
-
-    Before the first and after the last parallel region the rest makes a segment of its own
-    (embedding, head); between two of them it joins the following one.
+    Args:
+        evaluating: The model's graph under the same value names, in evaluation form.
     """
-    groups: list[list[onnx.NodeProto]] = []
-    pending: list[onnx.NodeProto] = []
-    for region in regions:
-        block = len(region) > 1 and any(node.op_type in PRODUCTS for node in region)
-        if block and not groups and pending:
-            groups.append(pending)
-            pending = []
-        pending = pending + region
-        if block:
-            groups.append(pending)
-            pending = []
-    return [*groups, pending] if pending else groups
+    return _piece(flow, evaluating, piece.span, running=False).graph
 
 
-def _exit(graph: Graph, group: list[onnx.NodeProto], carriers: set[str]) -> str:
-    """The one carried value of a group that later nodes read."""
-    inside = {id(node) for node in group}
-    made = {name for node in group for name in node.output if name in carriers}
-    read = {
-        name
-        for node in graph.nodes
-        if id(node) not in inside
-        for name in node.input
-        if name in made
-    }
-    if len(read) != 1:
-        raise GraphError(f"the cut is crossed by {sorted(read)}, one value was expected")
-    return str(read.pop())
+def crossing_values(flow: Flow, cuts: Sequence[int]) -> list[tuple[str, ...]]:
+    """What each cut hands on: main values as they are made, then data or what is made of it."""
+    if not cuts:
+        return []
+    derived = [name for name in flow.border[cuts[0]] if name not in flow.late]
+    raw = flow.raw[cuts[0]]
+    cheaper = DERIVED_SHARE * flow.bytes_of(derived) < flow.bytes_of(raw)
+    if any(flow.raw[c] and flow.border[c] & flow.late for c in cuts):
+        cheaper = False  # what depends on labels too can only be made where the labels are
+    crossings = []
+    for position in cuts:
+        if cheaper:
+            order = list(flow.graph.types)
+            beside = sorted(flow.border[position] - flow.late, key=order.index)
+        else:
+            beside = [name for name in flow.roles.data if name in flow.raw[position]]
+        crossings.append((*flow.alive[position], *beside))
+    return crossings
 
 
-def _piece(
-    graph: Graph,
-    entry: str,
-    exit_value: str,
-    data: str,
-    parameters: tuple[str, ...],
-    carriers: set[str],
-) -> Piece:
-    piece = graph.copy()
-    piece.outputs = [exit_value]
-    piece.nodes = [node for node in piece.nodes if entry not in node.output]
-    if entry != data:
-        _shapes_from(piece, data, entry)
-    piece.prune()
-    used = {name for node in piece.nodes for name in node.input}
-    crossing = {n for n in used & carriers if n in piece.inputs and n != entry}
-    if crossing:
-        raise GraphError(
-            f"{sorted(crossing)} is needed beyond the first segment",
-            hint="only one value may cross a cut; compute masks from shapes",
-        )
-    names = [entry] + [n for n in piece.inputs if n in used and n != entry]
-    piece.inputs = {name: piece.types[name] for name in names}
-    _rename_value(piece, entry, PORT_IN if entry != data else data)
-    _rename_value(piece, exit_value, PORT_OUT if exit_value != graph.outputs[0] else "loss")
+def _piece(flow: Flow, whole: Graph, span: Span, *, running: bool = True) -> Piece:
+    made = {name for node in flow.order[span.start : span.end] for name in node.output if name}
+    state = [n for n in flow.graph.outputs[1:] if n in made] if running else []
+    graph = _cone(whole, [*span.leaves, *state], stop=set(span.enters))
+    first = span.enters == flow.roles.data
+    _settle_sizes(flow, graph, span.enters, made)
+    read = {name for node in graph.nodes for name in node.input} | set(span.leaves)
+    entering = [name for name in span.enters if name in read or not first]
+    names = [name if first else port_name(PORT_IN, i) for i, name in enumerate(entering)]
+    ends = span.leaves == (flow.graph.outputs[0],)
+    outputs = [LOSS if ends else port_name(PORT_OUT, i) for i in range(len(span.leaves))]
+    _refuse_names(names, outputs)
+    _name_ports(graph, dict(zip(entering, names, strict=True)), span.leaves, outputs)
+    graph.outputs = [*outputs, *state]
+    others = [name for name in whole.inputs if name in read and name not in flow.roles.data]
+    graph.inputs = {name: graph.types[name] for name in (*names, *others)}
     return Piece(
-        graph=piece,
-        parameters=tuple(n for n in parameters if n in piece.inputs),
-        masks=tuple(n for n in piece.inputs if n.startswith("mask.")),
+        graph=graph,
+        entering=_ports(flow, names, entering),
+        leaving=_ports(flow, outputs, span.leaves),
+        span=span,
+        late=tuple(name for name in flow.roles.late if name in others),
+        trainable=tuple(name for name in flow.roles.trainable if name in others),
+        frozen=tuple(name for name in flow.roles.frozen if name in others),
+        running=tuple(name for name in flow.roles.running if name in others),
+        masks=tuple(name for name in others if name.startswith(MASK_PREFIX)),
     )
 
 
-def _shapes_from(piece: Graph, data: str, entry: str) -> None:
-    """Read sizes of the data from the entering value, which has the same leading axes."""
-    for node in piece.nodes:
-        if node.op_type != "Shape" or node.input[0] != data:
-            continue
-        end = int(attribute(node, "end", len(piece.axes(data))))
-        if piece.axes(data)[:end] != piece.axes(entry)[:end]:
-            raise GraphError(f"{entry!r} does not begin with the axes of {data!r}")
-        node.input[0] = entry
+def _ports(flow: Flow, names: Sequence[str], values: Sequence[str]) -> Ports:
+    ports = dict(zip(names, values, strict=True))
+    return Ports(
+        values=ports,
+        differentiable=frozenset(port for port, name in ports.items() if flow.differentiable(name)),
+    )
 
 
-def _rename_value(graph: Graph, old: str, new: str) -> None:
-    if old == new:
-        return
-    graph.rename(old, new)
+def _cone(whole: Graph, outputs: Sequence[str], stop: set[str]) -> Graph:
+    """A copy of the nodes that make `outputs`, without what lies above the values of `stop`."""
+    needed = set(outputs)
+    kept = []
+    for node in reversed(whole.nodes):
+        if any(name in needed and name not in stop for name in node.output):
+            needed.update(name for name in node.input if name)
+            copied = onnx.NodeProto()
+            copied.CopyFrom(node)
+            kept.append(copied)
+    known = needed | {name for node in kept for name in node.output}
+    return Graph(
+        inputs={name: kind for name, kind in whole.inputs.items() if name in needed},
+        nodes=kept[::-1],
+        constants={name: value for name, value in whole.constants.items() if name in needed},
+        outputs=list(outputs),
+        types={name: kind for name, kind in whole.types.items() if name in known},
+    )
+
+
+def _settle_sizes(flow: Flow, graph: Graph, enters: Sequence[str], made: set[str]) -> None:
+    """Read the sizes of what lies outside the segment from what enters it."""
+    nodes: list[onnx.NodeProto] = []
+    present = {name for node in graph.nodes for name in node.output} & made | set(enters)
     for node in graph.nodes:
-        for index, name in enumerate(node.output):
-            if name == old:
-                node.output[index] = new
-    graph.types[new] = graph.types.pop(old)
-    graph.inputs = {(new if n == old else n): t for n, t in graph.inputs.items()}
+        source = node.input[0] if node.op_type in SIZES else ""
+        if not source or source in present or source not in flow.main | flow.side:
+            nodes.append(node)
+        else:
+            nodes += _sizes_from(flow, graph, node, enters)
+    graph.nodes = nodes
+    graph.prune()
 
 
-def _refuse_ties(pieces: Iterable[Piece]) -> None:
-    seen: set[str] = set()
-    for piece in pieces:
-        for name in piece.parameters:
-            if name in seen:
-                raise GraphError(
-                    f"parameter {name!r} is used in two segments",
-                    hint="untie the weights in the torch module; ties are not exported yet",
-                )
-            seen.add(name)
+def _sizes_from(
+    flow: Flow, graph: Graph, node: onnx.NodeProto, enters: Sequence[str]
+) -> list[onnx.NodeProto]:
+    """Nodes that give what a Shape node gave, from the shapes of entering values.
+
+    Raises:
+        GraphError: no entering value has an axis that is needed.
+    """
+    axes = asked_axes(flow.graph, node)
+    begin, end = int(attribute(node, "start", 0)), int(attribute(node, "end", len(axes)))
+    types = flow.graph.types
+    for name in enters:
+        symbolic = node.op_type == "Shape" and any(isinstance(axis, str) for axis in axes)
+        if symbolic and begin >= 0 and end >= 0 and types[name].axes[begin:end] == axes:
+            return [make("Shape", [name], node.output, start=begin, end=end)]
+    if node.op_type == "Shape" and all(isinstance(axis, int) for axis in axes):
+        return [make("Identity", [graph.constant(np.array(axes, np.int64), "size")], node.output)]
+    parts: list[str] = []
+    nodes: list[onnx.NodeProto] = []
+    for axis in axes:
+        if isinstance(axis, int):
+            parts.append(graph.constant(np.array([axis], np.int64), "size"))
+            continue
+        name, place = _holder(types, enters, axis, node.input[0])
+        parts.append(_fresh(graph, "size"))
+        nodes.append(make("Shape", [name], [parts[-1]], start=place, end=place + 1))
+    if node.op_type == "Size":
+        return [*nodes, *_multiplied(graph, parts, node.output[0])]
+    return [*nodes, make("Concat", parts, node.output, axis=0)]
+
+
+def _holder(
+    types: Mapping[str, Type], enters: Sequence[str], axis: Axis, wanted: str
+) -> tuple[str, int]:
+    for name in enters:
+        if name in types and axis in types[name].axes:
+            return name, types[name].axes.index(axis)
+    raise GraphError(
+        f"the size {axis!r} of {wanted!r} is needed beyond a cut that no such axis crosses",
+        hint="cut elsewhere",
+    )
+
+
+def _multiplied(graph: Graph, parts: Sequence[str], target: str) -> list[onnx.NodeProto]:
+    """The product of several sizes, as the scalar that Size gives."""
+    sizes = _fresh(graph, "size", len(parts))
+    return [
+        make("Concat", parts, [sizes], axis=0),
+        make("ReduceProd", [sizes], [target], keepdims=0),
+    ]
+
+
+def _fresh(graph: Graph, stem: str, count: int = 1) -> str:
+    name = graph.fresh(stem)
+    while name in graph.types:
+        name = graph.fresh(stem)
+    graph.types[name] = Type(dtype=INT64, axes=(count,))
+    return name
+
+
+def _refuse_names(names: Sequence[str], outputs: Sequence[str]) -> None:
+    clash = set(names) & set(outputs)
+    if clash:
+        raise GraphError(
+            f"a data input has the name {clash.pop()!r}, which is kept for boundaries",
+            hint="rename the argument of the model's forward",
+        )
+
+
+def _name_ports(
+    graph: Graph, entering: Mapping[str, str], leaves: Sequence[str], outputs: Sequence[str]
+) -> None:
+    """Give the ports their names; what only passes through gets an output of its own."""
+    leaving: dict[str, str] = {}
+    passing = []
+    for value, output in zip(leaves, outputs, strict=True):
+        through = value in entering or value in leaving or value in graph.inputs
+        if through:
+            source = entering.get(value, leaving.get(value, value))
+            passing.append(make("Identity", [source], [output]))
+        else:
+            leaving[value] = output
+    ports = {*entering.values(), *outputs}
+    values = {name for node in graph.nodes for name in node.output} | set(graph.constants)
+    inner = values - set(entering) - set(leaving)
+    aside = {name: f"{name}.inner" for name in inner & ports}
+    types = {out: graph.types[value] for value, out in zip(leaves, outputs, strict=True)}
+    apply_names(graph, {**aside, **leaving, **entering})
+    graph.types.update(types)
+    graph.nodes += passing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutRow:
+    """One segment and the cut behind it, as the exporter tells it."""
+
+    segment: str
+    kind: str
+    flops: int
+    """Forward, for one sample."""
+    values: tuple[str, ...]
+    """The model's names of what crosses to the next segment; empty after the last."""
+    shapes: tuple[str, ...]
+    bytes: int
+    """Of these, for one sample."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutReport:
+    """What was cut, where and why; `notes` say what was joined."""
+
+    rows: tuple[CutRow, ...]
+    notes: tuple[str, ...] = field(default=())

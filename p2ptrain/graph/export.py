@@ -1,264 +1,312 @@
-"""From a source to a bundle in memory: canonicalise, cut, differentiate, describe."""
+"""From a model's source to a bundle in memory: canonicalise, cut, differentiate, describe."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from numpy.typing import NDArray
-
+from p2ptrain import limits
 from p2ptrain.bundle import manifest as words
-from p2ptrain.errors import GraphError
-from p2ptrain.graph.canonical import canonicalise
-from p2ptrain.graph.costs import Shards, axis_size, find_shards, product_flops
-from p2ptrain.graph.cuts import PORT_IN, PORT_OUT, cut
-from p2ptrain.graph.ir import IR_VERSION, OPSET, Axis, Graph, depth_first, to_model
-from p2ptrain.graph.local import Local, localise, rename_inner
+from p2ptrain.errors import ConfigError, GraphError
+from p2ptrain.graph.asked import counted_cuts, named_cuts, scopes_of
+from p2ptrain.graph.batch_norm import canonicalise_batch_norm
+from p2ptrain.graph.canonical import MASK_PREFIX, canonicalise, evaluation_form
+from p2ptrain.graph.costs import axis_size
+from p2ptrain.graph.cuts import NEW, CutReport, CutRow, Piece, cut, evaluation_piece
+from p2ptrain.graph.flow import Flow, Roles, analyse
+from p2ptrain.graph.frontiers import Found, find_cuts
+from p2ptrain.graph.ir import Graph, depth_first
+from p2ptrain.graph.kinds import Files, Kind, Values, describe_kind, distinct_kinds
+from p2ptrain.graph.local import Local, localise, readable, rename_inner, shared_path
 from p2ptrain.graph.lowering.registry import lower
-from p2ptrain.graph.source import LABELS, LOGITS, LOSS, LOSS_WEIGHT, Source
-from p2ptrain.graph.split import Pair, differentiate, name_stash, tidy
+from p2ptrain.graph.source import LABELS, LOSS_WEIGHT, Array, Source
+from p2ptrain.graph.split import tidy
 from p2ptrain.graph.update import Update, adamw, sgd
 from p2ptrain.graph.weights import with_weights
 from p2ptrain.ids import Digest
 from p2ptrain.training.random import parameters_digest
 
-_ROLES = {LABELS: "labels", LOSS_WEIGHT: "loss_weight", LOSS: "loss"}
-
 
 @dataclass(slots=True, kw_only=True)
 class Bundle:
-    """A manifest and its files by digest, not yet written."""
+    """A manifest and its files by digest, not yet written; and where the model was cut."""
 
     manifest: words.Manifest
     files: dict[Digest, bytes] = field(default_factory=dict)
-    weights: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    """What `weights.safetensors` is written from, by tensor name. (Any: every dtype.)"""
+    weights: Mapping[str, Array] = field(default_factory=dict)
+    """What `weights.safetensors` is written from, by tensor name."""
     further: Mapping[str, bytes] = field(default_factory=dict)
     """Other files by name: `tokenizer.json`."""
+    cuts: CutReport = field(default_factory=lambda: CutReport(rows=()))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kind:
-    name: str
-    local: Local
-    forms: dict[str, Pair]
-    shards: Shards
+def export(
+    source: Source,
+    *,
+    frozen: frozenset[str] = frozenset(),
+    segments: int | None = None,
+    cuts: Sequence[str] = (),
+) -> Bundle:
+    """Build the bundle; `check.verify` compares it with the source before anybody writes it.
 
-
-def export(source: Source) -> Bundle:
-    """Build the bundle; `check.verify` compares it with its reference before anybody writes it.
+    Args:
+        source: The traced model; it is not changed.
+        frozen: Parameters that nobody trains: constants of the graphs, without gradients.
+        segments: About how many segments to make; None: as the graph suggests.
+        cuts: Values or module paths to cut behind, and nowhere else; excludes `segments`.
 
     Raises:
-        GraphError: the model cannot be cut, differentiated or lowered; the message
-            names the value or operator, the hint says what to change.
+        GraphError: the model cannot be cut, differentiated or lowered; the message names the
+            value or operator, the hint says what to change.
+        ConfigError: a cut or frozen parameter that the model does not have.
     """
-    (data,) = source.data_inputs
-    traced = source.training
-    graph = traced.graph.copy()
-    sites = canonicalise(graph, data=data)
-    pieces = cut(graph, data=data, parameters=traced.parameters)
-    locals_ = [
-        localise(piece, sites, role="head" if index == len(pieces) - 1 else "block")
-        for index, piece in enumerate(pieces)
-    ]
-    kinds = _kinds(locals_)
-    files: dict[Digest, bytes] = {}
-    listed: dict[str, words.GraphFile] = {}
-
-    def put(graph: Graph, name: str) -> Digest:
-        content = to_model(graph, name=name).SerializeToString(deterministic=True)
-        digest = Digest(hashlib.sha256(content).hexdigest())
-        files[digest] = content
-        listed[digest] = words.GraphFile(
-            bytes=len(content), opset=OPSET, ir=IR_VERSION, dtype="float32"
-        )
-        return digest
-
-    symbols = _symbols(kinds, source.data.context)
-    described = {k.name: _describe(k, symbols, data, put) for k in kinds.values()}
-    inference = _inference(source, data, put)
-    bundle = words.Manifest(
+    prepared = _prepare(source, frozen)
+    flow = prepared.flow
+    found = _choose(flow, source, segments, cuts)
+    pieces = cut(flow, found.cuts)
+    locals_ = _localised(prepared, pieces)
+    kinds = distinct_kinds(locals_)
+    chain = _chain(locals_, kinds)
+    files = Files()
+    manifest = words.Manifest(
         name=source.name,
         task=source.task,
         description=source.description,
-        symbols=symbols,
-        graphs=listed,
-        kinds=described,
-        segments=_segments(locals_, kinds),
-        tensors=_tensors(source, locals_, kinds),
-        updates={u.name: _describe_update(u, put) for u in (adamw(), sgd())},
-        inference=inference,
+        symbols=_symbols(flow, kinds),
+        graphs=files.listed,
+        kinds={k.name: describe_kind(k, flow.sizes, files) for k in kinds.values()},
+        segments=tuple(place.segment for place in chain),
+        tensors=_tensors(source, chain),
+        updates={u.name: _describe_update(u, files) for u in (adamw(), sgd())},
+        inference=_inference(source, files),
         data=source.data,
         loss=source.loss,
         golden_parameters=Digest("0" * 64),
     )
-    bundle = replace(bundle, golden_parameters=parameters_digest(bundle, 0))
-    words.check_manifest(bundle)
-    manifest = with_weights(bundle, source.weights)
-    return Bundle(manifest=manifest, files=files, weights=source.weights, further=source.files)
-
-
-def _kinds(locals_: list[Local]) -> dict[str, _Kind]:
-    """One kind per distinct segment, by fingerprint, with a readable unique name."""
-    kinds: dict[str, _Kind] = {}
-    taken: dict[str, int] = {}
-    for local in locals_:
-        if local.fingerprint in kinds:
-            continue
-        count = taken[local.role] = taken.get(local.role, 0) + 1
-        name = local.role if count == 1 else f"{local.role}_kind{count}"
-        kinds[local.fingerprint] = _Kind(
-            name=name,
-            local=local,
-            forms={form: _pair(local, portable=form == "portable") for form in words.FORMS},
-            shards=find_shards(local.graph),
-        )
-    return kinds
-
-
-def _pair(local: Local, *, portable: bool) -> Pair:
-    wanted = {name: f"gradient.{name}" for name in local.parameters}
-    if PORT_IN in local.graph.inputs:
-        wanted = {PORT_IN: f"cotangent.{PORT_IN}", **wanted}
-    reference = next(iter(local.graph.inputs))
-    pair = differentiate(local.graph, wanted=wanted, reference=reference, portable=portable)
-    return name_stash(pair)
-
-
-def _segments(locals_: list[Local], kinds: Mapping[str, _Kind]) -> tuple[words.Segment, ...]:
-    names = [kinds[local.fingerprint].name for local in locals_]
-    segments = []
-    for index, (local, kind) in enumerate(zip(locals_, names, strict=True)):
-        ordinal = names[:index].count(kind)
-        name = f"{kind}_{ordinal}" if names.count(kind) > 1 else kind
-        segments.append(words.Segment(name=name, kind=kind, parameters=dict(local.parameters)))
-    return tuple(segments)
-
-
-def _symbols(kinds: Mapping[str, _Kind], context: int) -> dict[str, words.Symbol]:
-    symbols = {
-        words.BATCH: words.Symbol(size=None, kind="batch"),
-        "sequence": words.Symbol(size=context, kind="sequence"),
-    }
-    for kind in kinds.values():
-        for name, size in kind.shards.sizes.items():
-            known = symbols.setdefault(name, words.Symbol(size=size, kind=name))
-            if known.size != size:
-                raise GraphError(f"two segments have different numbers of {name}")
-    return symbols
-
-
-def _describe(
-    kind: _Kind, symbols: Mapping[str, words.Symbol], data: str, put: Any
-) -> words.SegmentKind:
-    """A kind's entry. (Any: the closure that stores a graph.)"""
-    graph = kind.local.graph
-    sizes = {n: s.size if s.size is not None else 1 for n, s in symbols.items()}
-    ports = [n for n in graph.inputs if n not in kind.local.parameters]
-    value = _Values(graph=graph, sizes=kind.shards.sizes)
-    forms = {
-        form: words.GraphPair(
-            forward=put(pair.forward, f"{kind.name}.forward"),
-            backward=put(pair.backward, f"{kind.name}.backward"),
-            stash=tuple(_Values(graph=pair.forward, sizes=kind.shards.sizes).of(pair.stash)),
-        )
-        for form, pair in kind.forms.items()
-    }
-    return words.SegmentKind(
-        name=kind.name,
-        forms=forms,
-        inputs=tuple(
-            _port(v, data) for v in value.of(n for n in ports if n not in kind.local.masks)
-        ),
-        outputs=tuple(_port(v, data) for v in value.of(graph.outputs)),
-        parameters=tuple(value.plain(kind.local.parameters)),
-        masks=tuple(
-            words.MaskSite(value=v, probability=kind.local.masks[v.name])
-            for v in value.of(kind.local.masks)
-        ),
-        forward_flops=product_flops(graph, sizes),
-        backward_flops=product_flops(kind.forms["portable"].backward, sizes),
+    manifest = replace(manifest, golden_parameters=parameters_digest(manifest, 0))
+    manifest = with_weights(manifest, source.weights)
+    words.check_manifest(manifest)
+    report = _report(flow, found, pieces, manifest)
+    return Bundle(
+        manifest=manifest,
+        files=files.contents,
+        weights=source.weights,
+        further=source.files,
+        cuts=report,
     )
 
 
-def _port(value: words.Value, data: str) -> words.Port:
-    differentiable = value.name in (PORT_IN, PORT_OUT, LOSS)
-    role = "data" if value.name == data else _ROLES.get(value.name, "boundary")
-    return words.Port(value=value, role=role, differentiable=differentiable)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """A model ready to be cut."""
+
+    flow: Flow
+    evaluating: Graph | None
+    """The model in evaluation form under the same value names, where dropout is not all."""
+    probabilities: Mapping[str, float]
+    """Of every dropout mask."""
+
+
+def _prepare(source: Source, frozen: frozenset[str]) -> _Prepared:
+    parameters = source.training.parameters
+    unknown = sorted(frozen - set(parameters))
+    if unknown:
+        raise ConfigError(f"the model has no parameter {unknown[0]!r} to freeze")
+    graph = source.training.graph.copy()
+    sites = canonicalise(graph, data=source.data_inputs[0])
+    evaluating = evaluation_form(graph)
+    canonicalise_batch_norm(graph)
+    state = [name.removeprefix(NEW) for name in graph.outputs if name.startswith(NEW)]
+    late = (LABELS, LOSS_WEIGHT)
+    given = {*source.data_inputs, *late, *parameters, *state}
+    fixed = [n for n in graph.inputs if n not in given and not n.startswith(MASK_PREFIX)]
+    roles = Roles(
+        data=source.data_inputs,
+        late=late,
+        trainable=tuple(name for name in parameters if name not in frozen),
+        frozen=(*(name for name in parameters if name in frozen), *fixed),
+        running=tuple(state),
+    )
+    return _Prepared(
+        flow=analyse(graph, roles, _sizes(source)),
+        evaluating=evaluating if state else None,
+        probabilities={site.name: site.probability for site in sites},
+    )
+
+
+def _sizes(source: Source) -> dict[str, int]:
+    """The size of every symbol of the data inputs: of `batch` one, else as in the example."""
+    sizes = {words.BATCH: 1}
+    for name in source.data_inputs:
+        axes = source.training.graph.inputs[name].axes
+        shape = source.example[name].shape if name in source.example else (None,) * len(axes)
+        for axis, size in zip(axes, shape, strict=True):
+            if isinstance(axis, str):
+                sizes.setdefault(axis, source.data.context if size is None else size)
+    return sizes
+
+
+def _choose(flow: Flow, source: Source, segments: int | None, cuts: Sequence[str]) -> Found:
+    if cuts and segments is not None:
+        raise ConfigError("--cut names every cut: --segments cannot be given as well")
+    if cuts:
+        return named_cuts(flow, cuts, scopes_of(source.training.graph.nodes))
+    found = find_cuts(flow)
+    if segments is not None:
+        return counted_cuts(flow, found, segments)
+    if len(found.cuts) >= limits.SEGMENTS_MAX:
+        return counted_cuts(flow, found, limits.SEGMENTS_MAX)
+    return found
+
+
+def _localised(prepared: _Prepared, pieces: Sequence[Piece]) -> list[Local]:
+    """Every piece under local names, called after the module whose parameters it has first."""
+    seen: set[str] = set()
+    found = []
+    for piece in pieces:
+        evaluation = None
+        if prepared.evaluating is not None and piece.running:
+            evaluation = evaluation_piece(prepared.flow, prepared.evaluating, piece)
+        own = [name for name in piece.parameters if name not in seen]
+        seen.update(own)
+        last = piece is pieces[-1]
+        named = readable(shared_path(own)) if not last or len(own) == len(piece.parameters) else ""
+        role = named or ("head" if last else "block")
+        found.append(localise(piece, prepared.probabilities, evaluation, role=role))
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Values:
-    """Manifest values of a graph, shapes in symbols where they are known."""
+class _Placed:
+    """A segment of the chain with the kind and the local graph that it came from."""
 
-    graph: Graph
-    sizes: Mapping[str, int]
-
-    def of(self, names: Any) -> list[words.Value]:  # Any: any iterable of names
-        return [self._value(name, self._symbolic(self.graph.axes(name))) for name in names]
-
-    def plain(self, names: Any) -> list[words.Value]:  # Any: as above
-        return [self._value(name, tuple(map(str, self.graph.axes(name)))) for name in names]
-
-    def _value(self, name: str, shape: tuple[str, ...]) -> words.Value:
-        return words.Value(name=name, shape=shape, dtype=self.graph.types[name].dtype_name)
-
-    def _symbolic(self, axes: tuple[Axis, ...]) -> tuple[str, ...]:
-        """Name the head axis of four-axis values and the column axis of (tokens, columns)."""
-        shape = [str(axis) for axis in axes]
-        for symbol, rank in (("heads", 4), ("columns", 2)):
-            if symbol in self.sizes and len(axes) == rank and self.sizes[symbol] in axes:
-                shape[axes.index(self.sizes[symbol])] = symbol
-        return tuple(shape)
+    segment: words.Segment
+    kind: Kind
+    local: Local
+    owners: dict[str, str | None]
+    """Local parameter name -> the tensor that it is a copy of."""
 
 
-def _tensors(
-    source: Source, locals_: list[Local], kinds: Mapping[str, _Kind]
-) -> tuple[words.Tensor, ...]:
+def _chain(locals_: Sequence[Local], kinds: Mapping[str, Kind]) -> tuple[_Placed, ...]:
+    """Name the segments; a parameter read again in a later one becomes a tied copy there."""
+    of = [kinds[local.fingerprint] for local in locals_]
+    names = [kind.name for kind in of]
+    seen: set[str] = set()
+    placed = []
+    for index, (local, kind) in enumerate(zip(locals_, of, strict=True)):
+        many = names.count(kind.name) > 1
+        name = f"{kind.name}_{names[:index].count(kind.name)}" if many else kind.name
+        owners = {short: own if own in seen else None for short, own in local.parameters.items()}
+        tensors = {
+            short: own if owners[short] is None else f"{own}@{name}"
+            for short, own in local.parameters.items()
+        }
+        seen.update(local.parameters.values())
+        segment = words.Segment(
+            name=name, kind=kind.name, parameters=tensors, running=dict(local.running)
+        )
+        placed.append(_Placed(segment=segment, kind=kind, local=local, owners=owners))
+    return tuple(placed)
+
+
+def _tensors(source: Source, chain: Sequence[_Placed]) -> tuple[words.Tensor, ...]:
     tensors = []
-    for local in locals_:
-        groups = kinds[local.fingerprint].shards.groups
-        for short, name in local.parameters.items():
-            shape = tuple(axis_size(a, {}) for a in local.graph.axes(short))
+    for place in chain:
+        local = place.local
+        for short, name in place.segment.parameters.items():
+            owner = place.owners[short]
+            shape = tuple(axis_size(axis, {}) for axis in local.graph.axes(short))
             tensors.append(
                 words.Tensor(
                     name=name,
                     shape=shape,
                     dtype="float32",
-                    binding="trainable",
-                    initialiser=source.initialisers[name],
+                    binding="frozen" if short in local.frozen else "trainable",
+                    initialiser=source.initialisers[owner or name],
                     decay=len(shape) > 1,
-                    shard=groups.get(short),
+                    shard=place.kind.shards.groups.get(short),
+                    tied_to=owner,
                 )
             )
+        tensors += [_state(source, local, short) for short in local.running]
     return tuple(tensors)
 
 
-def _describe_update(update: Update, put: Any) -> words.UpdateRule:
-    """An update's entry. (Any: the closure that stores a graph.)"""
+def _state(source: Source, local: Local, short: str) -> words.Tensor:
+    name = local.running[short]
+    return words.Tensor(
+        name=name,
+        shape=tuple(axis_size(axis, {}) for axis in local.graph.axes(short)),
+        dtype="float32",
+        binding="running",
+        initialiser=source.initialisers[name],
+        decay=False,
+    )
+
+
+def _symbols(flow: Flow, kinds: Mapping[str, Kind]) -> dict[str, words.Symbol]:
+    symbols = {
+        name: words.Symbol(
+            size=None if name == words.BATCH else size,
+            kind="batch" if name == words.BATCH else "sequence",
+        )
+        for name, size in flow.sizes.items()
+    }
+    for kind in kinds.values():
+        for name, size in kind.shards.sizes.items():
+            symbols[name] = words.Symbol(size=size, kind=name)
+    return symbols
+
+
+def _report(
+    flow: Flow, found: Found, pieces: Sequence[Piece], manifest: words.Manifest
+) -> CutReport:
+    """What was cut and why, row by row."""
+    rows = []
+    reasons = (*found.reasons, "the loss ends it")
+    for piece, segment, reason in zip(pieces, manifest.segments, reasons, strict=True):
+        crossing = tuple(piece.leaving.values.values()) if segment != manifest.segments[-1] else ()
+        kind = manifest.kinds[segment.kind]
+        rows.append(
+            CutRow(
+                segment=segment.name,
+                kind=kind.name,
+                flops=kind.forward_flops,
+                values=crossing,
+                shapes=tuple("x".join(map(str, flow.graph.axes(name))) for name in crossing),
+                bytes=flow.bytes_of(crossing),
+                reason=reason,
+            )
+        )
+    return CutReport(rows=tuple(rows), notes=found.notes)
+
+
+def _describe_update(update: Update, files: Files) -> words.UpdateRule:
     return words.UpdateRule(
-        graph=put(update.graph, update.name),
+        graph=files.put(update.graph, update.name),
         state=update.state,
         scalars=update.scalars,
         in_place=update.in_place,
     )
 
 
-def _inference(source: Source, data: str, put: Any) -> words.Inference:
+def _inference(source: Source, files: Files) -> words.Inference:
     """The whole model in evaluation mode; its parameters are names without values until their
-    initialisers are appended. (Any: as above.)"""
+    initialisers are appended."""
     graph = source.inference.graph.copy()
-    if canonicalise(graph, data=data):
+    if canonicalise(graph, data=source.data_inputs[0]):
         raise GraphError("the evaluation graph still contains dropout")
     lower(graph, set())
-    tidy(graph, data)
+    tidy(graph, source.data_inputs[0])
     depth_first(graph)
     rename_inner(graph, "v")
-    value = _Values(graph=graph, sizes={})
-    entry, logits = value.of([data, LOGITS])
+    value = Values(graph=graph, sizes={})
+    inputs = [name for name in source.data_inputs if name in graph.inputs]
     # An initialiser that is an input as well may be overridden: a runtime then warns of each and
     # folds nothing.
-    graph.inputs = {data: graph.inputs[data]}
-    return words.Inference(graph=put(graph, "inference"), inputs=(entry,), output=logits)
+    free = [name for name in graph.inputs if name not in inputs]
+    return words.Inference(
+        graph=files.put(graph, "inference", free=free),
+        inputs=tuple(value.of(inputs)),
+        output=value.of(graph.outputs)[0],
+    )

@@ -6,7 +6,7 @@ every value that a pass may ask about. Nothing here runs on a peer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -55,6 +55,8 @@ class Graph:
     def fresh(self, stem: str) -> str:
         """A value name that nothing uses yet."""
         self._fresh += 1
+        while f"{stem}__{self._fresh}" in self.types:
+            self._fresh += 1
         return f"{stem}__{self._fresh}"
 
     def constant(self, value: Array, stem: str = "const") -> str:
@@ -168,6 +170,21 @@ def depth_first(graph: Graph) -> None:
             if below is not None and id(below) not in done:
                 stack.append((below, 0))
     graph.nodes = ordered
+
+
+def apply_names(graph: Graph, names: Mapping[str, str]) -> None:
+    """Rename values everywhere: inputs, nodes, constants, outputs, types."""
+
+    def new(name: str) -> str:
+        return names.get(name, name)
+
+    for node in graph.nodes:
+        node.input[:] = [new(name) for name in node.input]
+        node.output[:] = [new(name) for name in node.output]
+    graph.inputs = {new(n): t for n, t in graph.inputs.items()}
+    graph.constants = {new(n): v for n, v in graph.constants.items()}
+    graph.outputs = [new(name) for name in graph.outputs]
+    graph.types = {new(n): t for n, t in graph.types.items()}
 
 
 def make(op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> Any:

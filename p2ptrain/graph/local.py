@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import onnx
 
-from p2ptrain.graph.canonical import DropoutSite
-from p2ptrain.graph.cuts import Piece
-from p2ptrain.graph.ir import Graph, depth_first, to_model
+from p2ptrain.graph.cuts import NEW, Piece
+from p2ptrain.graph.ir import Graph, apply_names, depth_first, to_model
+
+FUSED_BY_NAME: Final = ("Gather", "Slice")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,38 +22,97 @@ class Local:
     role: str
     """Readable kind name taken from the module path its parameters share."""
     graph: Graph
+    inputs: dict[str, bool]
+    """Port -> whether it is differentiable, boundary or data, then labels and loss weight."""
+    outputs: dict[str, bool]
+    """Likewise; the loss where the segment ends in it."""
+    first: bool
+    """Whether the ports that enter are data."""
     parameters: dict[str, str]
     """Local name -> the model's parameter name."""
+    frozen: frozenset[str]
+    """Those local names of parameters that nobody trains."""
+    running: dict[str, str]
+    """Local name -> the model's name of a running value."""
     masks: dict[str, float]
     """Local mask name -> probability."""
+    evaluation: Graph | None
+    """The segment as it is evaluated, where that is another function."""
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        return tuple(name for name in self.parameters if name not in self.frozen)
 
     @property
     def fingerprint(self) -> str:
-        """Equal for segments that are the same function."""
+        """Equal for segments that are the same function with the same things to differentiate."""
         model = to_model(self.graph).SerializeToString(deterministic=True)
-        return hashlib.sha256(model + repr(sorted(self.masks.items())).encode()).hexdigest()
+        ports = (sorted(self.inputs.items()), sorted(self.outputs.items()), self.first)
+        kept = (sorted(self.frozen), sorted(self.running), sorted(self.masks.items()))
+        return hashlib.sha256(model + repr((ports, kept)).encode()).hexdigest()
 
 
-def localise(piece: Piece, sites: Sequence[DropoutSite], *, role: str) -> Local:
-    """Rename everything inside the piece; ports keep their names."""
-    prefix = shared_path(piece.parameters)
+def localise(
+    piece: Piece, probabilities: Mapping[str, float], evaluation: Graph | None, *, role: str
+) -> Local:
+    """Rename everything inside the piece; ports keep their names.
+
+    Args:
+        probabilities: Of every dropout mask.
+        evaluation: The piece as it is evaluated, under the model's names; None: as the forward.
+        role: The kind's name.
+    """
+    prefix = shared_path((*piece.parameters, *piece.running))
+    short = local_names((*piece.parameters, *piece.running), prefix)
     # Sorted, since the manifest is JSON with sorted keys.
-    parameters = {name.removeprefix(prefix): name for name in sorted(piece.parameters)}
-    probabilities = {site.name: site.probability for site in sites}
+    parameters = {short[name]: name for name in sorted(piece.parameters, key=short.__getitem__)}
+    running = {short[name]: name for name in sorted(piece.running, key=short.__getitem__)}
     masks = {f"mask_{index}": name for index, name in enumerate(piece.masks)}
-    names = {old: new for new, old in (*parameters.items(), *masks.items())}
-    graph = piece.graph.copy()
-    apply_names(graph, names)
-    order = [n for n in graph.inputs if n not in parameters and n not in masks]
-    graph.inputs = {n: graph.types[n] for n in (*order, *parameters, *masks)}
+    names = {old: new for new, old in (*parameters.items(), *running.items(), *masks.items())}
+    names |= {f"{NEW}{name}": f"{NEW}{local}" for local, name in running.items()}
+    ports = {name: name in piece.entering.differentiable for name in piece.entering.values}
+    ports |= dict.fromkeys(piece.late, False)
+    order = (*ports, *parameters, *running, *masks)
+    graph = _renamed(piece.graph, names, order)
+    graph.outputs = [
+        *piece.leaving.values,
+        *(f"{NEW}{n}" for n in running if f"{NEW}{n}" in graph.outputs),
+    ]
     depth_first(graph)
     rename_inner(graph, "v")
     return Local(
-        role=readable(prefix) or role,
+        role=role,
         graph=graph,
+        inputs=ports,
+        outputs={n: n in piece.leaving.differentiable for n in piece.leaving.values},
+        first=piece.span.start == 0,
         parameters=parameters,
+        frozen=frozenset(names[name] for name in piece.frozen),
+        running=running,
         masks={local: probabilities[name] for local, name in masks.items()},
+        evaluation=None if evaluation is None else _renamed(evaluation, names, order),
     )
+
+
+def _renamed(graph: Graph, names: Mapping[str, str], order: Sequence[str]) -> Graph:
+    """A copy under local names, with its inputs in this order."""
+    renamed = graph.copy()
+    apply_names(renamed, names)
+    renamed.inputs = {name: renamed.types[name] for name in order if name in renamed.inputs}
+    return renamed
+
+
+def local_names(names: Sequence[str], prefix: str) -> dict[str, str]:
+    """Names without the path they share. Where numbers follow it (`3.weight`, `5.weight`), they are
+    counted from 0, so that equal layers of a sequence get equal names."""
+    short = {name: name.removeprefix(prefix) for name in names}
+    heads = {name.partition(".")[0] for name in short.values()}
+    if not heads or not all(head.isdigit() for head in heads):
+        return short
+    ranks = {head: str(rank) for rank, head in enumerate(sorted(heads, key=int))}
+    return {
+        old: f"{ranks[new.partition('.')[0]]}.{new.partition('.')[2]}" for old, new in short.items()
+    }
 
 
 def shared_path(names: Sequence[str]) -> str:
@@ -73,21 +134,6 @@ def readable(prefix: str) -> str:
     return words[-1] if words else ""
 
 
-def apply_names(graph: Graph, names: Mapping[str, str]) -> None:
-    """Rename values everywhere: inputs, nodes, constants, outputs, types."""
-
-    def new(name: str) -> str:
-        return names.get(name, name)
-
-    for node in graph.nodes:
-        node.input[:] = [new(name) for name in node.input]
-        node.output[:] = [new(name) for name in node.output]
-    graph.inputs = {new(n): t for n, t in graph.inputs.items()}
-    graph.constants = {new(n): v for n, v in graph.constants.items()}
-    graph.outputs = [new(name) for name in graph.outputs]
-    graph.types = {new(n): t for n, t in graph.types.items()}
-
-
 def rename_inner(graph: Graph, stem: str) -> None:
     """Number inner values and constants in their order; strip what is not the function."""
     kept = set(graph.inputs) | set(graph.outputs) | {""}
@@ -100,13 +146,16 @@ def rename_inner(graph: Graph, stem: str) -> None:
             names[name] = f"{family}{len(names)}"
         _strip(node)
     apply_names(graph, names)
+    for node in graph.nodes:
+        # onnxruntime names what it fuses after these; two without a name are one name too many.
+        node.name = node.output[0] if node.op_type in FUSED_BY_NAME else ""
     alive = kept | set(names.values())
     graph.types = {n: t for n, t in graph.types.items() if n in alive}
     graph.constants = {n: graph.constants[n] for n in names.values() if n in graph.constants}
 
 
 def _strip(node: onnx.NodeProto) -> None:
-    node.name = node.doc_string = ""
+    node.doc_string = ""
     del node.metadata_props[:]
     ordered = sorted(node.attribute, key=lambda a: str(a.name))
     for entry in ordered:

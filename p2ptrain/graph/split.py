@@ -8,9 +8,9 @@ from typing import Final
 
 import onnx
 
-from p2ptrain.graph.ir import Graph, attribute, depth_first, make
-from p2ptrain.graph.local import apply_names, rename_inner
-from p2ptrain.graph.lowering import rules
+from p2ptrain.graph.decompositions import decompose
+from p2ptrain.graph.ir import Graph, apply_names, attribute, depth_first, make
+from p2ptrain.graph.local import rename_inner
 from p2ptrain.graph.lowering.registry import lower
 from p2ptrain.graph.views import drop_identities, rewrite_views, share_equal_nodes
 from p2ptrain.graph.vjp import build_gradient, cotangent
@@ -44,11 +44,14 @@ def differentiate(
     Raises:
         GraphError: no gradient, or no lowering rule, for an operator.
     """
+    forward = forward.copy()
+    decompose(forward)
+    rewrite_views(forward, reference)
+    drop_identities(forward)
     whole = build_gradient(forward, wanted=list(wanted))
-    apply_names(whole, {f"{name}_grad": output for name, output in wanted.items()})
     made = {name for node in forward.nodes for name in node.output if name}
-    if portable:
-        lower(whole, made)
+    apply_names(whole, {f"{name}_grad": output for name, output in wanted.items()})
+    lower(whole, made, portable=portable)
     tidy(whole, reference)
     incoming = {cotangent(name) for name in forward.outputs}
     return split(whole, made=made, forward_outputs=list(forward.outputs), incoming=incoming)
@@ -212,6 +215,3 @@ def name_stash(pair: Pair) -> Pair:
     return Pair(
         forward=pair.forward, backward=pair.backward, stash=tuple(names[n] for n in pair.stash)
     )
-
-
-RULES_LOADED: Final = rules.__name__

@@ -2,7 +2,8 @@
 
 A view is a Reshape or Flatten. `rewrite_views` composes chains of them and writes each anew from
 the symbolic axes of its ends: `Flatten`, or `[0, 0, -1, head_dim]`, or the leading sizes of a
-reference value read at run time with `[..., -1]` behind them.
+reference value read at run time with `[..., -1]` behind them; as a last resort, fixed sizes with
+the only symbol left open.
 """
 
 from __future__ import annotations
@@ -65,15 +66,21 @@ def view_nodes(graph: Graph, source: str, target: str, reference: str) -> list[o
     split = _flatten_axis(have, want)
     if split is not None:
         return [make("Flatten", [source], [target], axis=split)]
-    kept = 0
-    while kept < min(len(have), len(want)) and have[kept] == want[kept]:
-        kept += 1
+    kept = _equal_lead(have, want)
     rest = want[kept:]
     if all(isinstance(axis, int) for axis in rest[1:]):
         sizes = [0] * kept + ([-1, *rest[1:]] if rest else [])
         shape = graph.constant(np.array(sizes, np.int64), "shape")
         return [make("Reshape", [source, shape], [target])]
     return _leading(graph, source, target, reference)
+
+
+def _equal_lead(have: Sequence[Axis], want: Sequence[Axis]) -> int:
+    """How many leading axes are the same; a 0 in a Reshape copies each."""
+    kept = 0
+    while kept < min(len(have), len(want)) and have[kept] == want[kept]:
+        kept += 1
+    return kept
 
 
 def _flatten_axis(have: Sequence[Axis], want: Sequence[Axis]) -> int | None:
@@ -92,6 +99,11 @@ def _leading(graph: Graph, source: str, target: str, reference: str) -> list[onn
         lead += 1
     rest = want[lead:]
     if lead == 0 or not all(isinstance(axis, int) for axis in rest[1:]):
+        kept = _equal_lead(graph.axes(source), want)
+        if sum(isinstance(axis, str) for axis in want[kept:]) == 1:
+            numbers = [axis if isinstance(axis, int) else -1 for axis in want[kept:]]
+            fixed = graph.constant(np.array([0] * kept + numbers, np.int64), "shape")
+            return [make("Reshape", [source, fixed], [target])]
         raise GraphError(
             f"no Reshape from {graph.axes(source)} to {want} without freezing a size",
             hint="reshape one axis at a time in the torch module",

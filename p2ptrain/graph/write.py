@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from p2ptrain.bundle.graph_checks import check_graph
 from p2ptrain.bundle.manifest import Manifest, parse_manifest
 from p2ptrain.errors import ConfigError, InvariantBroken
 from p2ptrain.graph.export import Bundle
@@ -25,6 +26,7 @@ def write_bundle(directory: Path, bundle: Bundle, checks: Iterable[Measured]) ->
     Files of an earlier export that do not belong to this one are removed. Gives the manifest.
 
     Raises:
+        BundleError: a peer would refuse the bundle; nothing was written.
         ConfigError: the directory cannot be written.
     """
     noted = {row.name: float(f"{row.error:.2g}") for row in checks}
@@ -34,6 +36,8 @@ def write_bundle(directory: Path, bundle: Bundle, checks: Iterable[Measured]) ->
     unknown = set(bundle.further) - set(FURTHER)
     if unknown:
         raise InvariantBroken(f"{sorted(unknown)} have no place in a bundle")
+    for digest, graph in bundle.files.items():
+        check_graph(manifest, digest, graph)
     try:
         (directory / "graphs").mkdir(parents=True, exist_ok=True)
         (directory / MANIFEST).unlink(missing_ok=True)

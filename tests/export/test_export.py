@@ -14,10 +14,9 @@ from click.testing import CliRunner
 from onnx_models.gpt import Gpt, gpt
 from p2ptrain.bundle.manifest import FORMS, parse_manifest
 from p2ptrain.bundle.protobuf import append_initialisers
-from p2ptrain.errors import GraphError
+from p2ptrain.errors import BundleError, GraphError
 from p2ptrain.graph.canonical import canonicalise
 from p2ptrain.graph.check import check_masks, check_values, verify
-from p2ptrain.graph.cuts import cut
 from p2ptrain.graph.export import Bundle, export
 from p2ptrain.graph.measured import gradient_error
 from p2ptrain.graph.runner import Runner
@@ -196,14 +195,25 @@ def test_without_dropout_there_are_no_masks() -> None:
     assert max(row.error for row in verify(source, bundle)) < 1e-5
 
 
-def test_tied_weights_are_refused_by_name() -> None:
-    module = gpt(layers=1, width=16, heads=2, vocabulary=20, context=8)
+def test_tied_weights_become_a_copy_with_one_gradient() -> None:
+    module = gpt(layers=2, width=16, heads=2, vocabulary=20, context=8)
     module.head.projection.weight = module.embedding.token.weight
-    traced = module_source(module, Request(name="tied")).training
-    assert "head.projection.weight" not in traced.parameters
-    canonicalise(traced.graph, data="ids")
-    with pytest.raises(GraphError, match="used in two segments"):
-        cut(traced.graph, data="ids", parameters=traced.parameters)
+    source = module_source(module, Request(name="tied"))
+    assert "head.projection.weight" not in source.training.parameters
+    bundle = export(source)
+    owner = bundle.manifest.tensor("embedding.token.weight")
+    copy = bundle.manifest.tensor("embedding.token.weight@head")
+    assert (copy.tied_to, owner.tied_to) == (owner.name, None)
+    assert copy.initialiser == owner.initialiser
+    assert copy.shape == owner.shape
+    assert max(row.error for row in verify(source, bundle)) < 1e-5
+
+
+def test_bundle_that_a_peer_would_refuse_is_not_written(bundle: Bundle, tmp_path: Path) -> None:
+    digest = bundle.manifest.inference.graph
+    with pytest.raises(BundleError, match="inference graph: the graph's model has no graph"):
+        write_bundle(tmp_path, replace(bundle, files={**bundle.files, digest: b""}), ())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_export_is_deterministic_and_written_whole(

@@ -53,6 +53,39 @@ class Emitter:
         """The run-time size of one axis, int64 of shape (1,)."""
         return self.op("Shape", name, axes=(1,), dtype=INT64, start=axis, end=axis + 1)
 
+    def shape(self, name: str) -> str:
+        """The run-time sizes of all axes, int64."""
+        return self.op("Shape", name, axes=(len(self.graph.axes(name)),), dtype=INT64)
+
+    def zeros_like(self, name: str, target: str) -> str:
+        """Zeros of the axes of `target`, whose sizes `name` holds."""
+        return self.op("ConstantOfShape", name, axes=self.graph.axes(target))
+
+    def view(self, name: str, axes: Sequence[Axis], *, out: str | None = None) -> str:
+        """The same values under other axes; `rewrite_views` states the sizes."""
+        dtype = self.graph.types[name].dtype
+        return self.op("Flatten", name, axes=axes, out=out, dtype=dtype, axis=0)
+
+    def transpose(self, name: str, order: Sequence[int], *, out: str | None = None) -> str:
+        """Axes in another order."""
+        have, dtype = self.graph.axes(name), self.graph.types[name].dtype
+        axes = [have[axis] for axis in order]
+        return self.op("Transpose", name, axes=axes, out=out, dtype=dtype, perm=list(order))
+
+    def sum_to(self, name: str, axes: Sequence[Axis], *, out: str) -> str:
+        """The totals of a broadcast value over the axes that `axes` lacks or has as 1."""
+        have = self.graph.axes(name)
+        extra = len(have) - len(axes)
+        taken = [i for i, a in enumerate(have) if i < extra or (axes[i - extra] == 1 and a != 1)]
+        if not taken:
+            return self.like("Identity", name, out=out)
+        if len(taken) == extra:
+            return self.total(name, taken, out=out, keep=False)
+        kept = self.total(name, taken, out=None if extra else out, keep=True)
+        if not extra:
+            return kept
+        return self.op("Squeeze", kept, self.integers(*range(extra)), axes=axes, out=out)
+
     def total(self, name: str, axes: Sequence[int], *, out: str | None, keep: bool) -> str:
         """ReduceSum over constant axes."""
         have = self.graph.axes(name)
@@ -65,15 +98,21 @@ class Emitter:
 
 Rule = Callable[[Emitter, onnx.NodeProto], None]
 _RULES: Final[dict[str, Rule]] = {}
+_IN_EVERY_FORM: Final[set[str]] = set()
 
 
-def rule(name: str) -> Callable[[Rule], Rule]:
-    """Register the rule for one operator, spelt with its domain."""
+def rule(name: str, *, every_form: bool = False) -> Callable[[Rule], Rule]:
+    """Register the rule for one operator, spelt with its domain.
+
+    `every_form`: the training form needs it as well, since no runtime has the operator on a CPU.
+    """
 
     def register(function: Rule) -> Rule:
         if name in _RULES:
             raise GraphError(f"two lowering rules for {name}")
         _RULES[name] = function
+        if every_form:
+            _IN_EVERY_FORM.add(name)
         return function
 
     return register
@@ -84,18 +123,20 @@ def rule_names() -> tuple[str, ...]:
     return tuple(sorted(_RULES))
 
 
-def lower(graph: Graph, forward: set[str]) -> None:
+def lower(graph: Graph, forward: set[str], *, portable: bool = True) -> None:
     """Replace every non-standard operator, and what has a better form, by standard ones.
 
-    `forward` names the values of the forward pass; what their rules emit is added to it.
+    `forward` names the values of the forward pass; what their rules emit is added to it. Unless
+    `portable`, only what no runtime has on a CPU is replaced.
 
     Raises:
         GraphError: an operator without a rule; names it, its result and what to do.
     """
     emitter = Emitter(graph=graph)
     for node in graph.nodes:
-        found = _RULES.get(full_name(node))
-        if found is None and not node.domain:
+        name = full_name(node)
+        found = _RULES.get(name) if portable or name in _IN_EVERY_FORM else None
+        if found is None and not (node.domain and portable):
             emitter.nodes.append(node)
             continue
         if found is None:

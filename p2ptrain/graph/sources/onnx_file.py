@@ -18,8 +18,7 @@ from onnx import helper, shape_inference, version_converter
 
 from p2ptrain.bundle.manifest import BATCH, Initialiser
 from p2ptrain.errors import ConfigError, GraphError
-from p2ptrain.graph.ir import FLOAT, OPSET, Graph, from_model
-from p2ptrain.graph.local import apply_names
+from p2ptrain.graph.ir import FLOAT, OPSET, Graph, apply_names, from_model
 from p2ptrain.graph.source import LABELS, LOGITS, LOSS_WEIGHT, Source, Traced
 from p2ptrain.graph.sources.inputs import INPUT_DTYPES, SEQUENCE, Input
 from p2ptrain.graph.sources.losses import append_loss

@@ -17,15 +17,13 @@ from onnx import helper
 
 from p2ptrain.bundle.manifest import BATCH
 from p2ptrain.errors import GraphError
-from p2ptrain.graph.ir import OPSET, Graph, attribute, from_model
-from p2ptrain.graph.local import apply_names
+from p2ptrain.graph.ir import OPSET, Graph, apply_names, from_model
 from p2ptrain.graph.source import LOGITS, Traced
 from p2ptrain.graph.sources.inputs import EXAMPLE_BATCH, SEQUENCE
 from p2ptrain.graph.sources.simplify import quiet, simplify
 from p2ptrain.graph.sources.torch_model import TorchModel, logits_of
 
 PREFIX: Final = "model."
-NEW: Final = "new."
 RECURRENT: Final = frozenset({"LSTM", "GRU", "RNN"})
 BATCH_MAX: Final = 1 << 20
 
@@ -37,8 +35,8 @@ def trace(model: TorchModel, *, context: int, training: bool) -> Traced:
     recurrent: then its length is `context`.
 
     Args:
-        training: Dropout is present and BatchNormalization uses the statistics of the batch, as
-            each part of the module is in training mode; otherwise evaluation mode.
+        training: Dropout is present; otherwise evaluation mode. BatchNormalization is written as
+            for evaluation in both: torch does so, and `batch_norm` makes it train.
 
     Raises:
         GraphError: torch could not export the module; change the module.
@@ -70,8 +68,7 @@ def _trace(model: TorchModel, context: int, *, training: bool, dynamic: bool) ->
     )
     shapes = _dynamic_shapes(model, context, dynamic=dynamic)
     proto = _export(wrapped, tensors, shapes, model)
-    modes = {name: part.training for name, part in wrapped.model.named_modules()}
-    return _as_traced(proto, model.parameter_names(), modes, training=training)
+    return _as_traced(proto, model.parameter_names())
 
 
 def _dtype(name: str) -> Any:  # Any: a torch dtype
@@ -138,16 +135,8 @@ def _first_cause(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _as_traced(
-    proto: onnx.ModelProto,
-    parameter_names: Mapping[str, str],
-    modes: Mapping[str, bool],
-    *,
-    training: bool,
-) -> Traced:
+def _as_traced(proto: onnx.ModelProto, parameter_names: Mapping[str, str]) -> Traced:
     found = _inputs_of_initialisers(proto, parameter_names)
-    if training:
-        _batch_norms_to_training(proto, modes)
     graph = from_model(simplify(proto))
     _use_module_names(graph, [*found.parameters, *found.running])
     apply_names(graph, {graph.outputs[0]: LOGITS})
@@ -198,21 +187,6 @@ def _running_names(proto: onnx.ModelProto) -> set[str]:
     """Means and variances of the BatchNormalization nodes."""
     nodes = [node for node in proto.graph.node if node.op_type == "BatchNormalization"]
     return {name for node in nodes for name in node.input[3:5]}
-
-
-def _batch_norms_to_training(proto: onnx.ModelProto, modes: Mapping[str, bool]) -> None:
-    """torch writes BatchNormalization without its training mode, whatever mode the module is in.
-
-    Where the module that owns the running values is in training mode the node says so and gives
-    `new.<name>` of both.
-    """
-    for node in proto.graph.node:
-        if node.op_type != "BatchNormalization" or attribute(node, "training_mode", 0):
-            continue
-        running = [_unprefixed(name) for name in node.input[3:5]]
-        if modes.get(running[0].rpartition(".")[0], False):
-            node.attribute.append(helper.make_attribute("training_mode", 1))
-            node.output.extend(NEW + name for name in running)
 
 
 def _use_module_names(graph: Graph, names: list[str]) -> None:
