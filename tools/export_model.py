@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from p2ptrain.bundle.manifest import LOSSES, TASKS, Manifest
 from p2ptrain.errors import P2PTrainError
+from p2ptrain.graph.fine_tuning import FineTuning, parse_lora
 from p2ptrain.graph.sources.choose import source_of, with_extras
 from p2ptrain.graph.sources.requests import Request, parse_arguments
 
@@ -52,25 +53,54 @@ if TYPE_CHECKING:
     "number or `sequence`; repeatable.",
 )
 @click.option("--no-weights", is_flag=True, help="Draw all parameters, whatever the folder holds.")
+@click.option(
+    "--lora",
+    help="r=RANK,alpha=SCALE,targets=PATTERN,...: train low-rank adapters beside these matrices of "
+    "linears (targets=all: beside all of them) and freeze the rest. [default alpha: r]",
+)
+@click.option(
+    "--freeze", multiple=True, help="Leave parameters as they are; a pattern, repeatable."
+)
+@click.option(
+    "--train", multiple=True, help="Train these and freeze the rest; a pattern, repeatable."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle directory.")
 @click.option("--name", required=True, help="The bundle's name.")
 @click.option("--description", default="", help="One sentence for the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def main(
-    model: str, arguments: tuple[str, ...], out: Path, as_json: bool, no_weights: bool, **asked: Any
+    model: str,
+    arguments: tuple[str, ...],
+    lora: str | None,
+    freeze: tuple[str, ...],
+    train: tuple[str, ...],
+    out: Path,
+    as_json: bool,
+    no_weights: bool,
+    **asked: Any,
 ) -> None:  # Any: the options that `Request` holds
     """Trace, cut, differentiate and check a model, then write its bundle."""
     try:
         request = Request(arguments=parse_arguments(arguments), use_weights=not no_weights, **asked)
+        adapters = None if lora is None else parse_lora(lora)
+        tuning = FineTuning(lora=adapters, freeze=freeze, train=train)
         with os.fdopen(os.dup(2), "w") as stderr:  # the original, while the runtime's is away
-            _export(model, request, out, console=Console(file=stderr), as_json=as_json)
+            _export(model, request, tuning, out, console=Console(file=stderr), as_json=as_json)
     except P2PTrainError as error:
         click.echo(f"p2ptrain: {error.message}", err=True)
         click.echo(f"p2ptrain: hint: {error.hint}", err=True)
         raise SystemExit(error.exit_code) from error
 
 
-def _export(model: str, request: Request, out: Path, *, console: Console, as_json: bool) -> None:
+def _export(
+    model: str,
+    request: Request,
+    tuning: FineTuning,
+    out: Path,
+    *,
+    console: Console,
+    as_json: bool,
+) -> None:
     started = time.monotonic()
     with console.status("reading and tracing the model"), with_extras(), _quiet_runtime():
         from p2ptrain.graph.check import compare
@@ -80,7 +110,8 @@ def _export(model: str, request: Request, out: Path, *, console: Console, as_jso
 
         source = source_of(model, request)
     with console.status("cutting and differentiating"), _quiet_runtime():
-        bundle = export(source)
+        frozen = frozenset(tuning.frozen(source.training.parameters))
+        bundle = export(source, frozen=frozen, lora=tuning.lora)
     with console.status("checking against the model"), _quiet_runtime():
         rows = compare(source, bundle)
     if not as_json:
@@ -93,6 +124,7 @@ def _export(model: str, request: Request, out: Path, *, console: Console, as_jso
         return
     console.print(
         f"{out}: {manifest.parameter_count / 1e6:.2f} M parameters, "
+        f"{_trained_count(manifest) / 1e6:.2f} M of them trained, "
         f"{len(bundle.files)} graphs, {_graph_bytes(bundle) / 1e3:.0f} kB, {seconds:.0f} s"
     )
 
@@ -130,6 +162,12 @@ def _print_tables(console: Console, manifest: Manifest, rows: tuple[Measured, ..
     console.print(checks)
 
 
+def _trained_count(manifest: Manifest) -> int:
+    """Elements of trainable tensors; a tied one counts once, as it has one gradient."""
+    trained = (t for t in manifest.tensors if t.binding == "trainable" and t.tied_to is None)
+    return sum(tensor.elements for tensor in trained)
+
+
 def _graph_bytes(bundle: Bundle) -> int:
     return sum(len(content) for content in bundle.files.values())
 
@@ -142,6 +180,7 @@ def _report(
         "path": str(out),
         "digest": manifest.digest,
         "parameters": manifest.parameter_count,
+        "trained": _trained_count(manifest),
         "segments": [segment.name for segment in manifest.segments],
         "graph_bytes": _graph_bytes(bundle),
         "stash_bytes_per_sample": sum(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -31,8 +31,8 @@ UP: Final = "lora_up"
 class Adapted:
     """The adapters of a graph by the matrix that they adapt, and how their parts are drawn."""
 
-    adapters: dict[str, Adapter]
-    initialisers: dict[str, Initialiser]
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    initialisers: dict[str, Initialiser] = field(default_factory=dict)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -40,21 +40,17 @@ class Adapted:
         return tuple(self.initialisers)
 
 
-def add_adapters(
-    graph: Graph, parameters: Sequence[str], lora: Lora, *, trained: Collection[str] = ()
-) -> Adapted:
+def add_adapters(graph: Graph, lora: Lora, *, among: Collection[str]) -> Adapted:
     """Put adapters beside the chosen matrices of a canonical graph, in place.
 
     Args:
-        parameters: The graph's inputs that are parameters.
-        trained: Those that are trained themselves and get no adapter.
+        among: Parameters that may get one: those that are frozen.
 
     Raises:
         ConfigError: a target is no matrix of a linear, or is read elsewhere as well (an embedding
             tied to the head); or the targets have no matrix at all.
     """
-    frozen = [name for name in parameters if name not in trained]
-    targets = _targets(graph, frozen, lora)
+    targets = _targets(graph, [name for name in graph.inputs if name in among], lora)
     adapters: dict[str, Adapter] = {}
     initialisers: dict[str, Initialiser] = {}
     readers = graph.readers()
@@ -74,29 +70,21 @@ def add_adapters(
     return Adapted(adapters=adapters, initialisers=initialisers)
 
 
-def without_adapters(graph: Graph, adapted: Collection[str]) -> Graph:
-    """A copy of the graph as it would be without the changes that adapters add.
-
-    Args:
-        adapted: Names of adapters' parameters.
-    """
+def without_adapters(graph: Graph) -> Graph:
+    """A copy of the graph as it would be without the changes that adapters add."""
     plain = graph.copy()
+    adapted = {name for name in graph.inputs if name.rpartition(".")[2] in (DOWN, UP)}
     producers = plain.producers()
     for node in graph.nodes:
         if node.op_type != "Add":
             continue
         base, change = node.input
         made_by = producers.get(change)
-        if made_by is not None and adapted_by(made_by, adapted):
+        if made_by is not None and made_by.op_type == "Gemm" and made_by.input[1] in adapted:
             plain.rename(node.output[0], base)
     plain.prune()
     plain.inputs = {name: kind for name, kind in plain.inputs.items() if name not in adapted}
     return plain
-
-
-def adapted_by(node: onnx.NodeProto, adapted: Collection[str]) -> bool:
-    """Whether a node is one of an adapter's products."""
-    return node.op_type == "Gemm" and node.input[1] in adapted
 
 
 def _targets(graph: Graph, frozen: Sequence[str], lora: Lora) -> tuple[str, ...]:

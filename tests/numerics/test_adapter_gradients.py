@@ -39,7 +39,7 @@ def pair_of(graph: Graph, wanted: tuple[str, ...], *, portable: bool) -> Pair:
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_gradients_follow_from_those_of_the_merged_matrix(portable: bool, rank: int) -> None:
     graph = small_graph()
-    adapted = add_adapters(graph, PARAMETERS, lora("all", rank=rank))
+    adapted = add_adapters(graph, lora("all", rank=rank), among=PARAMETERS)
     values = drawn(graph)
     seed = np.random.Generator(np.random.Philox(9)).standard_normal((3, 7)).astype(np.float32)
     values["cotangent.y"] = seed
@@ -65,7 +65,7 @@ def test_gradients_follow_from_those_of_the_merged_matrix(portable: bool, rank: 
 
 def test_no_product_as_large_as_a_frozen_matrix_is_made() -> None:
     graph = small_graph()
-    adapted = add_adapters(graph, PARAMETERS, lora("query"))
+    adapted = add_adapters(graph, lora("query"), among=PARAMETERS)
     backward = pair_of(graph, adapted.parameters, portable=True).backward
     made = {backward.types[n].axes for node in backward.nodes for n in node.output}
     frozen = {graph.axes(name) for name in ("query.weight", "mixer", "table", "twice")}

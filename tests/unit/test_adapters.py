@@ -15,7 +15,7 @@ from tests.adapter_cases import PARAMETERS, drawn, lora, run, small_graph
 
 def test_the_parts_have_names_shapes_and_initialisers() -> None:
     graph = small_graph()
-    adapted = add_adapters(graph, PARAMETERS, lora("query", "mixer"))
+    adapted = add_adapters(graph, lora("query", "mixer"), among=PARAMETERS)
     assert adapted.adapters == {
         "query.weight": Adapter(
             down="query.lora_down", up="query.lora_up", scale=1.5, transposed=False
@@ -35,7 +35,7 @@ def test_the_parts_have_names_shapes_and_initialisers() -> None:
 
 def test_a_graph_with_adapters_is_the_graph_with_merged_weights() -> None:
     graph, plain = small_graph(), small_graph()
-    adapted = add_adapters(graph, PARAMETERS, lora("all"))
+    adapted = add_adapters(graph, lora("all"), among=PARAMETERS)
     assert set(adapted.adapters) == {"query.weight", "mixer", "twice"}
     values = drawn(graph)
     merged = dict(values)
@@ -49,7 +49,7 @@ def test_a_graph_with_adapters_is_the_graph_with_merged_weights() -> None:
 
 def test_a_fresh_adapter_changes_nothing() -> None:
     graph, plain = small_graph(), small_graph()
-    adapted = add_adapters(graph, PARAMETERS, lora("all"))
+    adapted = add_adapters(graph, lora("all"), among=PARAMETERS)
     values = drawn(graph)
     values |= {a.up: np.zeros_like(values[a.up]) for a in adapted.adapters.values()}
     assert np.array_equal(run(graph, values), run(plain, values))
@@ -57,8 +57,8 @@ def test_a_fresh_adapter_changes_nothing() -> None:
 
 def test_without_adapters_the_graph_is_the_old_one() -> None:
     graph, plain = small_graph(), small_graph()
-    adapted = add_adapters(graph, PARAMETERS, lora("all"))
-    back = without_adapters(graph, adapted.parameters)
+    add_adapters(graph, lora("all"), among=PARAMETERS)
+    back = without_adapters(graph)
     assert list(back.inputs) == list(plain.inputs)
     assert [n.op_type for n in back.nodes] == [n.op_type for n in plain.nodes]
     values = drawn(plain)
@@ -66,7 +66,7 @@ def test_without_adapters_the_graph_is_the_old_one() -> None:
 
 
 def test_what_is_trained_itself_gets_no_adapter() -> None:
-    adapted = add_adapters(small_graph(), PARAMETERS, lora("all"), trained=("mixer", "twice"))
+    adapted = add_adapters(small_graph(), lora("all"), among=("query.weight", "norm", "table"))
     assert set(adapted.adapters) == {"query.weight"}
 
 
@@ -84,24 +84,24 @@ def test_a_target_that_is_no_linear_is_refused(target: str, said: str) -> None:
     graph = small_graph()
     graph.types["mixer.lora_down"] = Type(dtype=FLOAT, axes=(1,))
     with pytest.raises(ConfigError, match=said):
-        add_adapters(graph, PARAMETERS, lora(target))
+        add_adapters(graph, lora(target), among=PARAMETERS)
 
 
 def test_an_embedding_alone_is_refused() -> None:
     graph = small_graph()
     graph.nodes.pop()
     with pytest.raises(ConfigError, match="'table' is read by Gather, not by a linear"):
-        add_adapters(graph, PARAMETERS, lora("table"))
+        add_adapters(graph, lora("table"), among=PARAMETERS)
     graph.nodes = graph.nodes[:1]
     with pytest.raises(ConfigError, match="no linear whose matrix"):
-        add_adapters(graph, PARAMETERS, lora("all"))
+        add_adapters(graph, lora("all"), among=PARAMETERS)
 
 
 def test_a_matrix_in_both_layouts_is_refused() -> None:
     graph = small_graph()
     del graph.nodes[2].attribute[:]
     with pytest.raises(ConfigError, match="'twice' is read both as it is and transposed"):
-        add_adapters(graph, PARAMETERS, lora("twice"))
+        add_adapters(graph, lora("twice"), among=PARAMETERS)
 
 
 def test_a_merged_weight_is_rounded_once() -> None:
