@@ -18,9 +18,6 @@ from p2ptrain.graph.source import LABELS, LOSS, LOSS_WEIGHT
 from p2ptrain.graph.split import Pair, differentiate, name_stash, tidy
 from p2ptrain.ids import Digest
 
-NOTHING = "nothing"
-"""Output of a backward graph without anything to differentiate; runtimes want at least one."""
-
 
 @dataclass(slots=True, kw_only=True)
 class Files:
@@ -89,8 +86,8 @@ def _pair(local: Local, *, portable: bool) -> Pair:
 def _without_backward(local: Local, reference: str) -> Pair:
     """The forward of a segment before anything trainable, and a backward that does nothing."""
     forward = _settled(local.graph, reference, "f")
-    nothing = Graph(outputs=[NOTHING], constants={NOTHING: np.zeros(1, np.float32)})
-    nothing.types[NOTHING] = Type(dtype=FLOAT, axes=(1,))
+    nothing = Graph(outputs=[words.NOTHING], constants={words.NOTHING: np.zeros(1, np.float32)})
+    nothing.types[words.NOTHING] = Type(dtype=FLOAT, axes=(1,))
     return Pair(forward=forward, backward=nothing, stash=())
 
 

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.export
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "intermediate_size": 64,
     "vocab_size": 60,
@@ -63,16 +63,16 @@ CASES = {
         tuning=FineTuning(
             lora=Lora(rank=2, alpha=4.0, targets=("query", "value")), train=("classifier",)
         ),
-        adapted=4,
+        adapted=6,
     ),
     "gpt2": Case(
         config=transformers.GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, vocab_size=60, n_positions=12
+            n_embd=32, n_layer=3, n_head=4, vocab_size=60, n_positions=12
         ),
         auto=transformers.AutoModelForCausalLM,
         task="language-modelling",
         tuning=FineTuning(lora=Lora(rank=3, alpha=3.0, targets=("all",))),
-        adapted=8,
+        adapted=12,
     ),
     "llama": Case(
         config=transformers.LlamaConfig(**TEXT, num_key_value_heads=2),
@@ -82,7 +82,7 @@ CASES = {
             lora=Lora(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj")),
             train=("*layernorm*",),
         ),
-        adapted=6,
+        adapted=9,
     ),
     "bert-frozen": Case(
         config=transformers.BertConfig(**TEXT, num_labels=3),

@@ -31,7 +31,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "llama": {**TEXT, "num_key_value_heads": 2},
     "bert": TEXT,
     "vit": {**SMALL, "image_size": 16, "patch_size": 4},
-    "mobilenet_v2": {"image_size": 32, "depth_multiplier": 0.25, "finegrained_output": False},
+    "mobilenet_v2": {
+        "image_size": 32,
+        "depth_multiplier": 0.25,
+        "finegrained_output": False,
+        "output_stride": 8,
+    },
     "resnet": {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "image_size": 32},
 }
 CASES = [
@@ -110,10 +115,15 @@ def test_half_precision_weights_become_float32(weighted: Path, tmp_path: Path) -
         assert (source.weights[name] == value.astype(np.float32)).all()
 
 
-def test_a_new_head_is_drawn_and_the_rest_is_kept(weighted: Path) -> None:
-    source = folder_source(weighted, Request(name="tokens", task="token-classification"))
-    missing = set(source.training.parameters) - set(source.weights)
-    assert missing == set()  # the head has the same name and shape in both
+def test_a_new_head_is_drawn_and_the_rest_is_kept(weighted: Path, tmp_path: Path) -> None:
+    folder = _copied(weighted, tmp_path)
+    values = load_file(folder / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        del values[name]
+    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    source = folder_source(folder, Request(name="new"))
+    drawn = set(source.training.parameters) - set(source.weights)
+    assert drawn == {"classifier.weight", "classifier.bias"}
 
 
 def test_weights_can_be_left_out(weighted: Path) -> None:

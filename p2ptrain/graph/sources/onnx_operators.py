@@ -268,6 +268,11 @@ OPERATORS: Final[dict[str, Operator]] = {
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
+    "GatherElements": lambda node, inputs: torch.gather(
+        inputs[0],
+        attribute(node, "axis", 0),
+        inputs[1] % inputs[0].shape[attribute(node, "axis", 0)],
+    ),
     "Gelu": _gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": _global_average,

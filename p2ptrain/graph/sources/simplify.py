@@ -12,7 +12,7 @@ from typing import Final
 import onnx
 from onnxscript import optimizer
 
-_LOGGERS: Final = ("torch.onnx", "torch.export", "onnxscript")
+_LOGGERS: Final = ("torch.onnx", "torch.export", "torch.__trace", "onnxscript")
 
 
 @contextlib.contextmanager
