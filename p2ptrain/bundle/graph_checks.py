@@ -13,15 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from p2ptrain import limits
-from p2ptrain.bundle.manifest import (
-    BATCH,
-    NOTHING,
-    Manifest,
-    SegmentKind,
-    Tensor,
-    UpdateRule,
-    Value,
-)
+from p2ptrain.bundle.manifest import BATCH, Manifest, SegmentKind, Tensor, UpdateRule, Value
 from p2ptrain.bundle.onnx_reader import GraphValue, OnnxGraph, read_graph
 from p2ptrain.bundle.operators import MICROSOFT, SIZED_BY_INPUT, STANDARD, TRAINING
 from p2ptrain.errors import BundleError
@@ -143,9 +135,11 @@ def _kind_roles(manifest: Manifest, kind: SegmentKind, digest: Digest) -> Iterat
 
 def _wanted(kind: SegmentKind, trainable: Iterable[Value]) -> Iterator[Value]:
     """What a backward graph gives."""
-    wanted = [_renamed("cotangent", port.value) for port in kind.inputs if port.differentiable]
-    wanted += [_renamed("gradient", value) for value in trainable]
-    yield from wanted or [Value(name=NOTHING, shape=("1",))]
+    for port in kind.inputs:
+        if port.differentiable:
+            yield _renamed("cotangent", port.value)
+    for value in trainable:
+        yield _renamed("gradient", value)
 
 
 def _frozen_names(manifest: Manifest, kind: SegmentKind) -> frozenset[str]:

@@ -11,8 +11,7 @@ Names inside the graphs are the contract between exporter and engine:
   value, then the stash.
 - backward graph: inputs are any of the forward's inputs, its stash, and `cotangent.<output>` for
   differentiable outputs; outputs are `cotangent.<input>` for every differentiable input port and
-  `gradient.<parameter>` for every trainable parameter; `nothing`, of one element, where there is
-  neither, since runtimes want an output.
+  `gradient.<parameter>` for every trainable parameter.
 - evaluation graph, where a kind has one: the forward's inputs without masks; outputs are the
   output ports.
 - frozen parameters are read by their local names in any of these graphs and declared in none: the
@@ -42,7 +41,6 @@ VERSION: Final = 2
 VERSIONS_READ: Final = (1, 2)
 BATCH: Final = "batch"
 FORMS: Final = ("portable", "training")
-NOTHING: Final = "nothing"
 DTYPES: Final = {"float32": 4, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
 Form = Literal["portable", "training"]

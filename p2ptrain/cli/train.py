@@ -22,8 +22,22 @@ _RATE = click.FloatRange(min=0.0)
 @click.command()
 @group_option
 @click.option("--model", "bundle", metavar="DIR", help="An exported model (bundle), or its name.")
-@click.option("--data", metavar="FILE", help="Text; its samples reach first and last stage.")
-@click.option("--heldout", metavar="FILE", help="Text to evaluate on. [default: the data's end]")
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="Text, JSON lines, CSV, arrays or a folder; its samples reach first and last stage.",
+)
+@click.option(
+    "--heldout", metavar="PATH", help="Data to evaluate on. [default: 5 % of --data, kept apart]"
+)
+@click.option(
+    "--text-field", metavar="NAME", help="Field or column of the text. [default: text, or words]"
+)
+@click.option(
+    "--label-field", metavar="NAME", help="Of the label; or NAME,NAME. [default: label, or tags]"
+)
+@click.option("--labels", metavar="FILE", help="Labels (.npy), where --data is one .npy array.")
+@click.option("--heldout-labels", metavar="FILE", help="The same for --heldout.")
 @click.option("--steps", type=_COUNT, default=100, show_default=True, help="Optimizer updates.")
 @click.option("--stages", type=_COUNT, help="Exact number of stages. [default: planned]")
 @click.option(
@@ -133,7 +147,7 @@ def _request(options: dict[str, Any]) -> TrainRequest:  # Any: click's values
     }
     names = {field.name for field in fields(TrainRequest)} - {"optimizer"}
     values = {name: value for name, value in options.items() if name in names}
-    for name in ("data", "heldout", "out", "safetensors"):
+    for name in ("data", "heldout", "labels", "heldout_labels", "out", "safetensors"):
         values[name] = _absolute(values[name])
     values["bundle"] = _bundle(values["bundle"])
     values["data"] = values["data"] or ""
@@ -174,17 +188,24 @@ def _check_paths(request: TrainRequest) -> None:
             raise ConfigError("a new run needs --model and --data; an old one needs --resume")
         if not Path(request.bundle, "manifest.json").is_file():
             raise BundleError(f"there is no bundle in {request.bundle}")
-    for path in filter(None, (request.data, request.heldout)):
-        if not Path(path).is_file():
-            raise DataError(f"there is no file {path}")
-        if Path(path).stat().st_size == 0:
-            raise DataError(f"{path} is empty")
+    for given in (request.data, request.heldout, request.labels, request.heldout_labels):
+        _check_data(given or None)
     for option, out in (("--out", request.out), ("--safetensors", request.safetensors)):
         if out is not None and not Path(out).parent.is_dir():
             raise ConfigError(
                 f"there is no folder {Path(out).parent}",
                 hint=f"make it, or choose another {option}",
             )
+
+
+def _check_data(given: str | None) -> None:
+    if given is None:
+        return
+    path = Path(given)
+    if not path.exists():
+        raise DataError(f"there is no file or folder {path}")
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError(f"{path} is empty")
 
 
 def _stopped(result: TrainResult, group_name: str) -> Interrupted:

@@ -105,10 +105,11 @@ def library_docstrings(folder: Path) -> Iterator[str]:
         folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
         for name in sorted(files):
             if name.endswith(".py"):
-                yield from _docstrings(Path(root, name))
+                yield from file_docstrings(Path(root, name))
 
 
-def _docstrings(path: Path) -> Iterator[str]:
+def file_docstrings(path: Path) -> Iterator[str]:
+    """The docstrings of one source, the module's first; nothing when it is not Python."""
     tree = _parse(path)
     for node in ast.walk(tree) if tree is not None else ():
         if isinstance(node, _DOCUMENTING):

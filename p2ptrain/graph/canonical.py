@@ -15,6 +15,7 @@ import onnx
 
 from p2ptrain.graph.fusions import fuse_activations
 from p2ptrain.graph.ir import FLOAT, MICROSOFT, Graph, Type, attribute, make
+from p2ptrain.graph.shapes import infer_missing
 from p2ptrain.graph.views import drop_identities, product, rewrite_views, share_equal_nodes
 
 MASK_PREFIX: Final = "mask."
@@ -32,6 +33,7 @@ class DropoutSite:
 
 def canonicalise(graph: Graph, *, data: str) -> tuple[DropoutSite, ...]:
     """Rewrite the graph in place; gives its dropout sites. `data` is the first input."""
+    infer_missing(graph)
     sites = replace_dropout(graph)
     fuse_gelu(graph)
     fuse_activations(graph)

@@ -17,7 +17,7 @@ import onnx
 
 from p2ptrain.errors import GraphError
 from p2ptrain.graph.canonical import MASK_PREFIX
-from p2ptrain.graph.flow import SIZES, Flow, asked_axes
+from p2ptrain.graph.flow import SIZES, Flow, asked_axes, signature
 from p2ptrain.graph.ir import INT64, Axis, Graph, Type, apply_names, attribute, make
 from p2ptrain.graph.source import LOSS
 
@@ -109,15 +109,29 @@ def crossing_values(flow: Flow, cuts: Sequence[int]) -> list[tuple[str, ...]]:
     cheaper = DERIVED_SHARE * flow.bytes_of(derived) < flow.bytes_of(raw)
     if any(flow.raw[c] and flow.border[c] & flow.late for c in cuts):
         cheaper = False  # what depends on labels too can only be made where the labels are
-    crossings = []
-    for position in cuts:
-        if cheaper:
-            order = list(flow.graph.types)
-            beside = sorted(flow.border[position] - flow.late, key=order.index)
-        else:
-            beside = [name for name in flow.roles.data if name in flow.raw[position]]
-        crossings.append((*flow.alive[position], *beside))
-    return crossings
+    order = {name: index for index, name in enumerate(flow.graph.types)}
+    beside = [
+        sorted(flow.border[p] - flow.late, key=order.__getitem__)
+        if cheaper
+        else [name for name in flow.roles.data if name in flow.raw[p]]
+        for p in cuts
+    ]
+    _keep_alike(flow, cuts, beside)
+    return [(*flow.alive[p], *more) for p, more in zip(cuts, beside, strict=True)]
+
+
+def _keep_alike(flow: Flow, cuts: Sequence[int], beside: list[list[str]]) -> None:
+    """Let a segment hand on what the equal one before it hands on, even if nobody needs it: the
+    last of many equal blocks stays of their kind."""
+    starts = [0, *(position + 1 for position in cuts)]
+    handing: dict[str, list[str]] = {}
+    for index, position in enumerate(cuts):
+        told = signature(flow, flow.order[starts[index] : position + 1])
+        before = beside[index - 1] if index else []
+        main = flow.bytes_of(flow.alive[position])
+        for name in handing.setdefault(told, beside[index]):
+            if name in before and name not in beside[index] and flow.bytes_of([name]) <= main:
+                beside[index] = [n for n in before if n in (*beside[index], name)]
 
 
 def _piece(flow: Flow, whole: Graph, span: Span, *, running: bool = True) -> Piece:

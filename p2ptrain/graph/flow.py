@@ -8,7 +8,8 @@ segment that reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -253,6 +254,20 @@ def asked_axes(graph: Graph, shape: onnx.NodeProto) -> tuple[int | str, ...]:
     if shape.op_type == "Size":
         return axes
     return axes[int(attribute(shape, "start", 0)) : int(attribute(shape, "end", len(axes)))]
+
+
+def signature(flow: Flow, nodes: Sequence[onnx.NodeProto]) -> str:
+    """Equal for nodes that do the same to values of the same shapes."""
+    types = flow.graph.types
+    told = hashlib.sha256()
+    for node in nodes:
+        attributes = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)
+        given = [
+            (n in flow.graph.inputs, n in flow.roles.frozen, types[n].axes if n in types else n)
+            for n in node.input
+        ]
+        told.update(repr((node.domain, node.op_type, attributes, given)).encode())
+    return told.hexdigest()
 
 
 def _joined(needs: list[_Need]) -> _Need:

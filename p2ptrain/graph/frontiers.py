@@ -11,17 +11,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import onnx
-
 from p2ptrain.graph.costs import PRODUCTS
-from p2ptrain.graph.flow import Flow
+from p2ptrain.graph.flow import Flow, signature
 
 OPENED_PRODUCTS: Final = 12
 """A stretch with more products than this is opened; an attention block has six to eight."""
@@ -129,21 +126,8 @@ def _stretch(flow: Flow, start: int, end: int) -> _Stretch:
         start=start,
         end=end,
         products=sum(node.op_type in PRODUCTS for node in nodes),
-        signature=_signature(flow, nodes),
+        signature=signature(flow, nodes),
     )
-
-
-def _signature(flow: Flow, nodes: Sequence[onnx.NodeProto]) -> str:
-    types = flow.graph.types
-    told = hashlib.sha256()
-    for node in nodes:
-        attributes = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)
-        given = [
-            (n in flow.graph.inputs, n in flow.roles.frozen, types[n].axes if n in types else n)
-            for n in node.input
-        ]
-        told.update(repr((node.domain, node.op_type, attributes, given)).encode())
-    return told.hexdigest()
 
 
 def _blocks(flow: Flow, stretches: Sequence[_Stretch]) -> list[_Stretch]:

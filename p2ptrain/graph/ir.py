@@ -212,7 +212,7 @@ def from_model(model: onnx.ModelProto) -> Graph:
     for tensor in proto.initializer:
         graph.constants[tensor.name] = numpy_helper.to_array(tensor)
     for value in (*proto.input, *proto.value_info, *proto.output):
-        if value.type.tensor_type.HasField("shape"):
+        if _is_known(value):
             graph.types[value.name] = _type_of(value)
     graph.inputs = {
         v.name: graph.types[v.name] for v in proto.input if v.name not in graph.constants
@@ -229,6 +229,13 @@ def from_model(model: onnx.ModelProto) -> Graph:
         graph.types[name] = Type(dtype=dtype, axes=tuple(constant.shape))
     graph.outputs = [value.name for value in proto.output]
     return graph
+
+
+def _is_known(value: onnx.ValueInfoProto) -> bool:
+    """Whether every axis has a size or a name; a tracer leaves some without either."""
+    tensor = value.type.tensor_type
+    known = (d.HasField("dim_param") or d.HasField("dim_value") for d in tensor.shape.dim)
+    return bool(tensor.HasField("shape")) and all(known)
 
 
 def _type_of(value: onnx.ValueInfoProto) -> Type:

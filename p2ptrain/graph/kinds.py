@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from p2ptrain.bundle import manifest as words
 from p2ptrain.graph.adapters import without_adapters
 from p2ptrain.graph.costs import COLUMNS, HEADS, Shards, find_shards, product_flops
-from p2ptrain.graph.ir import FLOAT, IR_VERSION, OPSET, Axis, Graph, Type, depth_first, to_model
+from p2ptrain.graph.decompositions import decompose
+from p2ptrain.graph.ir import IR_VERSION, OPSET, Axis, Graph, depth_first, to_model
 from p2ptrain.graph.local import Local, rename_inner
 from p2ptrain.graph.lowering.registry import lower
 from p2ptrain.graph.source import LABELS, LOSS, LOSS_WEIGHT
@@ -84,11 +83,8 @@ def _pair(local: Local, *, portable: bool) -> Pair:
 
 
 def _without_backward(local: Local, reference: str) -> Pair:
-    """The forward of a segment before anything trainable, and a backward that does nothing."""
-    forward = _settled(local.graph, reference, "f")
-    nothing = Graph(outputs=[words.NOTHING], constants={words.NOTHING: np.zeros(1, np.float32)})
-    nothing.types[words.NOTHING] = Type(dtype=FLOAT, axes=(1,))
-    return Pair(forward=forward, backward=nothing, stash=())
+    """The forward of a segment before anything trainable, and an empty graph that nobody runs."""
+    return Pair(forward=_settled(local.graph, reference, "f"), backward=Graph(), stash=())
 
 
 def _evaluation(local: Local) -> Graph | None:
@@ -100,6 +96,7 @@ def _evaluation(local: Local) -> Graph | None:
 def _settled(graph: Graph, reference: str, stem: str) -> Graph:
     """A graph that nobody differentiates, in standard operators and canonical order."""
     settled = graph.copy()
+    decompose(settled)
     lower(settled, set())
     tidy(settled, reference)
     depth_first(settled)

@@ -11,7 +11,7 @@ from p2ptrain.graph.views import product
 
 LIKE_OPERANDS = (
     "Add", "Sub", "Mul", "Div", "Pow", "Sum", "Neg", "Exp", "Log", "Sqrt", "Sign", "Sin", "Cos",
-    "Identity", "com.microsoft.Scale",
+    "Identity", "com.microsoft.Scale", "Relu", "Sigmoid", "Tanh", "Softmax", "LogSoftmax", "Erf",
 )  # fmt: skip
 COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not")
 BOOL = int(onnx.TensorProto.BOOL)
@@ -21,11 +21,25 @@ def infer_missing(graph: Graph) -> None:
     """Add the types that follow from operators and known types; leave the others unknown."""
     producers = graph.producers()
     for node in graph.nodes:
+        if node.op_type in ("LSTM", "GRU"):
+            _type_recurrent(graph, node)
         if len(node.output) != 1 or node.output[0] in graph.types:
             continue
         known = _type_of(graph, producers, node)
         if known is not None:
             graph.types[node.output[0]] = known
+
+
+def _type_recurrent(graph: Graph, node: onnx.NodeProto) -> None:
+    known = graph.types.get(node.input[0])
+    if known is None or node.input[1] not in graph.types:
+        return
+    steps, batch = known.axes[:2]
+    last = (graph.axes(node.input[1])[0], batch, int(attribute(node, "hidden_size")))
+    for index, name in enumerate(node.output):
+        axes = last if index else (steps, last[0], batch, last[2])
+        if name:
+            graph.types.setdefault(name, Type(dtype=known.dtype, axes=axes))
 
 
 def broadcast(shapes: Sequence[Sequence[Axis]]) -> tuple[Axis, ...]:
@@ -57,6 +71,8 @@ def _type_of(
         dtype = BOOL if name in COMPARISONS else known[-1].dtype
         shapes = [known[0].axes] if name.endswith("Scale") else [one.axes for one in known]
         return Type(dtype=dtype, axes=broadcast(shapes))
+    if name in ("InstanceNormalization", "LayerNormalization", "BatchNormalization", "Trilu"):
+        return known[0]
     if name == "Cast":
         return Type(dtype=int(attribute(node, "to")), axes=known[0].axes)
     axes = _moved(graph, producers, node, known)
@@ -76,12 +92,10 @@ def _moved(
     if name in ("Unsqueeze", "Squeeze"):
         return _squeezed(graph, node, have)
     if name in ("Reshape", "Expand"):
-        source = producers.get(node.input[1])
-        if source is not None and source.op_type == "Shape" and not _partial(source):
-            return graph.types[source.input[0]].axes if source.input[0] in graph.types else None
-        if name == "Reshape" and node.input[1] in graph.constants:
-            return _reshaped(have, [int(v) for v in graph.constants[node.input[1]]])
-        return None
+        sizes = _sizes(graph, producers, node.input[1])
+        if sizes is None:
+            return None
+        return _reshaped(have, sizes) if name == "Reshape" else broadcast([have, sizes])
     if name in ("com.microsoft.FusedMatMul", "MatMul") and len(known) == 2:
         return _multiplied(node, have, known[1].axes)
     if name == "Transpose":
@@ -90,8 +104,39 @@ def _moved(
     return None
 
 
-def _partial(shape: onnx.NodeProto) -> bool:
-    return attribute(shape, "start", 0) != 0 or attribute(shape, "end") is not None
+def _sizes(graph: Graph, producers: dict[str, onnx.NodeProto], name: str) -> list[Axis] | None:
+    """The entries of an integer vector that is computed from shapes; None when not to be told."""
+    if name in graph.constants:
+        return [int(value) for value in graph.constants[name].ravel()]
+    node = producers.get(name)
+    if node is None:
+        return None
+    if node.op_type == "Shape":
+        if node.input[0] not in graph.types:
+            return None
+        axes = graph.axes(node.input[0])
+        return list(axes[attribute(node, "start", 0) : attribute(node, "end", len(axes))])
+    parts = [_sizes(graph, producers, given) for given in node.input if given]
+    known = [part for part in parts if part is not None]
+    if len(known) != len(parts) or not known:
+        return None
+    return _combined(node, known)
+
+
+def _combined(node: onnx.NodeProto, parts: Sequence[list[Axis]]) -> list[Axis] | None:
+    kind = node.op_type
+    numbers = [[axis for axis in part if isinstance(axis, int)] for part in parts[1:]]
+    if kind == "Concat":
+        return [axis for part in parts for axis in part]
+    if kind == "Mul" and all(len(part) == 1 for part in parts):
+        return [product([part[0] for part in parts])]
+    if kind in ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast"):
+        return parts[0]
+    if kind == "Gather" and len(numbers[0]) == 1:
+        return [parts[0][numbers[0][0]]]
+    if kind == "Slice" and len(parts) <= 4 and all(len(part) == 1 for part in numbers):
+        return parts[0][numbers[0][0] : numbers[1][0]]
+    return None
 
 
 def _reduced(graph: Graph, node: onnx.NodeProto, have: Sequence[Axis]) -> tuple[Axis, ...] | None:
@@ -118,7 +163,7 @@ def _squeezed(graph: Graph, node: onnx.NodeProto, have: Sequence[Axis]) -> tuple
     return tuple(1 if i in new else next(rest) for i in range(rank))
 
 
-def _reshaped(have: Sequence[Axis], want: Sequence[int]) -> tuple[Axis, ...] | None:
+def _reshaped(have: Sequence[Axis], want: Sequence[Axis]) -> tuple[Axis, ...] | None:
     result: list[Axis] = [have[i] if size == 0 else size for i, size in enumerate(want)]
     if -1 not in result:
         return tuple(result)

@@ -72,7 +72,11 @@ def view_nodes(graph: Graph, source: str, target: str, reference: str) -> list[o
         sizes = [0] * kept + ([-1, *rest[1:]] if rest else [])
         shape = graph.constant(np.array(sizes, np.int64), "shape")
         return [make("Reshape", [source, shape], [target])]
-    return _leading(graph, source, target, reference)
+    return (
+        _leading(graph, source, target, reference)
+        or _in_place(graph, source, target)
+        or _axis_by_axis(graph, source, target, reference)
+    )
 
 
 def _equal_lead(have: Sequence[Axis], want: Sequence[Axis]) -> int:
@@ -93,21 +97,14 @@ def _flatten_axis(have: Sequence[Axis], want: Sequence[Axis]) -> int | None:
 
 
 def _leading(graph: Graph, source: str, target: str, reference: str) -> list[onnx.NodeProto]:
+    """Leading sizes read from the reference, numbers behind them; nothing where that cannot be."""
     want, known = graph.axes(target), graph.axes(reference)
     lead = 0
     while lead < min(len(want), len(known)) and want[lead] == known[lead]:
         lead += 1
     rest = want[lead:]
     if lead == 0 or not all(isinstance(axis, int) for axis in rest[1:]):
-        kept = _equal_lead(graph.axes(source), want)
-        if sum(isinstance(axis, str) for axis in want[kept:]) == 1:
-            numbers = [axis if isinstance(axis, int) else -1 for axis in want[kept:]]
-            fixed = graph.constant(np.array([0] * kept + numbers, np.int64), "shape")
-            return [make("Reshape", [source, fixed], [target])]
-        raise GraphError(
-            f"no Reshape from {graph.axes(source)} to {want} without freezing a size",
-            hint="reshape one axis at a time in the torch module",
-        )
+        return []
     sizes, shape = graph.fresh("sizes"), graph.fresh("shape")
     graph.types[sizes] = Type(dtype=INT64, axes=(lead,))
     nodes = [make("Shape", [reference], [sizes], start=0, end=lead)]
@@ -116,6 +113,52 @@ def _leading(graph: Graph, source: str, target: str, reference: str) -> list[onn
         tail = graph.constant(np.array([-1, *rest[1:]], np.int64), "shape")
         nodes.append(make("Concat", [sizes, tail], [shape], axis=0))
     return [*nodes, make("Reshape", [source, shape if rest else sizes], [target])]
+
+
+def _in_place(graph: Graph, source: str, target: str) -> list[onnx.NodeProto]:
+    """Symbols that stay where they are, numbers, and one symbol that moves (grouped heads before a
+    sequence); nothing where two move."""
+    have, want = graph.axes(source), graph.axes(target)
+    sizes = [
+        axis if isinstance(axis, int) else 0 if axis in have[index : index + 1] else -1
+        for index, axis in enumerate(want)
+    ]
+    if sizes.count(-1) > 1:
+        return []
+    shape = graph.constant(np.array(sizes, np.int64), "shape")
+    return [make("Reshape", [source, shape], [target])]
+
+
+def _axis_by_axis(graph: Graph, source: str, target: str, reference: str) -> list[onnx.NodeProto]:
+    """Every symbol's size read at run time, one that nothing has left to the Reshape.
+
+    Raises:
+        GraphError: two sizes are nowhere to be read.
+    """
+    nodes, parts = [], []
+    for axis in graph.axes(target):
+        holder = next((n for n in (source, reference) if axis in graph.axes(n)), None)
+        if isinstance(axis, int) or holder is None:
+            number = axis if isinstance(axis, int) else -1
+            parts.append(graph.constant(np.array([number], np.int64), "size"))
+            continue
+        parts.append(graph.fresh("size"))
+        graph.types[parts[-1]] = Type(dtype=INT64, axes=(1,))
+        place = graph.axes(holder).index(axis)
+        nodes.append(make("Shape", [holder], [parts[-1]], start=place, end=place + 1))
+    unknown = graph.constant(np.array([-1], np.int64), "size")
+    if parts.count(unknown) > 1:
+        raise GraphError(
+            f"no Reshape from {graph.axes(source)} to {graph.axes(target)} without freezing a size",
+            hint="reshape one axis at a time in the torch module",
+        )
+    shape = graph.fresh("shape")
+    graph.types[shape] = Type(dtype=INT64, axes=(len(parts),))
+    return [
+        *nodes,
+        make("Concat", parts, [shape], axis=0),
+        make("Reshape", [source, shape], [target]),
+    ]
 
 
 def drop_identities(graph: Graph) -> None:

@@ -97,6 +97,8 @@ class Coordinator:
                 last checkpoint.
         """
         started_s = time.monotonic()
+        for note in self.job.data_notes:
+            self._note(note)
         profiles = await self._collect_profiles()
         placement = await trio.to_thread.run_sync(
             lambda: place(self._request, self.job, profiles, home=self._services.device)
@@ -228,7 +230,7 @@ class Coordinator:
     def _write_run(self, contract: Contract) -> None:
         bundle, directory = self.job.bundle, self.job.directory
         directory.write_record(self.job.record(contract))
-        directory.write_bundle(bundle.manifest_bytes, _graphs(bundle))
+        directory.write_bundle(bundle.manifest_bytes, _graphs(bundle), bundle.tokenizer())
         keep_weights(bundle, directory.bundle_path)
 
     async def _begin(self, plan: Plan) -> None:

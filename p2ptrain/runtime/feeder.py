@@ -18,7 +18,6 @@ from p2ptrain.training.feed import Feed
 from p2ptrain.training.loss import counted_labels, loss_weight
 from p2ptrain.training.messages import stamp_of
 from p2ptrain.training.program import Item, Program
-from p2ptrain.training.sampling import Windows, heldout_windows, training_windows
 from p2ptrain.wire.frames import TensorHeader
 
 ITEMS_AHEAD_MAX = 2
@@ -102,27 +101,16 @@ class Feeder:
         return loss_weight(count)
 
     def _samples(self, item: Item, microbatch: int) -> Feed:
-        windows = self._windows(item, microbatch)
-        return Feed(inputs=(windows.inputs,), labels=windows.labels)
-
-    def _windows(self, item: Item, microbatch: int) -> Windows:
         size = self._contract.microbatch_size
         first_sample = microbatch * size
         if item.kind == "evaluate":
-            return heldout_windows(
-                self._job.heldout_tokens,
+            return self._job.samples.heldout(
                 sample_count=size * self._contract.heldout_microbatches,
                 first_sample=first_sample,
                 count=size,
-                context=self._job.bundle.manifest.data.context,
             )
-        return training_windows(
-            self._job.training_tokens,
-            seed=self._contract.seed,
-            step=item.step,
-            first_sample=first_sample,
-            count=size,
-            context=self._job.bundle.manifest.data.context,
+        return self._job.samples.training(
+            seed=self._contract.seed, step=item.step, first_sample=first_sample, count=size
         )
 
     def _header(self, item: Item, kind: str, microbatch: int, index: int) -> TensorHeader:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from p2ptrain import limits
-from p2ptrain.errors import CheckpointError, ConfigError, DataError
-from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
+from p2ptrain.data.opening import OpenData, open_samples
+from p2ptrain.data.options import DataOptions
+from p2ptrain.errors import CheckpointError, ConfigError, DataError, InvariantBroken
+from p2ptrain.ids import Lineage, RunId, ViewNumber
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.store.bundles import Bundle, find_bundle, load_bundle
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory, RunRecord, find_run
 from p2ptrain.training.contract import Contract
-from p2ptrain.training.text import byte_tokens, split_heldout
+from p2ptrain.training.feed import Samples
 
 SCHEDULES = ("1f1b", "gpipe")
+CACHE_FOLDER = "cache"
+"""Beside the runs: what is derived from data once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +31,12 @@ class Job:
     view: ViewNumber
     bundle: Bundle
     contract: Contract
-    training_tokens: np.ndarray
-    """uint8 (bytes of text,)."""
-    heldout_tokens: np.ndarray
+    samples: Samples
     data: str
     heldout: str | None
+    data_options: DataOptions
+    data_notes: tuple[str, ...]
+    """What the data is and what was decided by looking at it, for people."""
     directory: RunDirectory
     checkpoint: CheckpointRecord | None
     checkpoint_every: int
@@ -57,6 +59,7 @@ class Job:
             contract=contract,
             data=self.data,
             heldout=self.heldout,
+            data_options=self.data_options,
             checkpoint_every=self.checkpoint_every,
         )
 
@@ -77,18 +80,21 @@ def open_job(
         raise ConfigError("a new run needs a model and data", hint="give --model and --data")
     bundle = load_bundle(find_bundle(request.bundle))
     bundle.check()
-    training, heldout = _read_data(bundle, request.data, request.heldout)
-    contract = _new_contract(request, bundle, training, heldout, default_threads)
+    options = _data_options(request)
+    minibatch_size = request.microbatch_size * request.microbatches
+    opened = _open_data(bundle, request.data, request.heldout, options, runs_path, minibatch_size)
+    contract = _new_contract(request, bundle, opened, default_threads)
     return Job(
         run=new_run,
         lineage=Lineage(0),
         view=ViewNumber(1),
         bundle=bundle,
         contract=contract,
-        training_tokens=training,
-        heldout_tokens=heldout,
+        samples=opened.samples,
         data=request.data,
         heldout=request.heldout,
+        data_options=options,
+        data_notes=(f"the data: {opened.description}", *opened.notes),
         directory=RunDirectory(runs_path / new_run),
         checkpoint=None,
         checkpoint_every=request.checkpoint_every,
@@ -110,8 +116,15 @@ def _resumed_job(request: TrainRequest, runs_path: Path) -> Job:
                 hint="leave --model out to resume with the run's own model",
             )
     checkpoint = directory.read_checkpoint(bundle.manifest)
-    training, heldout = _read_data(bundle, record.data, record.heldout)
-    digests = (_tokens_digest(training), _tokens_digest(heldout))
+    opened = _open_data(
+        bundle,
+        record.data,
+        record.heldout,
+        record.data_options,
+        runs_path,
+        record.contract.minibatch_size,
+    )
+    digests = (opened.training_digest, opened.heldout_digest)
     if digests != (record.contract.training_data, record.contract.heldout_data):
         raise DataError(
             f"the data of run {record.run[:8]} has changed: {record.data}",
@@ -125,10 +138,11 @@ def _resumed_job(request: TrainRequest, runs_path: Path) -> Job:
         view=ViewNumber(record.view + 1),
         bundle=bundle,
         contract=record.contract,
-        training_tokens=training,
-        heldout_tokens=heldout,
+        samples=opened.samples,
         data=record.data,
         heldout=record.heldout,
+        data_options=record.data_options,
+        data_notes=(f"the data: {opened.description}", *opened.notes),
         directory=directory,
         checkpoint=checkpoint,
         checkpoint_every=record.checkpoint_every,
@@ -144,45 +158,38 @@ def _check_request(request: TrainRequest) -> None:
         raise ConfigError("steps between checkpoints are 0 or more")
 
 
-def _read_data(bundle: Bundle, data: str, heldout: str | None) -> tuple[np.ndarray, np.ndarray]:
-    training = read_tokens(Path(data))
-    context = bundle.manifest.data.context
-    if heldout is None:
-        split = split_heldout(training, context=context)
-        training, rest = split.training, split.heldout
-    else:
-        rest = read_tokens(Path(heldout))
-    least = context + 1
-    for tokens, what, path in ((training, "training", data), (rest, "held-out", heldout or data)):
-        if len(tokens) < least:
-            raise DataError(
-                f"{path}: {len(tokens)} bytes of {what} text; one sample needs {least}",
-                hint="give a longer text with --data, or a held-out file with --heldout",
-            )
-    return training, rest
+def _data_options(request: TrainRequest) -> DataOptions:
+    return DataOptions(
+        text_field=request.text_field,
+        label_field=request.label_field,
+        labels=request.labels,
+        heldout_labels=request.heldout_labels,
+    )
 
 
-def read_tokens(path: Path) -> np.ndarray:
-    """A text file as bytes, uint8 (n,); DataError when missing, unreadable or empty."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from error
-    if not content:
-        raise DataError(f"{path} is empty")
-    return byte_tokens(content)
-
-
-def _tokens_digest(tokens: np.ndarray) -> Digest:
-    return Digest(hashlib.sha256(tokens.tobytes()).hexdigest())
+def _open_data(
+    bundle: Bundle,
+    data: str,
+    heldout: str | None,
+    options: DataOptions,
+    runs_path: Path,
+    minibatch_size: int,
+) -> OpenData:
+    if bundle.directory is None:
+        raise InvariantBroken("a home peer's bundle lies in a directory")
+    return open_samples(
+        bundle.manifest,
+        bundle.directory,
+        data,
+        heldout,
+        options,
+        runs_path.parent / CACHE_FOLDER,
+        minibatch_size=minibatch_size,
+    )
 
 
 def _new_contract(
-    request: TrainRequest,
-    bundle: Bundle,
-    training: np.ndarray,
-    heldout: np.ndarray,
-    default_threads: int,
+    request: TrainRequest, bundle: Bundle, opened: OpenData, default_threads: int
 ) -> Contract:
     try:
         return Contract(
@@ -196,8 +203,8 @@ def _new_contract(
             threads=request.threads or default_threads,
             dropout=request.dropout,
             optimizer=request.optimizer,
-            training_data=_tokens_digest(training),
-            heldout_data=_tokens_digest(heldout),
+            training_data=opened.training_digest,
+            heldout_data=opened.heldout_digest,
             evaluate_every=request.evaluate_every,
             heldout_microbatches=request.heldout_microbatches,
             builds=(),

@@ -99,7 +99,8 @@ class MemberRun:
             await self._hear_from_home(lambda: self._go, "say go", limit_s)
             await stage_run.run()
             await self._signal.wait_until(lambda: self._finished)
-            if self._program is not None and not self._program.stopped:
+            complete = self._program is not None and not self._program.stopped
+            if complete and self._stage_weights.kept:
                 await trio.to_thread.run_sync(self._stage_weights.forget)
         finally:
             self._forget_blobs()

@@ -22,9 +22,17 @@ class TrainRequest:
     bundle: str
     """Directory of the bundle; empty when resuming."""
     data: str
-    """Text file to train on; empty when resuming."""
+    """File or folder to train on; empty when resuming."""
     heldout: str | None = None
-    """Text file to evaluate on; None: the last 5 % of the data."""
+    """File or folder to evaluate on; None: 5 % of the data, its end where it is one text."""
+    text_field: str | None = None
+    """JSONL field or CSV column of the text; None: `text`, or `words` for tagged words."""
+    label_field: str | None = None
+    """JSONL field or CSV column of the label; None: `label`, or `tags` for tagged words."""
+    labels: str | None = None
+    """`.npy` file of labels, where the data is one `.npy` array."""
+    heldout_labels: str | None = None
+    """The same for the held-out array."""
     steps: int = 100
     stages: int | None = None
     """Exact number of stages; None: the planner chooses."""

@@ -182,7 +182,8 @@ class StageRun:
         microbatch = action.microbatch
         kind = "cotangent" if item.kind == "train" else "release"
         if not self._last:
-            await self._wait(kind, microbatch, self._exit_ports if kind == "cotangent" else 1)
+            awaited = self._worker.exit_cotangent(sequence) if kind == "cotangent" else ()
+            await self._wait(kind, microbatch, max(1, len(awaited)))  # none: one empty frame
         if kind == "cotangent":
             await self._compute(
                 lambda: self._worker.backward(microbatch=microbatch, sequence=sequence)
@@ -302,7 +303,3 @@ class StageRun:
     @property
     def _entry_ports(self) -> int:
         return len(self._manifest.boundary(self._stage.first_segment - 1))
-
-    @property
-    def _exit_ports(self) -> int:
-        return len(self._manifest.boundary(self._stage.segments[-1]))

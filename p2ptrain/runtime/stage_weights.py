@@ -74,8 +74,13 @@ class StageWeights:
             found |= weights
         return found
 
+    @property
+    def kept(self) -> bool:
+        """Whether anything was fetched for this run, now or in an earlier session."""
+        return self._directory.is_dir()
+
     def forget(self) -> None:
-        """The run is complete: nobody will resume it."""
+        """The run is complete: nobody will resume it; blocking."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
 

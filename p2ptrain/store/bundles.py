@@ -24,6 +24,7 @@ from p2ptrain.ids import Digest
 
 MANIFEST_FILE: Final = "manifest.json"
 GRAPH_FOLDER: Final = "graphs"
+TOKENIZER_FILE: Final = "tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,17 @@ class Bundle:
             self._graphs[digest] = content
         return content
 
+    def tokenizer(self) -> bytes | None:
+        """The bundle's `tokenizer.json`, checked; None for a model without one, or that came over
+        the wire: only a home peer needs it.
+
+        Raises:
+            BundleError: missing, damaged, too large or outside the directory.
+        """
+        if self.directory is None:
+            return None
+        return read_tokenizer(self.directory, self.manifest)
+
     def check(self) -> None:
         """Read every graph once; BundleError names the first that is missing or damaged."""
         for digest in self.manifest.graphs:
@@ -80,6 +92,21 @@ def load_bundle(directory: Path) -> Bundle:
     if not path.exists():
         raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST_FILE}")
     return _bundle(read_inside(directory, path, limits.MANIFEST_BYTES_MAX), directory, {})
+
+
+def read_tokenizer(directory: Path, manifest: Manifest) -> bytes | None:
+    """The bundle's `tokenizer.json`, checked; None for a model that needs none.
+
+    Raises:
+        BundleError: missing, damaged, too large or outside the directory.
+    """
+    if manifest.data.tokenizer != TOKENIZER_FILE:
+        return None
+    path = directory / TOKENIZER_FILE
+    content = read_inside(directory, path, limits.TOKENIZER_BYTES_MAX)
+    if hashlib.sha256(content).hexdigest() != manifest.data.tokenizer_digest:
+        raise BundleError(f"{TOKENIZER_FILE} is damaged: its hash differs")
+    return content
 
 
 def bundle_from_parts(manifest_bytes: bytes, graphs: Mapping[Digest, bytes]) -> Bundle:

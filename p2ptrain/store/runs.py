@@ -18,14 +18,16 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
 
 from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.data.options import DataOptions
 from p2ptrain.errors import CheckpointError, NotFound, RemoteProtocolError
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber, is_base32
 from p2ptrain.store.atomic import write_atomic
+from p2ptrain.store.bundles import TOKENIZER_FILE
 from p2ptrain.training.contract import Contract
 from p2ptrain.wire.codec import from_plain, to_plain
 
@@ -50,6 +52,7 @@ class RunRecord:
     data: str
     heldout: str | None
     checkpoint_every: int
+    data_options: DataOptions = field(default_factory=DataOptions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,13 +111,17 @@ class RunDirectory:
             raise CheckpointError(f"run.json is of run {record.run[:8]}, not {self.path.name[:8]}")
         return record
 
-    def write_bundle(self, manifest: bytes, graphs: Mapping[Digest, bytes]) -> None:
+    def write_bundle(
+        self, manifest: bytes, graphs: Mapping[Digest, bytes], tokenizer: bytes | None = None
+    ) -> None:
         """Keep the bundle beside the run, so that it can be resumed without the original."""
         folder = self.bundle_path / "graphs"
         with _storing("the run's bundle"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for digest, content in graphs.items():
                 write_atomic(folder / f"{digest}.onnx", [content])
+            if tokenizer is not None:
+                write_atomic(self.bundle_path / TOKENIZER_FILE, [tokenizer])
             write_atomic(self.bundle_path / "manifest.json", [manifest])
 
     def append_progress(self, line: Mapping[str, object]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +11,14 @@ from p2ptrain.errors import DataError
 
 HELDOUT_FRACTION: Final = 0.05
 
+Tokens = NDArray[Any]  # Any: uint8, uint16 or uint32
+
 
 class SplitText(NamedTuple):
     """Tokens to train on and tokens to evaluate on, disjoint."""
 
-    training: NDArray[np.uint8]
-    heldout: NDArray[np.uint8]
+    training: Tokens
+    heldout: Tokens
 
 
 def byte_tokens(content: bytes) -> NDArray[np.uint8]:
@@ -30,9 +32,7 @@ def byte_tokens(content: bytes) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8)
 
 
-def split_heldout(
-    tokens: NDArray[np.uint8], fraction: float = HELDOUT_FRACTION, *, context: int
-) -> SplitText:
+def split_heldout(tokens: Tokens, fraction: float = HELDOUT_FRACTION, *, context: int) -> SplitText:
     """The last `fraction` of the text for evaluation, at least one sample; the rest to train on.
 
     Raises:

@@ -138,7 +138,8 @@ async def test_train_hands_every_option_to_the_peer(
     options = "--stages 2 --microbatches 4 --microbatch-size 2 --seed 7 --threads 1 --form training"
     options += " --schedule gpipe --dropout 0 --learning-rate 0.01 --warmup-steps 0 --out t.onnx"
     options += " --weight-decay 0 --clip-norm 0 --optimizer sgd --evaluate-every 5"
-    options += " --checkpoint-every 9 --rematerialise"
+    options += " --checkpoint-every 9 --text-field body --label-field topic --labels notes.txt"
+    options += " --rematerialise"
     async with peer_answering(home, member, peer.handle):
         await run_command("train", "--group", member, *job, *options.split())
     request = peer.request
@@ -152,6 +153,8 @@ async def test_train_hands_every_option_to_the_peer(
     )  # fmt: skip
     assert (request.dropout, request.evaluate_every, request.checkpoint_every) == (0.0, 5, 9)
     assert request.rematerialise
+    assert (request.text_field, request.label_field) == ("body", "topic")
+    assert request.labels == str(tmp_path / "notes.txt")
     chosen = request.optimizer
     assert (chosen.name, chosen.peak_learning_rate, chosen.warmup_steps) == ("sgd", 0.01, 0)
     assert (chosen.weight_decay, chosen.clip_norm) == (0.0, 0.0)

@@ -56,7 +56,7 @@ def name_a_path(bundle: Path) -> None:
 
 
 def raise_version(bundle: Path) -> None:
-    edit_manifest(bundle, '"version": 1', '"version": 99')
+    edit_manifest(bundle, '"version": 2', '"version": 99')
     edit_manifest(bundle, '"version":1', '"version":99')
 
 

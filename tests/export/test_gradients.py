@@ -104,6 +104,10 @@ class Residual(nn.Module):  # type: ignore[misc]
             nn.Conv2d(12, 12, 3, stride, 1, groups=12, bias=False), nn.BatchNorm2d(12),
             nn.ReLU6(), nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6, momentum=0.3),
         )  # fmt: skip
+        for part in self.layers:
+            if isinstance(part, nn.BatchNorm2d):  # at 1 and 0 some gradients are truly near zero
+                nn.init.normal_(part.weight)
+                nn.init.normal_(part.bias)
 
     def forward(self, x: Any) -> Any:
         y = self.layers(x)
@@ -170,7 +174,9 @@ ROWS = {
     "repeat": lambda: Of(lambda x: x.repeat_interleave(2, 1)),
     "einsum": lambda: Of(lambda x: torch.einsum("bij,bkj->bik", x, x)),
     "attention": lambda: Of(
-        lambda x: functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        lambda x: functional.scaled_dot_product_attention(
+            *[x.unflatten(-1, (2, 4)).transpose(1, 2)] * 3, is_causal=True
+        )
     ),
     "smooth_l1": lambda: Of(lambda x: functional.smooth_l1_loss(x, x * x, reduction="none")),
     "log_sigmoid": lambda: Of(functional.logsigmoid),

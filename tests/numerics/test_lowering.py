@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
+from p2ptrain.bundle.operators import STANDARD
 from p2ptrain.errors import GraphError
 from p2ptrain.graph.decompositions import decompose
 from p2ptrain.graph.ir import FLOAT, MICROSOFT, Graph, Type, full_name, make, to_model
@@ -61,6 +62,7 @@ def test_portable_form_holds_standard_operators_only(case: Case) -> None:
     pair = built(case, portable=True)
     assert {node.domain for g in (pair.forward, pair.backward) for node in g.nodes} == {""}
     for graph in (pair.forward, pair.backward):
+        assert {(node.domain, node.op_type) for node in graph.nodes} <= STANDARD
         onnx.checker.check_model(to_model(graph), full_check=True)
 
 

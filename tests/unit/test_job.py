@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from p2ptrain.data.samples import WindowSamples
 from p2ptrain.errors import BundleError, CheckpointError, ConfigError, DataError, NotFound
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
 from p2ptrain.runtime.job import Job, open_job
@@ -26,6 +27,12 @@ def job_of(request: TrainRequest, path: Path) -> Job:
     return open_job(request, runs_path=path / "runs", new_run=RUN, default_threads=3)
 
 
+def tokens_of(job: Job) -> tuple[bytes, bytes]:
+    """Training and held-out text of a job over text."""
+    assert isinstance(job.samples, WindowSamples)
+    return job.samples.training_tokens.tobytes(), job.samples.heldout_tokens.tobytes()
+
+
 def request(path: Path, **changes: object) -> TrainRequest:
     return request_for(path, BUNDLE, **changes)
 
@@ -38,7 +45,8 @@ def test_new_job_has_a_contract_without_builds(tmp_path: Path) -> None:
     assert not job.resumed
     assert job.contract.bundle == BUNDLE.digest
     text = tiny_text()
-    assert job.training_tokens.tobytes() + job.heldout_tokens.tobytes() == text
+    training, heldout = tokens_of(job)
+    assert training + heldout == text
     assert not (tmp_path / "runs").exists(), "opening a job writes nothing"
 
 
@@ -46,8 +54,7 @@ def test_heldout_file_leaves_the_training_text_whole(tmp_path: Path) -> None:
     heldout = tmp_path / "heldout.txt"
     heldout.write_bytes(tiny_text(100)[::-1])
     job = job_of(request(tmp_path, heldout=str(heldout)), tmp_path)
-    assert job.training_tokens.tobytes() == tiny_text()
-    assert job.heldout_tokens.tobytes() == heldout.read_bytes()
+    assert tokens_of(job) == (tiny_text(), heldout.read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -75,7 +82,7 @@ def test_smallest_text_is_enough(tmp_path: Path) -> None:
     wanted = request(tmp_path)
     Path(wanted.data).write_bytes(b"x" * (2 * CONTEXT + 2))
     job = job_of(wanted, tmp_path)
-    assert (len(job.training_tokens), len(job.heldout_tokens)) == (CONTEXT + 1, CONTEXT + 1)
+    assert tokens_of(job) == (b"x" * (CONTEXT + 1), b"x" * (CONTEXT + 1))
 
 
 def test_short_heldout_file_is_the_one_that_is_named(tmp_path: Path) -> None:
@@ -87,9 +94,23 @@ def test_short_heldout_file_is_the_one_that_is_named(tmp_path: Path) -> None:
         job_of(request(tmp_path, heldout=str(heldout)), tmp_path)
 
 
-def test_directory_is_no_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is a directory"):
-        job_of(request(tmp_path, data=str(tmp_path)), tmp_path)
+def test_folder_without_text_is_no_data(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="holds no text files"):
+        job_of(request(tmp_path, data=str(tmp_path / "folder")), tmp_path)
+
+
+def test_names_of_fields_are_kept_for_a_resume(tmp_path: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"body": "a text of some length"}\n' * 20)
+    wanted = request(tmp_path, data=str(data), text_field="body")
+    job = job_of(wanted, tmp_path)
+    assert job.data_notes == ("the data: 418 bytes of text; 22 held out",)
+    job.directory.write_record(job.record(with_builds(job.contract, [BUILD])))
+    job.directory.write_bundle(BUNDLE.manifest_bytes, graph_files(BUNDLE))
+    again = job_of(request(tmp_path, resume=RUN), tmp_path)
+    assert again.data_options.text_field == "body"
+    assert tokens_of(again) == tokens_of(job)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +185,7 @@ def test_run_resumes_after_its_checkpoint(tmp_path: Path, begun: Job) -> None:
     commit(begun)
     job = job_of(request(tmp_path, resume=RUN), tmp_path)
     assert job.first_step == 4
-    assert job.training_tokens.tobytes() == begun.training_tokens.tobytes()
+    assert tokens_of(job) == tokens_of(begun)
 
 
 def test_same_model_may_be_named_again_and_another_may_not(tmp_path: Path, begun: Job) -> None:

@@ -276,7 +276,7 @@ def _grouped(emit: Emitter, site: _Site, *, out: str) -> None:
     emit.view(_stacked(emit, parts, (groups, each, inputs)), graph.axes(out), out=out)
 
 
-@rule("com.microsoft.ConvTransposeGrad")
+@rule("com.microsoft.ConvTransposeGrad", every_form=True)
 def conv_transpose_grad(emit: Emitter, node: onnx.NodeProto) -> None:
     """dx = Conv(dy, w); dw is that of the Conv which this one transposes, x and dy exchanged."""
     dy, x, weight = node.input
