@@ -53,6 +53,13 @@ if TYPE_CHECKING:
     "number or `sequence`; repeatable.",
 )
 @click.option("--no-weights", is_flag=True, help="Draw all parameters, whatever the folder holds.")
+@click.option("--segments", type=int, help="About how many segments; else where little crosses.")
+@click.option(
+    "--cut",
+    "cuts",
+    multiple=True,
+    help="Cut behind this value or module, and only there; repeatable.",
+)
 @click.option(
     "--lora",
     help="r=RANK,alpha=SCALE,targets=PATTERN,...: train low-rank adapters beside these matrices of "
@@ -81,26 +88,22 @@ def main(
 ) -> None:  # Any: the options that `Request` holds
     """Trace, cut, differentiate and check a model, then write its bundle."""
     try:
-        request = Request(arguments=parse_arguments(arguments), use_weights=not no_weights, **asked)
         adapters = None if lora is None else parse_lora(lora)
-        tuning = FineTuning(lora=adapters, freeze=freeze, train=train)
+        request = Request(
+            arguments=parse_arguments(arguments),
+            tuning=FineTuning(lora=adapters, freeze=freeze, train=train),
+            use_weights=not no_weights,
+            **asked,
+        )
         with os.fdopen(os.dup(2), "w") as stderr:  # the original, while the runtime's is away
-            _export(model, request, tuning, out, console=Console(file=stderr), as_json=as_json)
+            _export(model, request, out, console=Console(file=stderr), as_json=as_json)
     except P2PTrainError as error:
         click.echo(f"p2ptrain: {error.message}", err=True)
         click.echo(f"p2ptrain: hint: {error.hint}", err=True)
         raise SystemExit(error.exit_code) from error
 
 
-def _export(
-    model: str,
-    request: Request,
-    tuning: FineTuning,
-    out: Path,
-    *,
-    console: Console,
-    as_json: bool,
-) -> None:
+def _export(model: str, request: Request, out: Path, *, console: Console, as_json: bool) -> None:
     started = time.monotonic()
     with console.status("reading and tracing the model"), with_extras(), _quiet_runtime():
         from p2ptrain.graph.check import compare
@@ -109,13 +112,19 @@ def _export(
         from p2ptrain.graph.write import write_bundle
 
         source = source_of(model, request)
+        frozen = frozenset(request.tuning.frozen(source.training.parameters))
     with console.status("cutting and differentiating"), _quiet_runtime():
-        frozen = frozenset(tuning.frozen(source.training.parameters))
-        bundle = export(source, frozen=frozen, lora=tuning.lora)
+        bundle = export(
+            source,
+            frozen=frozen,
+            lora=request.tuning.lora,
+            segments=request.segments,
+            cuts=request.cuts,
+        )
     with console.status("checking against the model"), _quiet_runtime():
         rows = compare(source, bundle)
     if not as_json:
-        _print_tables(console, bundle.manifest, rows)
+        _print_tables(console, bundle, rows)
     refuse_failed(rows)
     manifest = write_bundle(out, bundle, rows)
     seconds = time.monotonic() - started
@@ -143,7 +152,8 @@ def _quiet_runtime() -> Iterator[None]:
             os.close(saved)
 
 
-def _print_tables(console: Console, manifest: Manifest, rows: tuple[Measured, ...]) -> None:
+def _print_tables(console: Console, bundle: Bundle, rows: tuple[Measured, ...]) -> None:
+    manifest = bundle.manifest
     kinds = Table("kind", "segments", "MFLOP forward", "backward", "stash kB per sample")
     for name, kind in manifest.kinds.items():
         places = [i for i, segment in enumerate(manifest.segments) if segment.kind == name]
@@ -158,6 +168,12 @@ def _print_tables(console: Console, manifest: Manifest, rows: tuple[Measured, ..
     checks = Table("against the model", "error", "limit", "worst in")
     for row in rows:
         checks.add_row(row.name, f"{row.error:.1e}", f"{row.limit:.0e}", row.worst)
+    segments = Table("segment", "bytes crossing per sample", "values", "cut because")
+    for cut in bundle.cuts.rows:
+        segments.add_row(cut.segment, str(cut.bytes), ", ".join(cut.values), cut.reason)
+    console.print(segments)
+    for note in bundle.cuts.notes:
+        console.print(note)
     console.print(kinds)
     console.print(checks)
 
@@ -182,6 +198,10 @@ def _report(
         "parameters": manifest.parameter_count,
         "trained": _trained_count(manifest),
         "segments": [segment.name for segment in manifest.segments],
+        "cuts": [
+            {"segment": cut.segment, "bytes": cut.bytes, "reason": cut.reason}
+            for cut in bundle.cuts.rows
+        ],
         "graph_bytes": _graph_bytes(bundle),
         "stash_bytes_per_sample": sum(
             manifest.stash_bytes(i, form="portable", batch=1) for i in range(len(manifest.segments))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from p2ptrain.errors import ConfigError
+from p2ptrain.graph.fine_tuning import FineTuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,12 @@ class Request:
     """Data inputs as text, `NAME=DTYPE:batch,SIZE,...`; empty: what the model says."""
     arguments: dict[str, Any] = field(default_factory=dict)  # Any: JSON values
     """Of the factory, or fields of the configuration."""
+    segments: int | None = None
+    """About how many; None: as the graph suggests."""
+    cuts: tuple[str, ...] = ()
+    """Values or modules to cut behind; empty: the exporter chooses."""
+    tuning: FineTuning = field(default_factory=FineTuning)
+    """What is trained of it."""
     use_weights: bool = True
     """False: parameters are drawn even where there are weights."""
 
