@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from p2ptrain.engine.onnxruntime_engine import open_engine
@@ -16,7 +15,6 @@ from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.trained_weights import TrainedRun
 from p2ptrain.store.bundles import Bundle, load_bundle
 from p2ptrain.store.weights import open_weights
-from p2ptrain.training.segment_state import SegmentState
 from tests.bundles import contract_for
 from tests.stored_runs import store_run
 
@@ -60,7 +58,3 @@ def train(path: Path, bundle: Bundle, source: Source) -> tuple[TrainedRun, list[
         worker.update(step=step, learning_rate=0.02, clip_scale=1.0)
     states = [worker.state(index, STEPS) for index in segments]
     return store_run(path, bundle, contract, states), losses
-
-
-def trained_names(states: Sequence[SegmentState]) -> set[str]:
-    return {name for state in states for name in state.tensors}
