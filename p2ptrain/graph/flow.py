@@ -262,10 +262,7 @@ def signature(flow: Flow, nodes: Sequence[onnx.NodeProto]) -> str:
     told = hashlib.sha256()
     for node in nodes:
         attributes = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)
-        given = [
-            (n in flow.graph.inputs, n in flow.roles.frozen, types[n].axes if n in types else n)
-            for n in node.input
-        ]
+        given = [(n in flow.graph.inputs, types[n].axes if n in types else n) for n in node.input]
         told.update(repr((node.domain, node.op_type, attributes, given)).encode())
     return told.hexdigest()
 

@@ -107,8 +107,8 @@ def describe_kind(kind: Kind, sizes: Mapping[str, int], files: Files) -> words.S
     """A kind's entry in the manifest; its graphs go into `files`."""
     local = kind.local
     known = Values(graph=local.graph, sizes=kind.shards.sizes)
-    inputs = zip(known.of(local.inputs), local.inputs.values(), strict=True)
-    outputs = zip(known.of(local.outputs), local.outputs.values(), strict=True)
+    inputs = zip(known.plain(local.inputs), local.inputs.values(), strict=True)
+    outputs = zip(known.plain(local.outputs), local.outputs.values(), strict=True)
     first = "data" if local.first else "boundary"
     sizes = {**sizes, **kind.shards.sizes}
     return words.SegmentKind(
@@ -157,7 +157,7 @@ class Values:
         return [self._value(name, self._symbolic(self.graph.axes(name))) for name in names]
 
     def plain(self, names: Iterable[str]) -> list[words.Value]:
-        """Parameters, whose axes are numbers."""
+        """Parameters, and ports, which have to fit onto those of any neighbour."""
         return [self._value(name, tuple(map(str, self.graph.axes(name)))) for name in names]
 
     def _value(self, name: str, shape: tuple[str, ...]) -> words.Value:

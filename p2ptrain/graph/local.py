@@ -143,9 +143,19 @@ def rename_inner(graph: Graph, stem: str) -> None:
             names[name] = f"{family}{len(names)}"
         _strip(node)
     apply_names(graph, names)
+    _name_parallel_slices(graph)
     alive = kept | set(names.values())
     graph.types = {n: t for n, t in graph.types.items() if n in alive}
     graph.constants = {n: graph.constants[n] for n in names.values() if n in graph.constants}
+
+
+def _name_parallel_slices(graph: Graph) -> None:
+    """Name nodes that take several parts of one value: onnxruntime 1.19 fuses them into a Split
+    called after them, and refuses two fused nodes of the same name."""
+    for readers in graph.readers().values():
+        parts = [node for node in readers if node.op_type in ("Slice", "Gather")]
+        for node in parts if len(parts) > 1 else ():
+            node.name = node.output[0]
 
 
 def _strip(node: onnx.NodeProto) -> None:
