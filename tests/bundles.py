@@ -266,7 +266,6 @@ def finished_bundle(
     tensors: tuple[Tensor, ...],
     inference: bytes,
     in_place: bool = True,
-    weights: Digest | None = None,
 ) -> Bundle:
     """Add update rules, data and digests to a chain of segments over byte-level text."""
     manifest = Manifest(
@@ -281,7 +280,6 @@ def finished_bundle(
         kinds=kinds,
         segments=segments,
         tensors=tensors,
-        weights=weights,
         updates={
             "adamw": UpdateRule(
                 graph=store.add(adamw_graph()), state=("m", "v"), scalars=ADAMW_SCALARS,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from p2ptrain.graph.check import session_of
 from p2ptrain.graph.ir import FLOAT, INT64, Graph, Type, to_model
+from p2ptrain.graph.runner import session_of
 from p2ptrain.graph.split import Pair, differentiate
 
 Shape = tuple[int | str, ...]

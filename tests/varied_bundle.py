@@ -164,7 +164,6 @@ def varied_bundle(*, dropout: float = 0.1, frozen_digest: Digest | None = None) 
         kinds=_kinds(store.add, dropout),
         segments=tuple(_segment(name) for name in SEGMENTS),
         tensors=_tensors(frozen_digest),
-        weights=frozen_digest,
         inference=inference_graph(),
     )
 

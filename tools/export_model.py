@@ -1,16 +1,15 @@
-"""Export a torch decoder to a bundle: `python tools/export_model.py --help`."""
+"""Export a model to a bundle: `python tools/export_model.py --help`."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -18,81 +17,84 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from p2ptrain.bundle.manifest import Manifest
-from p2ptrain.errors import ConfigError, P2PTrainError
-from p2ptrain.graph.check import Measured, verify
-from p2ptrain.graph.export import Bundle, export
-from p2ptrain.graph.torch_export import Description, decoder_source
-from p2ptrain.graph.write import write_bundle
+from p2ptrain.bundle.manifest import LOSSES, TASKS, Manifest
+from p2ptrain.errors import P2PTrainError
+from p2ptrain.graph.sources.choose import source_of, with_extras
+from p2ptrain.graph.sources.requests import Request, parse_arguments
+
+if TYPE_CHECKING:
+    from p2ptrain.graph.export import Bundle
+    from p2ptrain.graph.measured import Measured
 
 
 @click.command()
-@click.option("--model", required=True, help="Factory of the torch module, MODULE:FUNCTION.")
-@click.option("--arg", "arguments", multiple=True, help="NAME=VALUE for the factory; repeatable.")
+@click.option(
+    "--model",
+    required=True,
+    help="What to export: MODULE:FUNCTION that makes a torch module, a Hugging Face model folder "
+    "or its config.json, or an ONNX file.",
+)
+@click.option(
+    "--arg",
+    "arguments",
+    multiple=True,
+    help="NAME=VALUE for the function, or a field of the configuration; repeatable.",
+)
+@click.option("--task", help=f"What it learns: {', '.join(TASKS)}; else what the model says.")
+@click.option("--loss", help=f"{', '.join(LOSSES)}; else the task's usual one.")
+@click.option("--label-smoothing", default=0.0, show_default=True, help="Of cross-entropy.")
+@click.option("--context", type=int, help="Tokens of a sample; else as many as the model takes.")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    help="NAME=DTYPE:batch,SIZE,... of a data input that the model does not describe; a size is a "
+    "number or `sequence`; repeatable.",
+)
+@click.option("--no-weights", is_flag=True, help="Draw all parameters, whatever the folder holds.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle directory.")
 @click.option("--name", required=True, help="The bundle's name.")
 @click.option("--description", default="", help="One sentence for the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def main(
-    model: str, arguments: tuple[str, ...], out: Path, name: str, description: str, as_json: bool
-) -> None:
-    """Trace, cut, differentiate and check a torch decoder, then write its bundle."""
-    console = Console(stderr=True)
-    started = time.monotonic()
+    model: str, arguments: tuple[str, ...], out: Path, as_json: bool, no_weights: bool, **asked: Any
+) -> None:  # Any: the options that `Request` holds
+    """Trace, cut, differentiate and check a model, then write its bundle."""
     try:
-        module = _build(model, arguments)
-        about = Description(
-            name=name,
-            description=description,
-            vocabulary=module.vocabulary,
-            context=module.context,
-        )
-        with _quiet_runtime():
-            bundle = export(decoder_source(module, about))
-            rows = verify(module, bundle)
-        manifest = write_bundle(out, bundle, rows)
+        request = Request(arguments=parse_arguments(arguments), use_weights=not no_weights, **asked)
+        with os.fdopen(os.dup(2), "w") as stderr:  # the original, while the runtime's is away
+            _export(model, request, out, console=Console(file=stderr), as_json=as_json)
     except P2PTrainError as error:
         click.echo(f"p2ptrain: {error.message}", err=True)
         click.echo(f"p2ptrain: hint: {error.hint}", err=True)
         raise SystemExit(error.exit_code) from error
+
+
+def _export(model: str, request: Request, out: Path, *, console: Console, as_json: bool) -> None:
+    started = time.monotonic()
+    with console.status("reading and tracing the model"), with_extras(), _quiet_runtime():
+        from p2ptrain.graph.check import compare
+        from p2ptrain.graph.export import export
+        from p2ptrain.graph.measured import refuse_failed
+        from p2ptrain.graph.write import write_bundle
+
+        source = source_of(model, request)
+    with console.status("cutting and differentiating"), _quiet_runtime():
+        bundle = export(source)
+    with console.status("checking against the model"), _quiet_runtime():
+        rows = compare(source, bundle)
+    if not as_json:
+        _print_tables(console, bundle.manifest, rows)
+    refuse_failed(rows)
+    manifest = write_bundle(out, bundle, rows)
     seconds = time.monotonic() - started
     if as_json:
         click.echo(json.dumps(_report(manifest, bundle, rows, out, seconds), indent=1))
-    else:
-        _print_tables(console, manifest, rows)
-        console.print(
-            f"{out}: {manifest.parameter_count / 1e6:.2f} M parameters, "
-            f"{len(bundle.files)} graphs, {_graph_bytes(bundle) / 1e3:.0f} kB, {seconds:.0f} s"
-        )
-
-
-def _build(model: str, arguments: tuple[str, ...]) -> Any:  # Any: a torch module
-    place, separator, factory_name = model.partition(":")
-    if not separator:
-        raise ConfigError(f"--model {model!r} is not MODULE:FUNCTION")
-    try:
-        factory = getattr(importlib.import_module(place), factory_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"--model {model!r}: {error}") from error
-    given = dict(_argument(text) for text in arguments)
-    try:
-        module = factory(**given)
-    except TypeError as error:
-        raise ConfigError(f"--model {model!r}: {error}") from error
-    for needed in ("vocabulary", "context"):
-        if not isinstance(getattr(module, needed, None), int):
-            raise ConfigError(f"--model {model!r}: the module has no integer {needed!r}")
-    return module
-
-
-def _argument(text: str) -> tuple[str, Any]:  # Any: numbers, true, false or text
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise ConfigError(f"--arg {text!r} is not NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+        return
+    console.print(
+        f"{out}: {manifest.parameter_count / 1e6:.2f} M parameters, "
+        f"{len(bundle.files)} graphs, {_graph_bytes(bundle) / 1e3:.0f} kB, {seconds:.0f} s"
+    )
 
 
 @contextlib.contextmanager
@@ -121,7 +123,7 @@ def _print_tables(console: Console, manifest: Manifest, rows: tuple[Measured, ..
             f"{kind.backward_flops / 1e6:.1f}",
             f"{stash / 1e3:.0f}",
         )
-    checks = Table("against torch", "error", "limit", "worst in")
+    checks = Table("against the model", "error", "limit", "worst in")
     for row in rows:
         checks.add_row(row.name, f"{row.error:.1e}", f"{row.limit:.0e}", row.worst)
     console.print(kinds)

@@ -189,6 +189,9 @@ class OnnxRuntimeEngine:
         options.execution_mode = self._runtime.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3
         options.use_deterministic_compute = True
+        # A remembered pattern asks the arena for one block beside those that it already holds:
+        # measured with 1.32 on gpt-nano at 64 samples, 1119 MiB at the peak against 847.
+        options.enable_mem_pattern = False
         # Threads that spin after a run steal the core from the next session: 92 ms against 56.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # A stage has a dozen sessions and runs one at a time: they share one arena.

@@ -91,7 +91,8 @@ def find_shards(graph: Graph) -> Shards:
         source = _back(graph, producers, node.input[0])
         below = producers.get(source)
         axes = graph.axes(source)
-        if len(axes) == 4 and isinstance(axes[2], int) and isinstance(axes[3], int):
+        merged = below is not None and below.op_type == "Transpose"
+        if merged and len(axes) == 4 and isinstance(axes[2], int) and isinstance(axes[3], int):
             sizes[HEADS] = axes[2]
             _put(groups, node, HEADS, axes[3], inner=True)
         elif below is not None and below.op_type == "Gemm":

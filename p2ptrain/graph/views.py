@@ -66,9 +66,7 @@ def view_nodes(graph: Graph, source: str, target: str, reference: str) -> list[o
     split = _flatten_axis(have, want)
     if split is not None:
         return [make("Flatten", [source], [target], axis=split)]
-    kept = 0
-    while kept < min(len(have), len(want)) and have[kept] == want[kept]:
-        kept += 1
+    kept = _equal_lead(have, want)
     rest = want[kept:]
     if all(isinstance(axis, int) for axis in rest[1:]):
         sizes = [0] * kept + ([-1, *rest[1:]] if rest else [])
@@ -79,6 +77,14 @@ def view_nodes(graph: Graph, source: str, target: str, reference: str) -> list[o
         or _in_place(graph, source, target)
         or _axis_by_axis(graph, source, target, reference)
     )
+
+
+def _equal_lead(have: Sequence[Axis], want: Sequence[Axis]) -> int:
+    """How many leading axes are the same; a 0 in a Reshape copies each."""
+    kept = 0
+    while kept < min(len(have), len(want)) and have[kept] == want[kept]:
+        kept += 1
+    return kept
 
 
 def _flatten_axis(have: Sequence[Axis], want: Sequence[Axis]) -> int | None:

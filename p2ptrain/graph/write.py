@@ -9,8 +9,8 @@ from pathlib import Path
 from p2ptrain.bundle.graph_checks import check_graph
 from p2ptrain.bundle.manifest import Manifest, parse_manifest
 from p2ptrain.errors import ConfigError
-from p2ptrain.graph.check import Measured
 from p2ptrain.graph.export import Bundle
+from p2ptrain.graph.measured import Measured
 
 
 def write_bundle(directory: Path, bundle: Bundle, checks: Iterable[Measured]) -> Manifest:

@@ -15,7 +15,7 @@ from p2ptrain.planner.profile import KindCost, PeerProfile
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.training.contract import Contract, RuntimeBuild
-from p2ptrain.training.memory import memory_bytes
+from p2ptrain.training.memory import stage_memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +53,8 @@ def place(
             contract=contract,
             profiles=tuple(_with_contract(profile, contract) for profile in able),
             home=home,
-            stage_memory=lambda segments, in_flight: memory_bytes(
-                manifest,
-                segments,
-                contract.form,
-                contract.microbatch_size,
-                in_flight,
-                contract.optimizer.name,
+            stage_memory=lambda segments, in_flight: (
+                stage_memory(manifest, segments, contract, in_flight).total
             ),
             run=job.run,
             lineage=job.lineage,

@@ -1,63 +1,169 @@
-"""The memory a stage is predicted to need at its peak; the planner's feasibility test."""
+"""The memory a stage is predicted to need at its peak; the planner's feasibility test.
+
+What the stage allocates itself is counted exactly, as `runtime.segment_memory` and
+`runtime.segment_runner` allocate it. What the runtime needs beside it while a graph runs is an
+estimate, checked against measured peaks by `tools/memory_table.py`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final
 
-from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.bundle.manifest import Manifest, SegmentKind, Value
 from p2ptrain.errors import PlanInfeasible
-from p2ptrain.training.layout import flat_layout
+from p2ptrain.training.contract import Contract
+from p2ptrain.training.layout import FlatLayout, flat_layout
 
 ELEMENT_BYTES: Final = 4
 PROCESS_BYTES: Final = 96 * 1024 * 1024
 """A joined peer before it trains: interpreter, libraries and the runtime, measured."""
-SESSION_BYTES: Final = 1024 * 1024
-"""One compiled graph with its bindings, measured."""
+SESSION_BYTES: Final = 3 * 512 * 1024
+"""One compiled graph with its bindings, measured: 1.0 to 1.5 MiB for gpt-nano's."""
+WORKSPACE_HALVES: Final = 3
+"""Intermediates at their peak, in halves of one stash of every kind: the arena is shared, but a
+kind's large blocks seldom fit another's. Measured 2.1 (gpt-nano, 4 to 64 samples) and 3.3 (GPT of
+13.8 million parameters, whose logits are wide)."""
+PACKED_COPIES: Final = 2
+"""Of a frozen matrix: the forward's and the backward's kernels each lay it out for themselves."""
 
 
-def memory_bytes(
-    manifest: Manifest, segments: range, form: str, batch: int, in_flight: int, optimizer: str
-) -> int:
-    """Predicted peak bytes of a peer that runs these segments.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """Predicted bytes of one stage, by what they are for."""
+
+    process: int
+    """Before anything of the model is there."""
+    sessions: int
+    parameters: int
+    """With gradients, optimizer state and running values."""
+    frozen: int
+    """Mapped pages, and the copies that kernels lay out anew."""
+    stash: int
+    boundaries: int
+    workspace: int
+    """What the runtime's arena holds for intermediates."""
+
+    @property
+    def total(self) -> int:
+        return (
+            self.process
+            + self.sessions
+            + self.parameters
+            + self.frozen
+            + self.stash
+            + self.boundaries
+            + self.workspace
+        )
+
+
+def stage_memory(
+    manifest: Manifest,
+    segments: range,
+    contract: Contract,
+    in_flight: int,
+    process_bytes: int = PROCESS_BYTES,
+) -> StageMemory:
+    """Predicted peak memory of a peer that runs these segments.
 
     Args:
         manifest: Of the model.
         segments: The stage's segments.
-        form: Of the graphs: portable or training.
-        batch: Samples of a microbatch.
+        contract: Of the run: form, microbatch size, optimizer, rematerialisation.
         in_flight: Microbatches whose stash is held at once.
-        optimizer: adamw or sgd.
+        process_bytes: The peer before it loads the model.
 
     Raises:
         PlanInfeasible: the bundle has no such optimizer; choose another.
     """
-    rule = manifest.updates.get(optimizer)
+    rule = manifest.updates.get(contract.optimizer.name)
     if rule is None:
-        raise PlanInfeasible(f"the bundle has no update rule {optimizer!r}")
+        raise PlanInfeasible(f"the bundle has no update rule {contract.optimizer.name!r}")
     layouts = [flat_layout(manifest, index) for index in segments]
-    trainable = [layout.length for layout in layouts]
-    elements = sum(layout.length for layout in layouts)  # parameters
-    elements += sum(trainable) * (1 + len(rule.state)) + max(trainable)  # gradients, state, scratch
-    stash = [manifest.stash_bytes(index, form=form, batch=batch) for index in segments]
-    kinds = {manifest.segments[index].kind: place for place, index in enumerate(segments)}
-    # Intermediates and transposed weights. The arena keeps the blocks of each kind apart.
-    lengths = [layouts[place].length * ELEMENT_BYTES for place in kinds.values()]
-    workspace = 2 * (sum(stash[place] for place in kinds.values()) + sum(lengths))
-    sessions = 2 * len(kinds) + 1
-    return (
-        elements * ELEMENT_BYTES
-        + sum(stash) * in_flight
-        + workspace
-        + _boundary_bytes(manifest, segments, batch, in_flight)
-        + sessions * SESSION_BYTES
-        + PROCESS_BYTES
+    kinds = {manifest.segments[i].kind: manifest.kinds[manifest.segments[i].kind] for i in segments}
+    batch = contract.microbatch_size
+    return StageMemory(
+        process=process_bytes,
+        sessions=SESSION_BYTES * (1 + sum(_graphs(kind) for kind in kinds.values())),
+        parameters=_parameter_bytes(layouts, len(rule.state), in_flight),
+        frozen=sum(_frozen_bytes(manifest, index) for index in segments),
+        stash=_stash_bytes(manifest, segments, contract, in_flight),
+        boundaries=_boundary_bytes(manifest, segments, batch, in_flight),
+        workspace=_workspace_bytes(manifest, kinds.values(), layouts, contract),
     )
 
 
+def _graphs(kind: SegmentKind) -> int:
+    return 2 if kind.evaluation is None else 3
+
+
+def _parameter_bytes(layouts: list[FlatLayout], state_count: int, in_flight: int) -> int:
+    """Parameters, gradients, optimizer state, and gradients of one microbatch of one segment;
+    running values committed, pending and as every microbatch in flight read them."""
+    lengths = [layout.length for layout in layouts]
+    running = sum(layout.running_length for layout in layouts)
+    elements = sum(lengths) * (2 + state_count) + max(lengths) + running * (2 + in_flight)
+    return elements * ELEMENT_BYTES
+
+
+def _frozen_bytes(manifest: Manifest, segment_index: int) -> int:
+    total = 0
+    for tensor in manifest.segment_tensors(segment_index):
+        if tensor.binding == "frozen":
+            copies = PACKED_COPIES if len(tensor.shape) > 1 else 0
+            total += tensor.elements * ELEMENT_BYTES * (1 + copies)
+    return total
+
+
+def _stash_bytes(manifest: Manifest, segments: range, contract: Contract, in_flight: int) -> int:
+    """What was fed for each microbatch in flight, and as many stashes, or one for each kind."""
+    batch, total, seen = contract.microbatch_size, 0, set()
+    for index in segments:
+        kind = manifest.kinds[manifest.segments[index].kind]
+        fed = [port.value for port in kind.inputs if port.role != "boundary"]
+        total += in_flight * _bytes(manifest, fed, batch)
+        if contract.rematerialise:
+            total += 0 if kind.name in seen else _kept_bytes(manifest, kind, contract)
+            seen.add(kind.name)
+        else:
+            total += in_flight * _kept_bytes(manifest, kind, contract)
+    return total
+
+
+def _kept_bytes(manifest: Manifest, kind: SegmentKind, contract: Contract) -> int:
+    """Stash and masks of one microbatch, without what lies elsewhere."""
+    ports = {port.value.name for port in (*kind.inputs, *kind.outputs)}
+    elsewhere = ports | {value.name for value in (*kind.parameters, *kind.running)}
+    stash = [v for v in kind.forms[contract.form].stash if v.name not in elsewhere]
+    masks = [site.value for site in kind.masks if _is_drawn(contract, site.probability)]
+    return _bytes(manifest, [*stash, *masks], contract.microbatch_size)
+
+
+def _workspace_bytes(
+    manifest: Manifest,
+    kinds: Iterable[SegmentKind],
+    layouts: list[FlatLayout],
+    contract: Contract,
+) -> int:
+    kept = sum(_kept_bytes(manifest, kind, contract) for kind in kinds)
+    transposed = 2 * max(layout.length for layout in layouts) * ELEMENT_BYTES
+    return WORKSPACE_HALVES * kept // 2 + transposed
+
+
+def _is_drawn(contract: Contract, probability: float) -> bool:
+    return (probability if contract.dropout is None else contract.dropout) > 0.0
+
+
 def _boundary_bytes(manifest: Manifest, segments: range, batch: int, in_flight: int) -> int:
-    """Rings of activations and cotangents at both ends, one cotangent at each inner boundary."""
+    """Rings of activations and cotangents at both ends; inside one activation for each microbatch
+    in flight and one cotangent."""
     edges = [segments.start - 1] if segments.start > 0 else []
     edges += [segments.stop - 1] if segments.stop < len(manifest.segments) else []
     ring = sum(manifest.boundary_bytes(edge, batch=batch) for edge in edges)
     inner = sum(manifest.boundary_bytes(index, batch=batch) for index in segments[:-1])
-    return 2 * ring * (in_flight + 1) + inner
+    return 2 * ring * (in_flight + 1) + inner * (in_flight + 1)
+
+
+def _bytes(manifest: Manifest, values: list[Value], batch: int) -> int:
+    return sum(manifest.value_bytes(value, batch=batch) for value in values)

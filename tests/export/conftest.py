@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from p2ptrain.graph.export import Bundle, export
-from p2ptrain.graph.torch_export import Description, decoder_source
+from p2ptrain.graph.source import Source
+from p2ptrain.graph.sources.requests import Request
 
 if TYPE_CHECKING:
     from onnx_models.gpt import Gpt
 
 if not all(importlib.util.find_spec(name) for name in ("torch", "onnxscript")):
     collect_ignore_glob = ["test_*.py"]
-
-ABOUT = Description(name="tiny", description="for tests", vocabulary=40, context=16)
 
 
 @pytest.fixture(scope="session")
@@ -30,5 +29,12 @@ def module() -> Gpt:
 
 
 @pytest.fixture(scope="session")
-def bundle(module: Gpt) -> Bundle:
-    return export(decoder_source(module, ABOUT))
+def source(module: Gpt) -> Source:
+    from p2ptrain.graph.sources.torch_factory import module_source
+
+    return module_source(module, Request(name="tiny", description="for tests"))
+
+
+@pytest.fixture(scope="session")
+def bundle(source: Source) -> Bundle:
+    return export(source)

@@ -15,11 +15,14 @@ from onnx_models.gpt import Gpt, gpt
 from p2ptrain.bundle.manifest import FORMS, parse_manifest
 from p2ptrain.bundle.protobuf import append_initialisers
 from p2ptrain.errors import BundleError, GraphError
-from p2ptrain.graph import check
 from p2ptrain.graph.canonical import canonicalise
-from p2ptrain.graph.check import Runner, gradient_error, verify
+from p2ptrain.graph.check import check_masks, check_values, verify
 from p2ptrain.graph.export import Bundle, export
-from p2ptrain.graph.torch_export import Description, decoder_source, trace_training
+from p2ptrain.graph.measured import gradient_error
+from p2ptrain.graph.runner import Runner
+from p2ptrain.graph.source import Source
+from p2ptrain.graph.sources.requests import Request
+from p2ptrain.graph.sources.torch_factory import module_source
 from p2ptrain.graph.write import write_bundle
 from p2ptrain.training.random import draw_parameter
 from tools.export_model import main
@@ -27,8 +30,8 @@ from tools.export_model import main
 pytestmark = pytest.mark.export
 
 
-def test_equal_layer_norm_weights_are_not_merged(module: Gpt) -> None:
-    traced = trace_training(module, context=16)
+def test_equal_layer_norm_weights_are_not_merged(module: Gpt, source: Source) -> None:
+    traced = replace(source.training, graph=source.training.graph.copy())
     names = {name for name, _ in module.named_parameters()}
     norms = [name for name in names if name.endswith("norm.weight")]
     assert len(norms) == 5  # all of them ones at this point
@@ -134,9 +137,9 @@ def test_no_size_that_sharding_changes_is_frozen(bundle: Bundle) -> None:
                     assert not values & {5, 16, 30, 120}  # heads, sequence, width, columns
 
 
-def test_verify_passes_and_a_spoilt_gradient_is_caught(module: Gpt, bundle: Bundle) -> None:
-    rows = verify(module, bundle)
-    assert len(rows) == 4 * 2 + 3
+def test_verify_passes_and_a_spoilt_gradient_is_caught(source: Source, bundle: Bundle) -> None:
+    rows = verify(source, bundle)
+    assert len(rows) == 4 * 2 + 4
     assert max(row.error for row in rows) < 1e-5
     pair = bundle.manifest.kinds["mlp"].forms["portable"]
     model = onnx.load_model_from_string(bundle.files[pair.backward])
@@ -144,66 +147,66 @@ def test_verify_passes_and_a_spoilt_gradient_is_caught(module: Gpt, bundle: Bund
     spoilt.op_type = "ReduceMax"
     files = {**bundle.files, pair.backward: model.SerializeToString()}
     with pytest.raises(GraphError, match=r"gradients \(portable, open masks\)"):
-        verify(module, Bundle(manifest=bundle.manifest, files=files))
+        verify(source, Bundle(manifest=bundle.manifest, files=files))
 
 
-def test_a_shorter_sequence_runs_through_the_same_graphs(module: Gpt, bundle: Bundle) -> None:
+def test_a_shorter_sequence_runs_through_the_same_graphs(source: Source, bundle: Bundle) -> None:
     manifest = bundle.manifest
-    short = replace(manifest, data=replace(manifest.data, context=7))
+    short = replace(manifest, symbols=dict(manifest.symbols))
     short.symbols["sequence"] = replace(short.symbols["sequence"], size=7)
-    try:
-        inputs = check._inputs(short)
-        masks = check._masks(short, masked=True)
-        parameters = {
-            name: value.detach().numpy().copy() for name, value in module.named_parameters()
-        }
-        runner = Runner(manifest=short, files=bundle.files)
-        found = runner.step(form="portable", parameters=parameters, inputs=inputs, masks=masks)
-        flat = [mask for segment in masks for mask in segment.values()]
-        loss, reference = check._torch_step(module, inputs, flat)
-    finally:
-        short.symbols["sequence"] = replace(short.symbols["sequence"], size=16)
-    assert abs(float(found[0]) - loss) < 1e-6 * loss
-    assert gradient_error(found[1], reference)[0] < 1e-5
+    inputs = {n: v[:, :7].copy() if v.ndim == 2 else v for n, v in source.example.items()}
+    masks = check_masks(short, inputs, masked=True)
+    values = check_values(source, short)
+    runner = Runner(manifest=short, files=bundle.files)
+    found = runner.step(form="portable", parameters=values, inputs=inputs, masks=masks)
+    flat = [mask for segment in masks for mask in segment.values()]
+    reference = source.reference.step(values, inputs, flat)
+    assert abs(float(found.loss) - reference.loss) < 1e-6 * reference.loss
+    assert gradient_error(found.gradients, reference.gradients)[0] < 1e-5
 
 
-def test_microbatch_losses_and_gradients_add_up_to_the_minibatch(bundle: Bundle) -> None:
+def test_microbatch_losses_and_gradients_add_up_to_the_minibatch(
+    source: Source, bundle: Bundle
+) -> None:
     manifest = bundle.manifest
     runner = Runner(manifest=manifest, files=bundle.files)
-    parameters = {t.name: check.draw_parameter(1, t, i) for i, t in enumerate(manifest.tensors)}
-    inputs, masks = check._inputs(manifest), check._masks(manifest, masked=True)
+    parameters = {t.name: draw_parameter(1, t, i) for i, t in enumerate(manifest.tensors)}
+    inputs = source.example
+    masks = check_masks(manifest, inputs, masked=True)
     whole = runner.step(form="portable", parameters=parameters, inputs=inputs, masks=masks)
-    loss, total = 0.0, {name: np.zeros_like(value) for name, value in whole[1].items()}
+    loss, total = 0.0, {name: np.zeros_like(value) for name, value in whole.gradients.items()}
     for sample in range(3):
         part = slice(sample, sample + 1)
         alone = {n: v[part] if v.ndim else v for n, v in inputs.items()}
         held = [{n: m[part] for n, m in site.items()} for site in masks]
         one = runner.step(form="portable", parameters=parameters, inputs=alone, masks=held)
-        loss += float(one[0])
-        total = {name: total[name] + value for name, value in one[1].items()}
-    assert abs(loss - float(whole[0])) < 1e-6
-    assert gradient_error(total, {n: v.astype(float) for n, v in whole[1].items()})[0] < 1e-5
+        loss += float(one.loss)
+        total = {name: total[name] + value for name, value in one.gradients.items()}
+    assert abs(loss - float(whole.loss)) < 1e-6
+    exact = {n: v.astype(float) for n, v in whole.gradients.items()}
+    assert gradient_error(total, exact)[0] < 1e-5
 
 
 def test_without_dropout_there_are_no_masks() -> None:
     module = gpt(layers=1, width=16, heads=2, vocabulary=20, context=8, dropout=0.0)
-    about = Description(name="dry", description="", vocabulary=20, context=8)
-    bundle = export(decoder_source(module, about))
+    source = module_source(module, Request(name="dry"))
+    bundle = export(source)
     assert all(not kind.masks for kind in bundle.manifest.kinds.values())
-    assert max(row.error for row in verify(module, bundle)) < 1e-5
+    assert max(row.error for row in verify(source, bundle)) < 1e-5
 
 
 def test_tied_weights_become_a_copy_with_one_gradient() -> None:
     module = gpt(layers=2, width=16, heads=2, vocabulary=20, context=8)
     module.head.projection.weight = module.embedding.token.weight
-    about = Description(name="tied", description="", vocabulary=20, context=8)
-    bundle = export(decoder_source(module, about))
+    source = module_source(module, Request(name="tied"))
+    assert "head.projection.weight" not in source.training.parameters
+    bundle = export(source)
     owner = bundle.manifest.tensor("embedding.token.weight")
     copy = bundle.manifest.tensor("embedding.token.weight@head")
     assert (copy.tied_to, owner.tied_to) == (owner.name, None)
     assert copy.initialiser == owner.initialiser
     assert copy.shape == owner.shape
-    assert max(row.error for row in verify(module, bundle)) < 1e-5
+    assert max(row.error for row in verify(source, bundle)) < 1e-5
 
 
 def test_bundle_that_a_peer_would_refuse_is_not_written(bundle: Bundle, tmp_path: Path) -> None:
@@ -214,7 +217,7 @@ def test_bundle_that_a_peer_would_refuse_is_not_written(bundle: Bundle, tmp_path
 
 
 def test_export_is_deterministic_and_written_whole(
-    module: Gpt, bundle: Bundle, tmp_path: Path
+    source: Source, bundle: Bundle, tmp_path: Path
 ) -> None:
     manifest = write_bundle(tmp_path, bundle, ())
     assert parse_manifest((tmp_path / "manifest.json").read_bytes()).digest == manifest.digest
@@ -222,17 +225,7 @@ def test_export_is_deterministic_and_written_whole(
     stray.write_bytes(b"old")
     write_bundle(tmp_path, bundle, ())
     assert {path.stem for path in (tmp_path / "graphs").iterdir()} == set(bundle.files)
-    assert export(decoder_source(module, _about(bundle))).manifest == bundle.manifest
-
-
-def _about(bundle: Bundle) -> Description:
-    data = bundle.manifest.data
-    return Description(
-        name=bundle.manifest.name,
-        description=bundle.manifest.description,
-        vocabulary=data.vocabulary,
-        context=data.context,
-    )
+    assert export(source).manifest == bundle.manifest
 
 
 def test_the_tool_writes_a_bundle_and_reports_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 
 from p2ptrain.graph.batch_norm import canonicalise_batch_norm
 from p2ptrain.graph.canonical import canonicalise
-from p2ptrain.graph.check import gradient_error
 from p2ptrain.graph.ir import FLOAT, Graph
+from p2ptrain.graph.measured import gradient_error
+from p2ptrain.graph.sources.inputs import Input
+from p2ptrain.graph.sources.torch_model import TorchModel
+from p2ptrain.graph.sources.torch_tracing import trace
 from p2ptrain.graph.split import differentiate
-from p2ptrain.graph.torch_export import PREFIX, _trace, _with_parameter_inputs
 from tests.lowering import draw, run
 
 torch = pytest.importorskip("torch")
@@ -21,31 +24,18 @@ nn, functional = torch.nn, torch.nn.functional
 pytestmark = pytest.mark.export
 
 
-def traced(module: Any, x: Any) -> Graph:
-    """The module in training mode, its BatchNorms in evaluation mode as the pass expects."""
-
-    class Wrapped(nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = module
-
-        def forward(self, x: Any) -> Any:
-            return self.model(x)
-
-    wrapped = Wrapped().train()
-    for part in wrapped.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.eval()
-    batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    graph = _with_parameter_inputs(_trace(wrapped, (x,), {"x": {0: batch}})).graph
-    wrapped.train()
-    return graph
+def traced(module: Any, x: np.ndarray) -> Graph:
+    """The module in training mode; its one input may be anything with the batch first."""
+    axes = ("batch", *map(str, x.shape[1:]))
+    parameter = next(iter(inspect.signature(module.forward).parameters))
+    inputs = {parameter: Input(name="x", dtype=str(x.dtype), axes=axes)}
+    model = TorchModel(module=module, inputs=inputs)
+    return trace(model, context=0, training=True).graph
 
 
 def compare(module: Any, x: np.ndarray) -> None:
     """Both forms within 1e-5 of torch in float64, by the definition of the numerics contract."""
-    given = torch.tensor(x)
-    graph = traced(module, given)
+    graph = traced(module, x)
     canonicalise(graph, data="x")
     sites = canonicalise_batch_norm(graph)
     result = graph.outputs[0]
@@ -218,13 +208,12 @@ def test_embedding_agrees_with_torch() -> None:
 
 
 def test_log_sigmoid_stays_finite_where_the_sigmoid_vanishes() -> None:
-    graph = traced(Of(functional.logsigmoid), torch.randn(3, 4))
+    graph = traced(Of(functional.logsigmoid), draw(3, 4))
     canonicalise(graph, data="x")
     x = np.full((3, 4), -200, np.float32)
     assert np.array_equal(next(iter(run(graph, {"x": x}).values())), x)
 
 
 def test_parameters_keep_their_names() -> None:
-    graph = traced(nn.Linear(4, 3), torch.randn(3, 4))
+    graph = traced(nn.Linear(4, 3), draw(3, 4))
     assert {n for n, t in graph.inputs.items() if t.dtype == FLOAT} == {"x", "weight", "bias"}
-    assert PREFIX == "model."

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from p2ptrain.graph.check import session_of
 from p2ptrain.graph.ir import Graph, make, to_model
+from p2ptrain.graph.runner import session_of
 from p2ptrain.graph.update import Update, adamw, overwrite_is_safe, sgd
 
 SCALARS = {

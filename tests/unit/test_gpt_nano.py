@@ -55,12 +55,16 @@ def test_its_inference_graph_takes_weights_and_is_causal(manifest: Manifest) -> 
 
 def test_both_forms_give_the_same_first_loss(manifest: Manifest) -> None:
     check = pytest.importorskip("p2ptrain.graph.check")
+    runners = pytest.importorskip("p2ptrain.graph.runner")
     onnxruntime = pytest.importorskip("onnxruntime")
     files = {
         digest: (DIRECTORY / "graphs" / f"{digest}.onnx").read_bytes() for digest in manifest.graphs
     }
-    runner = check.Runner(manifest=manifest, files=files)
-    inputs, masks = check._inputs(manifest), check._masks(manifest, masked=True)
+    runner = runners.Runner(manifest=manifest, files=files)
+    generator = np.random.Generator(np.random.Philox(12))
+    inputs = {n: generator.integers(0, 256, (3, 128)) for n in ("ids", "labels")}
+    inputs["loss_weight"] = np.array(1.0 / (3 * 128), np.float32)
+    masks = check.check_masks(manifest, inputs, masked=True)
     parameters = {t.name: draw_parameter(0, t, i) for i, t in enumerate(manifest.tensors)}
     forms = ["portable"]
     if onnxruntime.__version__.startswith("1.19"):
@@ -69,10 +73,10 @@ def test_both_forms_give_the_same_first_loss(manifest: Manifest) -> None:
         form: runner.step(form=form, parameters=parameters, inputs=inputs, masks=masks)
         for form in forms
     }
-    assert abs(float(found["portable"][0]) - np.log(256)) < 0.1
-    reference = found["portable"][1]
-    for loss, gradients in found.values():
-        assert abs(float(loss) - float(found["portable"][0])) < 1e-5
+    assert abs(float(found["portable"].loss) - np.log(256)) < 0.1
+    reference = found["portable"].gradients
+    for ran in found.values():
+        assert abs(float(ran.loss) - float(found["portable"].loss)) < 1e-5
         exact = {name: value.astype(np.float64) for name, value in reference.items()}
         weights = {n: v for n, v in exact.items() if not n.endswith("key.bias")}
-        assert check.gradient_error(gradients, weights)[0] < 1e-5
+        assert check.gradient_error(ran.gradients, weights)[0] < 1e-5

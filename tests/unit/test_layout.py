@@ -1,4 +1,4 @@
-"""Flat layouts and the predicted memory of a stage."""
+"""Flat layouts of a segment's tensors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import dataclasses
 import pytest
 
 from p2ptrain.bundle.manifest import Manifest, Tensor
-from p2ptrain.errors import GraphError, PlanInfeasible
+from p2ptrain.errors import GraphError
 from p2ptrain.training.layout import flat_layout
-from p2ptrain.training.memory import memory_bytes
-from tests.bundles import CONTEXT, VOCABULARY, WIDTH, tiny_bundle
+from tests.bundles import WIDTH, tiny_bundle
 from tests.varied_bundle import varied_bundle
 
 MANIFEST = tiny_bundle(blocks=2).manifest
@@ -57,28 +56,3 @@ def test_layout_refuses_to_train_what_is_not_float32() -> None:
     with pytest.raises(GraphError, match=r"block0\.w"):
         flat_layout(with_tensor("block0.w", dtype="int64"), 1)
     assert flat_layout(with_tensor("block0.w", dtype="int64", binding="frozen"), 1).length == 16
-
-
-def predicted(segments: range, *, batch: int = 2, in_flight: int = 1, rule: str = "adamw") -> int:
-    return memory_bytes(MANIFEST, segments, "portable", batch, in_flight, rule)
-
-
-def test_memory_counts_each_microbatch_in_flight() -> None:
-    boundary = 2 * CONTEXT * WIDTH * 4
-    stash = 3 * boundary  # x, h and mask of one block
-    more = predicted(range(1, 2), in_flight=2) - predicted(range(1, 2), in_flight=1)
-    assert more == stash + 2 * 2 * boundary
-
-
-def test_memory_counts_parameters_gradients_scratch_and_state() -> None:
-    adamw, sgd = (predicted(range(1, 2), rule=rule) for rule in ("adamw", "sgd"))
-    assert adamw - sgd == 272 * 4
-    table = VOCABULARY * WIDTH * 4
-    assert predicted(range(1)) > 5 * table
-    assert predicted(range(4)) > predicted(range(3)) > predicted(range(2))
-    assert predicted(range(4), batch=4) > predicted(range(4), batch=2)
-
-
-def test_memory_refuses_an_unknown_optimizer() -> None:
-    with pytest.raises(PlanInfeasible, match="'lion'"):
-        predicted(range(1, 2), rule="lion")

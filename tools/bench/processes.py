@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 _PEAK: Final = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
+_RESIDENT: Final = re.compile(r"^VmRSS:\s+(\d+) kB$", re.MULTILINE)
 _MODEL: Final = re.compile(r"^model name\s*:\s*(.+)$", re.MULTILINE)
 _MEMORY: Final = re.compile(r"^MemTotal:\s+(\d+) kB$", re.MULTILINE)
 
@@ -21,6 +22,12 @@ def peak_bytes(pid: int) -> int | None:
 def parse_peak_bytes(status: str) -> int | None:
     """The peak in the text of `/proc/PID/status`."""
     match = _PEAK.search(status)
+    return None if match is None else int(match[1]) * 1024
+
+
+def resident_bytes(pid: int) -> int | None:
+    """What a live process has resident now; None where it is not told."""
+    match = _RESIDENT.search(_read(Path(f"/proc/{pid}/status")))
     return None if match is None else int(match[1]) * 1024
 
 

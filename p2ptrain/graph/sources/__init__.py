@@ -1,0 +1,1 @@
+"""Where models come from: a torch factory, a Hugging Face folder, an ONNX file."""

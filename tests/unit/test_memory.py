@@ -1,0 +1,100 @@
+"""The predicted memory of a stage, part by part, against what a stage allocates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from p2ptrain.engine.contract import Buffer
+from p2ptrain.engine.onnxruntime_engine import OnnxRuntimeEngine
+from p2ptrain.errors import PlanInfeasible
+from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.store.bundles import Bundle
+from p2ptrain.training.contract import OptimizerChoice
+from p2ptrain.training.memory import StageMemory, stage_memory
+from tests.bundles import CONTEXT, VOCABULARY, WIDTH, contract_for, tiny_bundle
+from tests.varied_bundle import varied_bundle
+
+TINY = tiny_bundle(blocks=2)
+VARIED = varied_bundle()
+ACTIVATION = 2 * CONTEXT * WIDTH * 4
+BLOCK = WIDTH * WIDTH + WIDTH
+
+
+def predicted(
+    segments: range, *, bundle: Bundle = TINY, batch: int = 2, in_flight: int = 1,
+    rule: str = "adamw", **changes: object,
+) -> StageMemory:  # fmt: skip
+    contract = contract_for(bundle, microbatch_size=batch, optimizer=OptimizerChoice(name=rule))
+    contract = dataclasses.replace(contract, **changes)
+    return stage_memory(bundle.manifest, segments, contract, in_flight)
+
+
+def test_memory_counts_each_microbatch_in_flight() -> None:
+    one, two = (predicted(range(1, 2), in_flight=n) for n in (1, 2))
+    assert (one.stash, two.stash) == (2 * ACTIVATION, 4 * ACTIVATION), "h and mask"
+    assert two.boundaries - one.boundaries == 4 * ACTIVATION, "activations and cotangents"
+    assert predicted(range(1, 2), dropout=0.0).stash == ACTIVATION, "no mask is drawn"
+
+
+def test_memory_of_a_rematerialising_stage_holds_one_stash_for_each_kind() -> None:
+    plain, again = (
+        predicted(range(1, 3), in_flight=3, rematerialise=flag) for flag in (False, True)
+    )
+    assert (plain.stash, again.stash) == (12 * ACTIVATION, 2 * ACTIVATION)
+    assert plain.total - again.total == plain.stash - again.stash
+
+
+def test_memory_counts_parameters_gradients_scratch_and_state() -> None:
+    adamw, sgd = (predicted(range(1, 3), rule=rule).parameters for rule in ("adamw", "sgd"))
+    assert adamw == 4 * BLOCK * (2 * 4 + 1)
+    assert sgd == 4 * BLOCK * (2 * 3 + 1)
+    assert predicted(range(1)).parameters == 5 * VOCABULARY * WIDTH * 4
+
+
+def test_memory_counts_running_values_and_frozen_matrices() -> None:
+    mix = predicted(range(1, 2), bundle=VARIED, in_flight=2)
+    assert mix.parameters == 4 * WIDTH * (5 + 4)
+    assert mix.frozen == 0
+    fixed = predicted(range(3, 4), bundle=VARIED)
+    assert fixed.parameters == 4 * WIDTH * 5
+    assert fixed.frozen == 4 * WIDTH * WIDTH * 3
+
+
+def test_memory_grows_with_stages_and_batch() -> None:
+    totals = [predicted(range(end)).total for end in (1, 2, 3, 4)]
+    assert totals == sorted(totals)
+    assert predicted(range(4), batch=4).total > predicted(range(4)).total
+    own = stage_memory(TINY.manifest, range(4), contract_for(TINY), 1, 0)
+    assert own.total == predicted(range(4)).total - predicted(range(4)).process
+
+
+def test_memory_refuses_an_unknown_optimizer() -> None:
+    updates = {"adamw": TINY.manifest.updates["adamw"]}
+    manifest = dataclasses.replace(TINY.manifest, updates=updates)
+    contract = contract_for(TINY, optimizer=OptimizerChoice(name="sgd"))
+    with pytest.raises(PlanInfeasible, match="'sgd'"):
+        stage_memory(manifest, range(1), contract, 1)
+
+
+class CountingEngine(OnnxRuntimeEngine):
+    """Adds up what a stage allocates."""
+
+    allocated = 0
+
+    def allocate(self, shape: tuple[int, ...], dtype: object) -> Buffer:
+        self.allocated += int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
+        return super().allocate(shape, dtype)
+
+
+@pytest.mark.parametrize("rematerialise", [False, True])
+@pytest.mark.parametrize("segments", [range(7), range(1), range(1, 5), range(4, 7)])
+def test_memory_counts_what_a_stage_allocates(segments: range, rematerialise: bool) -> None:
+    engine = CountingEngine(threads=1)
+    contract = contract_for(VARIED, microbatch_size=16, rematerialise=rematerialise)
+    StageWorker(engine=engine, bundle=VARIED, segments=segments, contract=contract, in_flight=3)
+    memory = stage_memory(VARIED.manifest, segments, contract, 3)
+    counted = memory.parameters + memory.stash + memory.boundaries
+    assert engine.allocated == pytest.approx(counted, rel=0.02)
