@@ -71,10 +71,20 @@ def distinct_kinds(locals_: Sequence[Local]) -> dict[str, Kind]:
     return kinds
 
 
+def _reference(local: Local) -> str:
+    """The port whose shape tells most sizes; the first of several."""
+
+    def told(name: str) -> int:
+        axes = local.graph.axes(name)
+        return sum(isinstance(axis, str) and "*" not in axis for axis in axes)
+
+    return max(local.inputs, key=told)
+
+
 def _pair(local: Local, *, portable: bool) -> Pair:
     wanted = {name: f"cotangent.{name}" for name, flows in local.inputs.items() if flows}
     wanted |= {name: f"gradient.{name}" for name in local.trainable}
-    reference = next(iter(local.inputs))
+    reference = _reference(local)
     if not wanted:
         return _without_backward(local, reference)
     pair = differentiate(local.graph, wanted=wanted, reference=reference, portable=portable)
@@ -89,7 +99,7 @@ def _without_backward(local: Local, reference: str) -> Pair:
 def _evaluation(local: Local) -> Graph | None:
     if local.evaluation is None:
         return None
-    return _settled(local.evaluation, next(iter(local.inputs)), "e")
+    return _settled(local.evaluation, _reference(local), "e")
 
 
 def _settled(graph: Graph, reference: str, stem: str) -> Graph:
