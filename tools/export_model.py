@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from p2ptrain.bundle.manifest import LOSSES, TASKS, Manifest
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.graph.sources.choose import source_of, with_extras
-from p2ptrain.graph.sources.requests import Request, parse_arguments
+from p2ptrain.graph.sources.requests import Request, frozen_names, parse_arguments
 
 if TYPE_CHECKING:
     from p2ptrain.graph.export import Bundle
@@ -52,6 +52,19 @@ if TYPE_CHECKING:
     "number or `sequence`; repeatable.",
 )
 @click.option("--no-weights", is_flag=True, help="Draw all parameters, whatever the folder holds.")
+@click.option("--segments", type=int, help="About how many segments; else where little crosses.")
+@click.option(
+    "--cut",
+    "cuts",
+    multiple=True,
+    help="Cut behind this value or module, and only there; repeatable.",
+)
+@click.option(
+    "--freeze",
+    "frozen",
+    multiple=True,
+    help="Parameters not to train, by name with `*` and `?`; repeatable.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle directory.")
 @click.option("--name", required=True, help="The bundle's name.")
 @click.option("--description", default="", help="One sentence for the manifest.")
@@ -79,12 +92,13 @@ def _export(model: str, request: Request, out: Path, *, console: Console, as_jso
         from p2ptrain.graph.write import write_bundle
 
         source = source_of(model, request)
+        frozen = frozen_names(request.frozen, source.training.parameters)
     with console.status("cutting and differentiating"), _quiet_runtime():
-        bundle = export(source)
+        bundle = export(source, frozen=frozen, segments=request.segments, cuts=request.cuts)
     with console.status("checking against the model"), _quiet_runtime():
         rows = compare(source, bundle)
     if not as_json:
-        _print_tables(console, bundle.manifest, rows)
+        _print_tables(console, bundle, rows)
     refuse_failed(rows)
     manifest = write_bundle(out, bundle, rows)
     seconds = time.monotonic() - started
@@ -111,7 +125,8 @@ def _quiet_runtime() -> Iterator[None]:
             os.close(saved)
 
 
-def _print_tables(console: Console, manifest: Manifest, rows: tuple[Measured, ...]) -> None:
+def _print_tables(console: Console, bundle: Bundle, rows: tuple[Measured, ...]) -> None:
+    manifest = bundle.manifest
     kinds = Table("kind", "segments", "MFLOP forward", "backward", "stash kB per sample")
     for name, kind in manifest.kinds.items():
         places = [i for i, segment in enumerate(manifest.segments) if segment.kind == name]
@@ -126,6 +141,12 @@ def _print_tables(console: Console, manifest: Manifest, rows: tuple[Measured, ..
     checks = Table("against the model", "error", "limit", "worst in")
     for row in rows:
         checks.add_row(row.name, f"{row.error:.1e}", f"{row.limit:.0e}", row.worst)
+    segments = Table("segment", "bytes crossing per sample", "values", "cut because")
+    for cut in bundle.cuts.rows:
+        segments.add_row(cut.segment, str(cut.bytes), ", ".join(cut.values), cut.reason)
+    console.print(segments)
+    for note in bundle.cuts.notes:
+        console.print(note)
     console.print(kinds)
     console.print(checks)
 
@@ -143,6 +164,10 @@ def _report(
         "digest": manifest.digest,
         "parameters": manifest.parameter_count,
         "segments": [segment.name for segment in manifest.segments],
+        "cuts": [
+            {"segment": cut.segment, "bytes": cut.bytes, "reason": cut.reason}
+            for cut in bundle.cuts.rows
+        ],
         "graph_bytes": _graph_bytes(bundle),
         "stash_bytes_per_sample": sum(
             manifest.stash_bytes(i, form="portable", batch=1) for i in range(len(manifest.segments))

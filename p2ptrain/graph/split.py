@@ -158,8 +158,18 @@ def split(whole: Graph, *, made: set[str], forward_outputs: list[str], incoming:
     ]
     backward = _part(backward, gradients)
     stash = [name for name in stash if name in backward.inputs]
+    stash = [_kept_port(forward, backward, n) if n in forward_outputs else n for n in stash]
     forward.outputs = [*forward_outputs, *stash]
     return Pair(forward=forward, backward=backward, stash=tuple(stash))
+
+
+def _kept_port(forward: Graph, backward: Graph, name: str) -> str:
+    """A stash value of its own for a port that the backward reads as well: tanh's result."""
+    kept = forward.fresh("kept")
+    forward.nodes.append(make("Identity", [name], [kept]))
+    forward.types[kept] = forward.types[name]
+    apply_names(backward, {name: kept})
+    return kept
 
 
 def _choose_stash(whole: Graph, made: set[str], gradients: list[str]) -> tuple[list[str], set[str]]:

@@ -16,6 +16,7 @@ from p2ptrain.graph.check import verify
 from p2ptrain.graph.export import export
 from p2ptrain.graph.sources.onnx_file import file_source
 from p2ptrain.graph.sources.requests import Request
+from p2ptrain.graph.sources.simplify import quiet
 
 pytestmark = pytest.mark.export
 
@@ -29,9 +30,11 @@ def mlp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     )
     path = tmp_path_factory.mktemp("mlp") / "mlp.onnx"
     axes = {"input": {0: torch.export.Dim("n", min=1)}}
-    torch.onnx.export(
-        module.eval(), (torch.zeros(3, 6),), path, dynamo=True, dynamic_shapes=axes, verbose=False
-    )
+    x = torch.zeros(3, 6)
+    with quiet():
+        torch.onnx.export(
+            module.eval(), (x,), path, dynamo=True, dynamic_shapes=axes, verbose=False
+        )
     return module, path
 
 
@@ -47,10 +50,10 @@ def test_a_file_becomes_a_bundle_that_agrees_with_torch(mlp: tuple[Any, Path]) -
     loss = ((module.double()(x) - y) ** 2).sum() * float(source.example["loss_weight"])
     loss.backward()
     step = source.reference.step(source.weights, source.example, [])
-    assert step.loss == pytest.approx(float(loss.detach()), rel=1e-9)
+    assert step.loss == pytest.approx(float(loss.detach()), rel=1e-7)  # float32 constants
     for name, parameter in module.named_parameters():
         error = np.abs(step.gradients[name] - parameter.grad.numpy()).max()
-        assert error < 1e-9 * np.abs(parameter.grad.numpy()).max()
+        assert error < 1e-7 * np.abs(parameter.grad.numpy()).max()
 
 
 def test_parameters_can_be_drawn_instead(mlp: tuple[Any, Path]) -> None:

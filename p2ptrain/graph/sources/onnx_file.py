@@ -18,7 +18,7 @@ from onnx import helper, shape_inference, version_converter
 
 from p2ptrain.bundle.manifest import BATCH, Initialiser
 from p2ptrain.errors import ConfigError, GraphError
-from p2ptrain.graph.ir import FLOAT, OPSET, Graph, apply_names, from_model
+from p2ptrain.graph.ir import FLOAT, OPSET, Graph, apply_names, attribute, from_model
 from p2ptrain.graph.source import LABELS, LOGITS, LOSS_WEIGHT, Source, Traced
 from p2ptrain.graph.sources.inputs import INPUT_DTYPES, SEQUENCE, Input
 from p2ptrain.graph.sources.losses import append_loss
@@ -121,6 +121,7 @@ def _load(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(model)
         version = next(e.version for e in model.opset_import if e.domain in ("", "ai.onnx"))
         if version != OPSET:
+            _expand_gelu(model)
             model = version_converter.convert_version(model, OPSET)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
@@ -133,6 +134,33 @@ def _load(path: Path) -> onnx.ModelProto:
     if large:  # float16, float64, bfloat16
         raise ConfigError(f"{path}: {large[0]!r} is not float32", hint="convert it to float32")
     return model
+
+
+def _expand_gelu(model: onnx.ModelProto) -> None:
+    """Exact Gelu, which opset 18 lacks and the converter refuses, as x * (0.5 * (1 + erf(...)))."""
+    nodes = []
+    for node in model.graph.node:
+        if (
+            node.op_type != "Gelu"
+            or node.domain
+            or attribute(node, "approximate", b"none") != b"none"
+        ):
+            nodes.append(node)
+            continue
+        x, stem = node.input[0], f"{node.output[0]}.gelu"
+        numbers = {"root": 2.0**0.5, "one": 1.0, "half": 0.5}
+        for name, number in numbers.items():
+            value = onnx.numpy_helper.from_array(np.array(number, np.float32), f"{stem}.{name}")
+            model.graph.initializer.append(value)
+        nodes += [
+            helper.make_node("Div", [x, f"{stem}.root"], [f"{stem}.scaled"]),
+            helper.make_node("Erf", [f"{stem}.scaled"], [f"{stem}.erf"]),
+            helper.make_node("Add", [f"{stem}.erf", f"{stem}.one"], [f"{stem}.above"]),
+            helper.make_node("Mul", [f"{stem}.above", f"{stem}.half"], [f"{stem}.gate"]),
+            helper.make_node("Mul", [x, f"{stem}.gate"], list(node.output)),
+        ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _inputs(model: onnx.ModelProto, request: Request) -> dict[str, Input]:

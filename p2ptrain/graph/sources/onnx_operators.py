@@ -127,6 +127,11 @@ def _gather(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
     return inputs[0].index_select(axis, flat).reshape(shape)
 
 
+def _gather_elements(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
+    axis = int(attribute(node, "axis", 0))
+    return torch.gather(inputs[0], axis, inputs[1] % inputs[0].shape[axis])
+
+
 def _expand(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
     wanted = torch.broadcast_shapes(inputs[0].shape, tuple(_integers(inputs[1])))
     return inputs[0].expand(wanted)
@@ -268,11 +273,7 @@ OPERATORS: Final[dict[str, Operator]] = {
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
-    "GatherElements": lambda node, inputs: torch.gather(
-        inputs[0],
-        attribute(node, "axis", 0),
-        inputs[1] % inputs[0].shape[attribute(node, "axis", 0)],
-    ),
+    "GatherElements": _gather_elements,
     "Gelu": _gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": _global_average,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,8 +28,32 @@ class Request:
     """Data inputs as text, `NAME=DTYPE:batch,SIZE,...`; empty: what the model says."""
     arguments: dict[str, Any] = field(default_factory=dict)  # Any: JSON values
     """Of the factory, or fields of the configuration."""
+    segments: int | None = None
+    """About how many; None: as the graph suggests."""
+    cuts: tuple[str, ...] = ()
+    """Values or modules to cut behind; empty: the exporter chooses."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of parameters that nobody trains: `*` and `?` as in file names."""
     use_weights: bool = True
     """False: parameters are drawn even where there are weights."""
+
+
+def frozen_names(patterns: Iterable[str], parameters: Iterable[str]) -> frozenset[str]:
+    """Parameters that a pattern names.
+
+    Raises:
+        ConfigError: a pattern that names none.
+    """
+    known = tuple(parameters)
+    found: set[str] = set()
+    for pattern in patterns:
+        named = fnmatch.filter(known, pattern)
+        if not named:
+            raise ConfigError(
+                f"--freeze {pattern!r} names no parameter", hint=f"one is {known[0]!r}"
+            )
+        found.update(named)
+    return frozenset(found)
 
 
 def parse_arguments(texts: Iterable[str]) -> dict[str, Any]:  # Any: JSON values
