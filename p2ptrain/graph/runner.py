@@ -109,6 +109,8 @@ class Runner:
                 incoming = _cotangents(kind, later, incoming)
             frozen = self._frozen(segment, parameters)
             graph = kind.forms[form].backward
+            if not _differentiates(kind, frozen):
+                break  # nothing before it is trained either
             incoming = self.run(graph, {**feeds, **incoming}, frozen=frozen, place=segment.name)
             for local, tensor in segment.parameters.items():
                 if self.manifest.tensor(tensor).binding == "trainable":
@@ -151,8 +153,14 @@ def _cotangents(kind: SegmentKind, later: SegmentKind, produced: Arrays) -> Arra
     return {
         f"cotangent.{ours.value.name}": produced[f"cotangent.{theirs.value.name}"]
         for ours, theirs in zip(leaving, entering, strict=True)
-        if ours.differentiable
+        if ours.differentiable and theirs.differentiable
     }
+
+
+def _differentiates(kind: SegmentKind, frozen: Arrays) -> bool:
+    """False where nothing is trained and nobody before waits for a cotangent."""
+    waits = any(port.differentiable for port in kind.inputs)
+    return waits or len(frozen) < len(kind.parameters)
 
 
 def session_of(content: bytes) -> Any:  # Any: onnxruntime is untyped
