@@ -114,6 +114,8 @@ class Runner:
                 incoming = {}  # its backward is empty
                 continue
             graph = kind.forms[form].backward
+            if not _differentiates(kind, frozen):
+                break  # nothing before it is trained either
             incoming = self.run(graph, {**feeds, **incoming}, frozen=frozen, place=segment.name)
             gradients |= {tensor: incoming[f"gradient.{n}"] for n, tensor in trained.items()}
         return gradients
@@ -153,8 +155,14 @@ def _cotangents(kind: SegmentKind, later: SegmentKind, produced: Arrays) -> Arra
     return {
         f"cotangent.{ours.value.name}": produced[f"cotangent.{theirs.value.name}"]
         for ours, theirs in zip(leaving, entering, strict=True)
-        if ours.differentiable
+        if ours.differentiable and theirs.differentiable
     }
+
+
+def _differentiates(kind: SegmentKind, frozen: Arrays) -> bool:
+    """False where nothing is trained and nobody before waits for a cotangent."""
+    waits = any(port.differentiable for port in kind.inputs)
+    return waits or len(frozen) < len(kind.parameters)
 
 
 def session_of(content: bytes) -> Any:  # Any: onnxruntime is untyped
