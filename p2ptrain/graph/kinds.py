@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from p2ptrain.bundle import manifest as words
+from p2ptrain.graph.adapters import without_adapters
 from p2ptrain.graph.costs import COLUMNS, HEADS, Shards, find_shards, product_flops
 from p2ptrain.graph.decompositions import decompose
 from p2ptrain.graph.ir import IR_VERSION, OPSET, Axis, Graph, depth_first, to_model
@@ -58,7 +59,7 @@ def distinct_kinds(locals_: Sequence[Local]) -> dict[str, Kind]:
         if local.fingerprint in kinds:
             continue
         count = taken[local.role] = taken.get(local.role, 0) + 1
-        shards = find_shards(local.graph)
+        shards = find_shards(without_adapters(local.graph))
         if any(sizes.setdefault(symbol, size) != size for symbol, size in shards.sizes.items()):
             shards = Shards(sizes={}, groups={})  # a symbol has one size in a bundle
         kinds[local.fingerprint] = Kind(

@@ -107,15 +107,17 @@ class Runner:
             kind = self.manifest.kinds[segment.kind]
             if later is not None:
                 incoming = _cotangents(kind, later, incoming)
+            later = kind
             frozen = self._frozen(segment, parameters)
+            trained = {n: t for n, t in segment.parameters.items() if n not in frozen}
+            if not trained and not any(port.differentiable for port in kind.inputs):
+                incoming = {}  # its backward is empty
+                continue
             graph = kind.forms[form].backward
             if not _differentiates(kind, frozen):
                 break  # nothing before it is trained either
             incoming = self.run(graph, {**feeds, **incoming}, frozen=frozen, place=segment.name)
-            for local, tensor in segment.parameters.items():
-                if self.manifest.tensor(tensor).binding == "trainable":
-                    gradients[tensor] = incoming[f"gradient.{local}"]
-            later = kind
+            gradients |= {tensor: incoming[f"gradient.{n}"] for n, tensor in trained.items()}
         return gradients
 
     @property
