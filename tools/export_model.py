@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from p2ptrain.bundle.manifest import LOSSES, TASKS, Manifest
 from p2ptrain.errors import P2PTrainError
+from p2ptrain.graph.fine_tuning import FineTuning, parse_lora
 from p2ptrain.graph.sources.choose import source_of, with_extras
-from p2ptrain.graph.sources.requests import Request, frozen_names, parse_arguments
+from p2ptrain.graph.sources.requests import Request, parse_arguments
 
 if TYPE_CHECKING:
     from p2ptrain.graph.export import Bundle
@@ -60,21 +61,40 @@ if TYPE_CHECKING:
     help="Cut behind this value or module, and only there; repeatable.",
 )
 @click.option(
-    "--freeze",
-    "frozen",
-    multiple=True,
-    help="Parameters not to train, by name with `*` and `?`; repeatable.",
+    "--lora",
+    help="r=RANK,alpha=SCALE,targets=PATTERN,...: train low-rank adapters beside these matrices of "
+    "linears (targets=all: beside all of them) and freeze the rest. [default alpha: r]",
+)
+@click.option(
+    "--freeze", multiple=True, help="Leave parameters as they are; a pattern, repeatable."
+)
+@click.option(
+    "--train", multiple=True, help="Train these and freeze the rest; a pattern, repeatable."
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle directory.")
 @click.option("--name", required=True, help="The bundle's name.")
 @click.option("--description", default="", help="One sentence for the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def main(
-    model: str, arguments: tuple[str, ...], out: Path, as_json: bool, no_weights: bool, **asked: Any
+    model: str,
+    arguments: tuple[str, ...],
+    lora: str | None,
+    freeze: tuple[str, ...],
+    train: tuple[str, ...],
+    out: Path,
+    as_json: bool,
+    no_weights: bool,
+    **asked: Any,
 ) -> None:  # Any: the options that `Request` holds
     """Trace, cut, differentiate and check a model, then write its bundle."""
     try:
-        request = Request(arguments=parse_arguments(arguments), use_weights=not no_weights, **asked)
+        adapters = None if lora is None else parse_lora(lora)
+        request = Request(
+            arguments=parse_arguments(arguments),
+            tuning=FineTuning(lora=adapters, freeze=freeze, train=train),
+            use_weights=not no_weights,
+            **asked,
+        )
         with os.fdopen(os.dup(2), "w") as stderr:  # the original, while the runtime's is away
             _export(model, request, out, console=Console(file=stderr), as_json=as_json)
     except P2PTrainError as error:
@@ -92,9 +112,15 @@ def _export(model: str, request: Request, out: Path, *, console: Console, as_jso
         from p2ptrain.graph.write import write_bundle
 
         source = source_of(model, request)
-        frozen = frozen_names(request.frozen, source.training.parameters)
+        frozen = frozenset(request.tuning.frozen(source.training.parameters))
     with console.status("cutting and differentiating"), _quiet_runtime():
-        bundle = export(source, frozen=frozen, segments=request.segments, cuts=request.cuts)
+        bundle = export(
+            source,
+            frozen=frozen,
+            lora=request.tuning.lora,
+            segments=request.segments,
+            cuts=request.cuts,
+        )
     with console.status("checking against the model"), _quiet_runtime():
         rows = compare(source, bundle)
     if not as_json:
@@ -107,6 +133,7 @@ def _export(model: str, request: Request, out: Path, *, console: Console, as_jso
         return
     console.print(
         f"{out}: {manifest.parameter_count / 1e6:.2f} M parameters, "
+        f"{_trained_count(manifest) / 1e6:.2f} M of them trained, "
         f"{len(bundle.files)} graphs, {_graph_bytes(bundle) / 1e3:.0f} kB, {seconds:.0f} s"
     )
 
@@ -151,6 +178,12 @@ def _print_tables(console: Console, bundle: Bundle, rows: tuple[Measured, ...]) 
     console.print(checks)
 
 
+def _trained_count(manifest: Manifest) -> int:
+    """Elements of trainable tensors; a tied one counts once, as it has one gradient."""
+    trained = (t for t in manifest.tensors if t.binding == "trainable" and t.tied_to is None)
+    return sum(tensor.elements for tensor in trained)
+
+
 def _graph_bytes(bundle: Bundle) -> int:
     return sum(len(content) for content in bundle.files.values())
 
@@ -163,6 +196,7 @@ def _report(
         "path": str(out),
         "digest": manifest.digest,
         "parameters": manifest.parameter_count,
+        "trained": _trained_count(manifest),
         "segments": [segment.name for segment in manifest.segments],
         "cuts": [
             {"segment": cut.segment, "bytes": cut.bytes, "reason": cut.reason}
