@@ -14,6 +14,7 @@ from p2ptrain.ids import Digest
 from p2ptrain.training.feed import Feed
 
 HELDOUT_FROM = 1 << 32
+NO_DIGEST = Digest("0" * 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class MadeUpSamples:
     """
 
     manifest: Manifest
-    digest: Digest = Digest("0" * 64)
+    digest: Digest = NO_DIGEST
 
     def training(self, *, seed: int, step: int, first_sample: int, count: int) -> Feed:
         return self._feed(range(first_sample, first_sample + count))
@@ -38,7 +39,9 @@ class MadeUpSamples:
         generators = [np.random.Generator(np.random.Philox(key=number)) for number in numbers]
         data = self.manifest.data
         if data.kind == "windows":
-            tokens = np.stack([g.integers(0, data.vocabulary, data.context + 1) for g in generators])
+            tokens = np.stack(
+                [g.integers(0, data.vocabulary, data.context + 1) for g in generators]
+            )
             inputs = TokenPorts(self.manifest).whole(tokens[:, :-1])
             return Feed(inputs=inputs, labels=np.ascontiguousarray(tokens[:, 1:]))
         labels = np.array([g.integers(0, data.classes) for g in generators])

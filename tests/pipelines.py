@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Array, Engine
-from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.ids import Digest
+from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.clipping import Clip, clip_scale
 from p2ptrain.training.contract import Contract
@@ -22,6 +22,8 @@ from p2ptrain.training.loss import loss_weight
 from p2ptrain.training.sampling import Windows, heldout_windows, training_windows
 from p2ptrain.training.segment_state import SegmentState, StateHeader, state_digest
 
+NO_DIGEST = Digest("0" * 64)
+
 
 @dataclass(frozen=True, slots=True)
 class TextSamples:
@@ -30,7 +32,7 @@ class TextSamples:
     tokens: NDArray[np.uint8]
     context: int
     input_count: int
-    digest: Digest = Digest("0" * 64)
+    digest: Digest = NO_DIGEST
 
     def training(self, *, seed: int, step: int, first_sample: int, count: int) -> Feed:
         taken = training_windows(

@@ -57,12 +57,18 @@ def short_context(bundle: Bundle) -> Bundle:
 def train(name: str, *, steps: int, batch: int) -> Trained:
     """Steps of SGD over one batch that stays the same; two stages, one thread."""
     bundle = short_context(load_bundle(shipped_bundles()[name]))
-    rate = LEARNING_RATE_NORMED if has_running_values(bundle) else LEARNING_RATE
+    normed = has_running_values(bundle)
+    rate = LEARNING_RATE_NORMED if normed else LEARNING_RATE
     sgd = OptimizerChoice(
         name="sgd", peak_learning_rate=rate, final_learning_rate=rate, warmup_steps=0
     )
     contract = contract_for(
-        bundle, steps=steps, microbatch_size=batch, microbatches=1, optimizer=sgd
+        bundle,
+        steps=steps,
+        microbatch_size=batch,
+        microbatches=1,
+        optimizer=sgd,
+        dropout=0.0 if normed else None,  # masks would hide what so small steps gain
     )
     middle = len(bundle.manifest.segments) // 2
     samples = MadeUpSamples(bundle.manifest)
