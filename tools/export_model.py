@@ -18,9 +18,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from p2ptrain.bundle.manifest import LOSSES, TASKS, Manifest
-from p2ptrain.errors import P2PTrainError
+from p2ptrain.errors import ConfigError, P2PTrainError
+from p2ptrain.graph.fine_tuning import FineTuning, parse_lora
 from p2ptrain.graph.sources.choose import source_of, with_extras
-from p2ptrain.graph.sources.requests import Request, frozen_names, parse_arguments
+from p2ptrain.graph.sources.requests import Request, parse_arguments
 
 if TYPE_CHECKING:
     from p2ptrain.graph.export import Bundle
@@ -61,10 +62,15 @@ if TYPE_CHECKING:
     help="Cut behind this value or module, and only there; repeatable.",
 )
 @click.option(
-    "--freeze",
-    "frozen",
-    multiple=True,
-    help="Parameters not to train, by name with `*` and `?`; repeatable.",
+    "--lora",
+    help="r=RANK,alpha=SCALE,targets=PATTERN,...: train low-rank adapters beside these matrices of "
+    "linears (targets=all: beside all of them) and freeze the rest. [default alpha: r]",
+)
+@click.option(
+    "--freeze", multiple=True, help="Leave parameters as they are; a pattern, repeatable."
+)
+@click.option(
+    "--train", multiple=True, help="Train these and freeze the rest; a pattern, repeatable."
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle directory.")
 @click.option(
@@ -80,6 +86,9 @@ if TYPE_CHECKING:
 def main(
     model: str,
     arguments: tuple[str, ...],
+    lora: str | None,
+    freeze: tuple[str, ...],
+    train: tuple[str, ...],
     out: Path,
     artifacts: Path | None,
     as_json: bool,
@@ -88,7 +97,13 @@ def main(
 ) -> None:
     """Trace, cut, differentiate and check a model, then write its bundle."""
     try:
-        request = Request(arguments=parse_arguments(arguments), use_weights=not no_weights, **asked)
+        adapters = None if lora is None else parse_lora(lora)
+        request = Request(
+            arguments=parse_arguments(arguments),
+            tuning=FineTuning(lora=adapters, freeze=freeze, train=train),
+            use_weights=not no_weights,
+            **asked,
+        )
         with os.fdopen(os.dup(2), "w") as stderr:  # the original, while the runtime's is away
             console = Console(file=stderr)
             _export(model, request, out, artifacts, console=console, as_json=as_json)
@@ -115,9 +130,15 @@ def _export(
         from p2ptrain.graph.write import write_bundle
 
         source = source_of(model, request)
-        frozen = frozen_names(request.frozen, source.training.parameters)
+        frozen = frozenset(request.tuning.frozen(source.training.parameters))
     with console.status("cutting and differentiating"), _quiet_runtime():
-        bundle = export(source, frozen=frozen, segments=request.segments, cuts=request.cuts)
+        bundle = export(
+            source,
+            frozen=frozen,
+            lora=request.tuning.lora,
+            segments=request.segments,
+            cuts=request.cuts,
+        )
     with console.status("checking against the model"), _quiet_runtime():
         rows = compare(source, bundle)
         if artifacts is not None:
@@ -132,6 +153,7 @@ def _export(
         return
     console.print(
         f"{out}: {manifest.parameter_count / 1e6:.2f} M parameters, "
+        f"{_trained_count(manifest) / 1e6:.2f} M of them trained, "
         f"{len(bundle.files)} graphs, {_graph_bytes(bundle) / 1e3:.0f} kB, {seconds:.0f} s"
     )
 
@@ -144,6 +166,11 @@ def _artifacts(source: Source, bundle: Bundle, directory: Path) -> tuple[Measure
     from p2ptrain.training.contract import OptimizerChoice
     from p2ptrain.training.random import draw_tensor
 
+    if any(tensor.binding == "frozen" for tensor in bundle.manifest.tensors):
+        raise ConfigError(
+            "--ort-artifacts writes models that are trained whole",
+            hint="leave --freeze, --train and --lora out, or --ort-artifacts",
+        )
     rows = artifact_rows(source, bundle)
     refuse_failed(rows)
     places = {tensor.name: index for index, tensor in enumerate(bundle.manifest.tensors)}
@@ -197,6 +224,12 @@ def _print_tables(console: Console, bundle: Bundle, rows: tuple[Measured, ...]) 
     console.print(checks)
 
 
+def _trained_count(manifest: Manifest) -> int:
+    """Elements of trainable tensors; a tied one counts once, as it has one gradient."""
+    trained = (t for t in manifest.tensors if t.binding == "trainable" and t.tied_to is None)
+    return sum(tensor.elements for tensor in trained)
+
+
 def _graph_bytes(bundle: Bundle) -> int:
     return sum(len(content) for content in bundle.files.values())
 
@@ -209,6 +242,7 @@ def _report(
         "path": str(out),
         "digest": manifest.digest,
         "parameters": manifest.parameter_count,
+        "trained": _trained_count(manifest),
         "segments": [segment.name for segment in manifest.segments],
         "cuts": [
             {"segment": cut.segment, "bytes": cut.bytes, "reason": cut.reason}
