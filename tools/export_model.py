@@ -18,7 +18,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from p2ptrain.bundle.manifest import LOSSES, TASKS, Manifest
-from p2ptrain.errors import P2PTrainError
+from p2ptrain.errors import ConfigError, P2PTrainError
 from p2ptrain.graph.fine_tuning import FineTuning, parse_lora
 from p2ptrain.graph.sources.choose import source_of, with_extras
 from p2ptrain.graph.sources.requests import Request, parse_arguments
@@ -26,6 +26,7 @@ from p2ptrain.graph.sources.requests import Request, parse_arguments
 if TYPE_CHECKING:
     from p2ptrain.graph.export import Bundle
     from p2ptrain.graph.measured import Measured
+    from p2ptrain.graph.source import Source
 
 
 @click.command()
@@ -72,6 +73,13 @@ if TYPE_CHECKING:
     "--train", multiple=True, help="Train these and freeze the rest; a pattern, repeatable."
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle directory.")
+@click.option(
+    "--ort-artifacts",
+    "artifacts",
+    type=click.Path(path_type=Path),
+    help="Also write onnxruntime-training's own training, evaluation and optimizer models and its "
+    "checkpoint here, checked by three steps.",
+)
 @click.option("--name", required=True, help="The bundle's name.")
 @click.option("--description", default="", help="One sentence for the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
@@ -82,10 +90,11 @@ def main(
     freeze: tuple[str, ...],
     train: tuple[str, ...],
     out: Path,
+    artifacts: Path | None,
     as_json: bool,
     no_weights: bool,
-    **asked: Any,
-) -> None:  # Any: the options that `Request` holds
+    **asked: Any,  # Any: the options that `Request` holds
+) -> None:
     """Trace, cut, differentiate and check a model, then write its bundle."""
     try:
         adapters = None if lora is None else parse_lora(lora)
@@ -96,14 +105,23 @@ def main(
             **asked,
         )
         with os.fdopen(os.dup(2), "w") as stderr:  # the original, while the runtime's is away
-            _export(model, request, out, console=Console(file=stderr), as_json=as_json)
+            console = Console(file=stderr)
+            _export(model, request, out, artifacts, console=console, as_json=as_json)
     except P2PTrainError as error:
         click.echo(f"p2ptrain: {error.message}", err=True)
         click.echo(f"p2ptrain: hint: {error.hint}", err=True)
         raise SystemExit(error.exit_code) from error
 
 
-def _export(model: str, request: Request, out: Path, *, console: Console, as_json: bool) -> None:
+def _export(
+    model: str,
+    request: Request,
+    out: Path,
+    artifacts: Path | None,
+    *,
+    console: Console,
+    as_json: bool,
+) -> None:
     started = time.monotonic()
     with console.status("reading and tracing the model"), with_extras(), _quiet_runtime():
         from p2ptrain.graph.check import compare
@@ -123,6 +141,8 @@ def _export(model: str, request: Request, out: Path, *, console: Console, as_jso
         )
     with console.status("checking against the model"), _quiet_runtime():
         rows = compare(source, bundle)
+        if artifacts is not None:
+            rows += _artifacts(source, bundle, artifacts)
     if not as_json:
         _print_tables(console, bundle, rows)
     refuse_failed(rows)
@@ -136,6 +156,32 @@ def _export(model: str, request: Request, out: Path, *, console: Console, as_jso
         f"{_trained_count(manifest) / 1e6:.2f} M of them trained, "
         f"{len(bundle.files)} graphs, {_graph_bytes(bundle) / 1e3:.0f} kB, {seconds:.0f} s"
     )
+
+
+def _artifacts(source: Source, bundle: Bundle, directory: Path) -> tuple[Measured, ...]:
+    """Write onnxruntime-training's own files; the rows of their check, which must pass first."""
+    from p2ptrain.graph.check_artifacts import artifact_rows
+    from p2ptrain.graph.measured import refuse_failed
+    from p2ptrain.graph.ort_artifacts import write_ort_artifacts
+    from p2ptrain.training.contract import OptimizerChoice
+    from p2ptrain.training.random import draw_tensor
+
+    if any(tensor.binding == "frozen" for tensor in bundle.manifest.tensors):
+        raise ConfigError(
+            "--ort-artifacts writes models that are trained whole",
+            hint="leave --freeze, --train and --lora out, or --ort-artifacts",
+        )
+    rows = artifact_rows(source, bundle)
+    refuse_failed(rows)
+    places = {tensor.name: index for index, tensor in enumerate(bundle.manifest.tensors)}
+    start = {
+        name: source.weights[name]
+        if name in source.weights
+        else draw_tensor(bundle.manifest, 0, places[name])
+        for name in source.training.parameters
+    }
+    write_ort_artifacts(directory, source, start, optimizer=OptimizerChoice())
+    return rows
 
 
 @contextlib.contextmanager
