@@ -24,6 +24,7 @@ from p2ptrain.graph.measured import (
 )
 from p2ptrain.graph.runner import Arrays, Runner, session_of
 from p2ptrain.graph.source import LABELS, LOSS_WEIGHT, Source
+from p2ptrain.training.adapters import merged_weight
 from p2ptrain.training.random import draw_parameter
 
 SEQUENCE: Final = "sequence"
@@ -109,9 +110,10 @@ def merge_adapters(manifest: Manifest, values: Arrays) -> Arrays:
             continue
         merged[tensor.name] = values[tensor.name]
         if tensor.adapter is not None:
-            change = values[tensor.adapter.up] @ values[tensor.adapter.down]
-            change = change.T if tensor.adapter.transposed else change
-            merged[tensor.name] = values[tensor.name] + np.float32(tensor.adapter.scale) * change
+            down, up = values[tensor.adapter.down], values[tensor.adapter.up]
+            merged[tensor.name] = merged_weight(
+                values[tensor.name], down=down, up=up, adapter=tensor.adapter
+            )
     return merged
 
 

@@ -122,7 +122,7 @@ def trainable_gradients(manifest: Manifest, values: Arrays, reference: Step) -> 
         own = tensor.binding == "trainable" and tensor.tied_to is None
         if own and tensor.name in reference.gradients:
             found[tensor.name] = reference.gradients[tensor.name]
-        if tensor.adapter is not None:
+        if tensor.adapter is not None and tensor.tied_to is None:
             found |= _adapter_gradients(tensor, values, reference.gradients[tensor.name])
     return found
 

@@ -22,7 +22,7 @@ from p2ptrain.graph.source import Source
 from p2ptrain.graph.sources.requests import Request
 from p2ptrain.graph.sources.torch_factory import module_source
 from tests.export.configurations import Family
-from tests.export.models import RegressionMlp, TextClassifier
+from tests.export.family_models import RegressionMlp, TextClassifier
 
 pytestmark = pytest.mark.export
 
