@@ -18,13 +18,15 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from p2ptrain.bundle.manifest import LOSSES, TASKS, Manifest
-from p2ptrain.errors import P2PTrainError
+from p2ptrain.errors import ConfigError, P2PTrainError
+from p2ptrain.graph.fine_tuning import FineTuning, parse_lora
 from p2ptrain.graph.sources.choose import source_of, with_extras
-from p2ptrain.graph.sources.requests import Request, frozen_names, parse_arguments
+from p2ptrain.graph.sources.requests import Request, parse_arguments
 
 if TYPE_CHECKING:
     from p2ptrain.graph.export import Bundle
     from p2ptrain.graph.measured import Measured
+    from p2ptrain.graph.source import Source
 
 
 @click.command()
@@ -60,30 +62,66 @@ if TYPE_CHECKING:
     help="Cut behind this value or module, and only there; repeatable.",
 )
 @click.option(
-    "--freeze",
-    "frozen",
-    multiple=True,
-    help="Parameters not to train, by name with `*` and `?`; repeatable.",
+    "--lora",
+    help="r=RANK,alpha=SCALE,targets=PATTERN,...: train low-rank adapters beside these matrices of "
+    "linears (targets=all: beside all of them) and freeze the rest. [default alpha: r]",
+)
+@click.option(
+    "--freeze", multiple=True, help="Leave parameters as they are; a pattern, repeatable."
+)
+@click.option(
+    "--train", multiple=True, help="Train these and freeze the rest; a pattern, repeatable."
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle directory.")
+@click.option(
+    "--ort-artifacts",
+    "artifacts",
+    type=click.Path(path_type=Path),
+    help="Also write onnxruntime-training's own training, evaluation and optimizer models and its "
+    "checkpoint here, checked by three steps.",
+)
 @click.option("--name", required=True, help="The bundle's name.")
 @click.option("--description", default="", help="One sentence for the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def main(
-    model: str, arguments: tuple[str, ...], out: Path, as_json: bool, no_weights: bool, **asked: Any
-) -> None:  # Any: the options that `Request` holds
+    model: str,
+    arguments: tuple[str, ...],
+    lora: str | None,
+    freeze: tuple[str, ...],
+    train: tuple[str, ...],
+    out: Path,
+    artifacts: Path | None,
+    as_json: bool,
+    no_weights: bool,
+    **asked: Any,  # Any: the options that `Request` holds
+) -> None:
     """Trace, cut, differentiate and check a model, then write its bundle."""
     try:
-        request = Request(arguments=parse_arguments(arguments), use_weights=not no_weights, **asked)
+        adapters = None if lora is None else parse_lora(lora)
+        request = Request(
+            arguments=parse_arguments(arguments),
+            tuning=FineTuning(lora=adapters, freeze=freeze, train=train),
+            use_weights=not no_weights,
+            **asked,
+        )
         with os.fdopen(os.dup(2), "w") as stderr:  # the original, while the runtime's is away
-            _export(model, request, out, console=Console(file=stderr), as_json=as_json)
+            console = Console(file=stderr)
+            _export(model, request, out, artifacts, console=console, as_json=as_json)
     except P2PTrainError as error:
         click.echo(f"p2ptrain: {error.message}", err=True)
         click.echo(f"p2ptrain: hint: {error.hint}", err=True)
         raise SystemExit(error.exit_code) from error
 
 
-def _export(model: str, request: Request, out: Path, *, console: Console, as_json: bool) -> None:
+def _export(
+    model: str,
+    request: Request,
+    out: Path,
+    artifacts: Path | None,
+    *,
+    console: Console,
+    as_json: bool,
+) -> None:
     started = time.monotonic()
     with console.status("reading and tracing the model"), with_extras(), _quiet_runtime():
         from p2ptrain.graph.check import compare
@@ -92,11 +130,19 @@ def _export(model: str, request: Request, out: Path, *, console: Console, as_jso
         from p2ptrain.graph.write import write_bundle
 
         source = source_of(model, request)
-        frozen = frozen_names(request.frozen, source.training.parameters)
+        frozen = frozenset(request.tuning.frozen(source.training.parameters))
     with console.status("cutting and differentiating"), _quiet_runtime():
-        bundle = export(source, frozen=frozen, segments=request.segments, cuts=request.cuts)
+        bundle = export(
+            source,
+            frozen=frozen,
+            lora=request.tuning.lora,
+            segments=request.segments,
+            cuts=request.cuts,
+        )
     with console.status("checking against the model"), _quiet_runtime():
         rows = compare(source, bundle)
+        if artifacts is not None:
+            rows += _artifacts(source, bundle, artifacts)
     if not as_json:
         _print_tables(console, bundle, rows)
     refuse_failed(rows)
@@ -107,8 +153,35 @@ def _export(model: str, request: Request, out: Path, *, console: Console, as_jso
         return
     console.print(
         f"{out}: {manifest.parameter_count / 1e6:.2f} M parameters, "
+        f"{_trained_count(manifest) / 1e6:.2f} M of them trained, "
         f"{len(bundle.files)} graphs, {_graph_bytes(bundle) / 1e3:.0f} kB, {seconds:.0f} s"
     )
+
+
+def _artifacts(source: Source, bundle: Bundle, directory: Path) -> tuple[Measured, ...]:
+    """Write onnxruntime-training's own files; the rows of their check, which must pass first."""
+    from p2ptrain.graph.check_artifacts import artifact_rows
+    from p2ptrain.graph.measured import refuse_failed
+    from p2ptrain.graph.ort_artifacts import write_ort_artifacts
+    from p2ptrain.training.contract import OptimizerChoice
+    from p2ptrain.training.random import draw_tensor
+
+    if any(tensor.binding == "frozen" for tensor in bundle.manifest.tensors):
+        raise ConfigError(
+            "--ort-artifacts writes models that are trained whole",
+            hint="leave --freeze, --train and --lora out, or --ort-artifacts",
+        )
+    rows = artifact_rows(source, bundle)
+    refuse_failed(rows)
+    places = {tensor.name: index for index, tensor in enumerate(bundle.manifest.tensors)}
+    start = {
+        name: source.weights[name]
+        if name in source.weights
+        else draw_tensor(bundle.manifest, 0, places[name])
+        for name in source.training.parameters
+    }
+    write_ort_artifacts(directory, source, start, optimizer=OptimizerChoice())
+    return rows
 
 
 @contextlib.contextmanager
@@ -151,6 +224,12 @@ def _print_tables(console: Console, bundle: Bundle, rows: tuple[Measured, ...]) 
     console.print(checks)
 
 
+def _trained_count(manifest: Manifest) -> int:
+    """Elements of trainable tensors; a tied one counts once, as it has one gradient."""
+    trained = (t for t in manifest.tensors if t.binding == "trainable" and t.tied_to is None)
+    return sum(tensor.elements for tensor in trained)
+
+
 def _graph_bytes(bundle: Bundle) -> int:
     return sum(len(content) for content in bundle.files.values())
 
@@ -163,6 +242,7 @@ def _report(
         "path": str(out),
         "digest": manifest.digest,
         "parameters": manifest.parameter_count,
+        "trained": _trained_count(manifest),
         "segments": [segment.name for segment in manifest.segments],
         "cuts": [
             {"segment": cut.segment, "bytes": cut.bytes, "reason": cut.reason}

@@ -101,6 +101,11 @@ _RATE = click.FloatRange(min=0.0)
 )
 @click.option("--resume", metavar="RUN", help="Go on with a run of this device, by its id.")
 @click.option("--out", metavar="FILE", help="Where to write the trained model as one ONNX file.")
+@click.option(
+    "--safetensors",
+    metavar="FILE",
+    help="Write it for torch and transformers too, adapters merged.",
+)
 @report_options
 def train(group_name: str, as_json: bool, **options: Any) -> None:  # Any: click's values
     """Train a model together with every peer that is there.
@@ -142,7 +147,7 @@ def _request(options: dict[str, Any]) -> TrainRequest:  # Any: click's values
     }
     names = {field.name for field in fields(TrainRequest)} - {"optimizer"}
     values = {name: value for name, value in options.items() if name in names}
-    for name in ("data", "heldout", "labels", "heldout_labels", "out"):
+    for name in ("data", "heldout", "labels", "heldout_labels", "out", "safetensors"):
         values[name] = _absolute(values[name])
     values["bundle"] = _bundle(values["bundle"])
     values["data"] = values["data"] or ""
@@ -185,11 +190,12 @@ def _check_paths(request: TrainRequest) -> None:
             raise BundleError(f"there is no bundle in {request.bundle}")
     for given in (request.data, request.heldout, request.labels, request.heldout_labels):
         _check_data(given or None)
-    if request.out is not None and not Path(request.out).parent.is_dir():
-        raise ConfigError(
-            f"there is no folder {Path(request.out).parent}",
-            hint="make it, or choose another --out",
-        )
+    for option, out in (("--out", request.out), ("--safetensors", request.safetensors)):
+        if out is not None and not Path(out).parent.is_dir():
+            raise ConfigError(
+                f"there is no folder {Path(out).parent}",
+                hint=f"make it, or choose another {option}",
+            )
 
 
 def _check_data(given: str | None) -> None:

@@ -21,14 +21,15 @@ SCOPES: Final = "pkg.torch.onnx.name_scopes"
 
 def scopes_of(nodes: Sequence[onnx.NodeProto]) -> dict[str, str]:
     """Value -> path of the innermost module that made it, where torch said so."""
-    found: dict[str, str] = {}
-    for node in nodes:
-        for entry in node.metadata_props:
-            if entry.key == SCOPES:
-                path = ast.literal_eval(entry.value)
-                module = path[-2] if len(path) > 1 else ""
-                found.update((name, module) for name in node.output if name)
-    return found
+    return {name: path for node in nodes if (path := _scope(node)) for name in node.output}
+
+
+def _scope(node: onnx.NodeProto) -> str:
+    for entry in node.metadata_props:
+        if entry.key == SCOPES:
+            path = ast.literal_eval(entry.value)
+            return str(path[-2]) if len(path) > 1 else ""
+    return ""
 
 
 def named_cuts(flow: Flow, names: Sequence[str], scopes: Mapping[str, str]) -> Found:
@@ -36,7 +37,7 @@ def named_cuts(flow: Flow, names: Sequence[str], scopes: Mapping[str, str]) -> F
 
     Args:
         names: Values of the graph, or module paths: the cut lies behind the module's last node.
-        scopes: Value -> module path.
+        scopes: Value -> module path, of the traced graph.
 
     Raises:
         ConfigError: a name that is neither; or a place where no cut is possible.
@@ -61,7 +62,7 @@ def _position(flow: Flow, name: str, scopes: Mapping[str, str]) -> int:
     for position, node in enumerate(flow.order):
         if name in node.output:
             return position
-        paths = {scopes[value] for value in node.output if value in scopes}
+        paths = {_scope(node), *(scopes[value] for value in node.output if value in scopes)}
         paths |= {path.partition(".")[2] for path in paths}  # without the exporter's own module
         read = flow.parameters[position]
         if any(f"{path}.".startswith(inside) for path in (*paths, *read)):

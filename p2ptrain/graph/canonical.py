@@ -14,7 +14,17 @@ from typing import Final
 import onnx
 
 from p2ptrain.graph.fusions import fuse_activations
-from p2ptrain.graph.ir import FLOAT, MICROSOFT, Graph, Type, attribute, make
+from p2ptrain.graph.ir import (
+    FLOAT,
+    MICROSOFT,
+    Graph,
+    Type,
+    attribute,
+    from_model,
+    in_place_of,
+    make,
+    to_model,
+)
 from p2ptrain.graph.shapes import infer_missing
 from p2ptrain.graph.views import drop_identities, product, rewrite_views, share_equal_nodes
 
@@ -33,6 +43,7 @@ class DropoutSite:
 
 def canonicalise(graph: Graph, *, data: str) -> tuple[DropoutSite, ...]:
     """Rewrite the graph in place; gives its dropout sites. `data` is the first input."""
+    complete_types(graph)
     infer_missing(graph)
     sites = replace_dropout(graph)
     fuse_gelu(graph)
@@ -53,6 +64,19 @@ def _until_settled(graph: Graph, step: Callable[[Graph], bool]) -> None:
         graph.sort()
 
 
+def complete_types(graph: Graph) -> None:
+    """Fill in axes that the tracer left open, which read as 0, where they follow from the others:
+    behind a Reshape to sizes that the graph computes."""
+    open_ = {name for name, known in graph.types.items() if 0 in known.axes}
+    if not open_:
+        return
+    stated = [n for node in graph.nodes for n in node.output if n in graph.types and n not in open_]
+    model = to_model(graph, values=stated)
+    inferred = from_model(onnx.shape_inference.infer_shapes(model, data_prop=True)).types
+    for name in open_ & inferred.keys():
+        graph.types[name] = inferred[name]
+
+
 def replace_dropout(graph: Graph) -> tuple[DropoutSite, ...]:
     """Dropout becomes a product with a float32 mask input; p = 0 disappears."""
     sites: list[DropoutSite] = []
@@ -66,7 +90,7 @@ def replace_dropout(graph: Graph) -> tuple[DropoutSite, ...]:
             continue
         mask = f"{MASK_PREFIX}{len(sites)}"
         graph.inputs[mask] = graph.types[mask] = graph.types[source]
-        graph.nodes[index] = make("Mul", [source, mask], [target])
+        graph.nodes[index] = in_place_of(node, make("Mul", [source, mask], [target]))
         sites.append(DropoutSite(name=mask, probability=round(ratio, 6)))
     graph.prune()
     drop_identities(graph)
@@ -91,7 +115,8 @@ def fuse_gelu(graph: Graph) -> None:
     for index, node in enumerate(graph.nodes):
         source = _gelu_source(graph, producers, node)
         if source is not None:
-            graph.nodes[index] = make("Gelu", [source], node.output, domain=MICROSOFT)
+            gelu = make("Gelu", [source], node.output, domain=MICROSOFT)
+            graph.nodes[index] = in_place_of(node, gelu)
     graph.prune()
 
 
@@ -183,7 +208,7 @@ def _emit_gemm(
     at = graph.nodes.index(node)
     graph.nodes[at : at + 1] = [
         make("Flatten", [source], [flat], axis=len(have) - 1),
-        make("Gemm", inputs, [result], transB=int(transposed)),
+        in_place_of(node, make("Gemm", inputs, [result], transB=int(transposed))),
         make("Flatten", [result], [final], axis=1),  # written anew by rewrite_views
     ]
 

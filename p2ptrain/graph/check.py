@@ -25,6 +25,7 @@ from p2ptrain.graph.measured import (
 )
 from p2ptrain.graph.runner import Arrays, Runner, session_of
 from p2ptrain.graph.source import LABELS, LOSS_WEIGHT, Source, Step
+from p2ptrain.training.adapters import merged_weight
 from p2ptrain.training.random import draw_parameter
 
 SEQUENCE: Final = "sequence"
@@ -115,9 +116,10 @@ def merge_adapters(manifest: Manifest, values: Arrays) -> Arrays:
             continue
         merged[tensor.name] = values[tensor.name]
         if tensor.adapter is not None:
-            change = values[tensor.adapter.up] @ values[tensor.adapter.down]
-            change = change.T if tensor.adapter.transposed else change
-            merged[tensor.name] = values[tensor.name] + np.float32(tensor.adapter.scale) * change
+            down, up = values[tensor.adapter.down], values[tensor.adapter.up]
+            merged[tensor.name] = merged_weight(
+                values[tensor.name], down=down, up=up, adapter=tensor.adapter
+            )
     return merged
 
 
@@ -128,7 +130,7 @@ def trainable_gradients(manifest: Manifest, values: Arrays, reference: Step) -> 
         own = tensor.binding == "trainable" and tensor.tied_to is None
         if own and tensor.name in reference.gradients:
             found[tensor.name] = reference.gradients[tensor.name]
-        if tensor.adapter is not None:
+        if tensor.adapter is not None and tensor.tied_to is None:
             found |= _adapter_gradients(tensor, values, reference.gradients[tensor.name])
     return found
 

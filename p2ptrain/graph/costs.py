@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -80,48 +80,78 @@ class Shards:
     groups: dict[str, ShardGroup]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sharded:
+    """One parameter that one node lets be sharded."""
+
+    parameter: str
+    size: int
+    """Of the symbol."""
+    group: ShardGroup
+
+
 def find_shards(graph: Graph) -> Shards:
-    """Heads where a linear's result is split into heads, columns between two linears."""
+    """Heads where a linear's result is split into heads, columns between two linears.
+
+    A symbol with several sizes (grouped heads), or a parameter that it would slice in two ways,
+    cannot be told apart by the symbol's name: the segment then has no such symbol.
+    """
     producers = graph.producers()
-    sizes: dict[str, int] = {}
-    groups: dict[str, ShardGroup] = {}
+    found: list[_Sharded] = []
     for node in graph.nodes:
-        if node.op_type != "Gemm" or node.input[1] not in graph.inputs:
-            continue
-        source = _back(graph, producers, node.input[0])
-        below = producers.get(source)
-        axes = graph.axes(source)
-        merged = below is not None and below.op_type == "Transpose"
-        if merged and len(axes) == 4 and isinstance(axes[2], int) and isinstance(axes[3], int):
-            sizes[HEADS] = axes[2]
-            _put(groups, node, HEADS, axes[3], inner=True)
-        elif below is not None and below.op_type == "Gemm":
-            columns = graph.axes(node.input[0])[-1]
-            if isinstance(columns, int):
-                sizes[COLUMNS] = columns
-                _put(groups, node, COLUMNS, 1, inner=True)
-                _put(groups, below, COLUMNS, 1, inner=False)
+        if node.op_type == "Gemm" and node.input[1] in graph.inputs:
+            found += _merging(graph, producers, node)
     for node in graph.nodes:
-        _head_split(graph, producers, node, sizes, groups)
-    return Shards(sizes=sizes, groups=groups)
+        found += _head_split(graph, producers, node)
+    symbols = dict.fromkeys(each.group.symbol for each in found)
+    clear = [symbol for symbol in symbols if _is_clear(symbol, found)]
+    kept = [each for each in found if each.group.symbol in clear]
+    return Shards(
+        sizes={each.group.symbol: each.size for each in kept},
+        groups={each.parameter: each.group for each in kept},
+    )
+
+
+def _is_clear(symbol: str, found: Sequence[_Sharded]) -> bool:
+    own = [each for each in found if each.group.symbol == symbol]
+    names = {each.parameter for each in own}
+    ways = {(each.parameter, each.group) for each in found if each.parameter in names}
+    return len({each.size for each in own}) == 1 and len(ways) == len(names)
+
+
+def _merging(
+    graph: Graph, producers: dict[str, onnx.NodeProto], node: onnx.NodeProto
+) -> list[_Sharded]:
+    """A linear that sums over heads, or over the columns of a linear before it."""
+    source = _back(graph, producers, node.input[0])
+    below = producers.get(source)
+    axes = graph.axes(source)
+    if below is None:
+        return []
+    if below.op_type == "Transpose" and len(axes) == 4:
+        heads, width = axes[2:]
+        if isinstance(heads, int) and isinstance(width, int):
+            return _sharded(node, HEADS, heads, width, inner=True)
+    columns = graph.axes(node.input[0])[-1]
+    if below.op_type == "Gemm" and isinstance(columns, int):
+        before = _sharded(below, COLUMNS, columns, 1, inner=False)
+        return [*_sharded(node, COLUMNS, columns, 1, inner=True), *before]
+    return []
 
 
 def _head_split(
-    graph: Graph,
-    producers: dict[str, onnx.NodeProto],
-    node: onnx.NodeProto,
-    sizes: dict[str, int],
-    groups: dict[str, ShardGroup],
-) -> None:
+    graph: Graph, producers: dict[str, onnx.NodeProto], node: onnx.NodeProto
+) -> list[_Sharded]:
+    """A linear whose result is split into heads."""
     if node.op_type not in VIEWS or len(graph.types[node.output[0]].axes) != 4:
-        return
+        return []
     heads, width = graph.axes(node.output[0])[2:]
     below = producers.get(_back(graph, producers, node.input[0]))
     if below is None or below.op_type != "Gemm":
-        return
+        return []
     if isinstance(heads, int) and isinstance(width, int):
-        sizes[HEADS] = heads
-        _put(groups, below, HEADS, width, inner=False)
+        return _sharded(below, HEADS, heads, width, inner=False)
+    return []
 
 
 def _back(graph: Graph, producers: dict[str, onnx.NodeProto], name: str) -> str:
@@ -137,12 +167,15 @@ def _back(graph: Graph, producers: dict[str, onnx.NodeProto], name: str) -> str:
         name = node.input[0]
 
 
-def _put(
-    groups: dict[str, ShardGroup], gemm: onnx.NodeProto, symbol: str, block: int, *, inner: bool
-) -> None:
-    """Mark a Gemm's weight along its inner or outer axis; an outer group takes the bias along."""
+def _sharded(
+    gemm: onnx.NodeProto, symbol: str, size: int, block: int, *, inner: bool
+) -> list[_Sharded]:
+    """A Gemm's weight along its inner or outer axis; an outer group takes the bias along."""
     transposed = bool(attribute(gemm, "transB", 0))
     axis = int(inner) if transposed else 1 - int(inner)
-    groups[gemm.input[1]] = ShardGroup(symbol=symbol, axis=axis, block=block)
+    group = ShardGroup(symbol=symbol, axis=axis, block=block)
+    found = [_Sharded(parameter=gemm.input[1], size=size, group=group)]
     if not inner and len(gemm.input) > 2:
-        groups[gemm.input[2]] = ShardGroup(symbol=symbol, axis=0, block=block)
+        bias = ShardGroup(symbol=symbol, axis=0, block=block)
+        found.append(_Sharded(parameter=gemm.input[2], size=size, group=bias))
+    return found

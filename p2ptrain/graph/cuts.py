@@ -146,6 +146,7 @@ def _piece(flow: Flow, whole: Graph, span: Span, *, running: bool = True) -> Pie
     ends = span.leaves == (flow.graph.outputs[0],)
     outputs = [LOSS if ends else port_name(PORT_OUT, i) for i in range(len(span.leaves))]
     _refuse_names(names, outputs)
+    graph.types |= {name: flow.graph.types[name] for name in (*entering, *span.leaves)}
     _name_ports(graph, dict(zip(entering, names, strict=True)), span.leaves, outputs)
     graph.outputs = [*outputs, *state]
     others = [name for name in whole.inputs if name in read and name not in flow.roles.data]
@@ -181,7 +182,7 @@ def _cone(whole: Graph, outputs: Sequence[str], stop: set[str]) -> Graph:
             copied = onnx.NodeProto()
             copied.CopyFrom(node)
             kept.append(copied)
-    known = needed | {name for node in kept for name in node.output}
+    known = needed | stop | {name for node in kept for name in node.output}
     return Graph(
         inputs={name: kind for name, kind in whole.inputs.items() if name in needed},
         nodes=kept[::-1],

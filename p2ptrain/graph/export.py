@@ -8,20 +8,23 @@ from dataclasses import dataclass, field, replace
 from p2ptrain import limits
 from p2ptrain.bundle import manifest as words
 from p2ptrain.errors import ConfigError, GraphError
+from p2ptrain.graph.adapters import Adapted, add_adapters
 from p2ptrain.graph.asked import counted_cuts, named_cuts, scopes_of
 from p2ptrain.graph.batch_norm import canonicalise_batch_norm
 from p2ptrain.graph.canonical import MASK_PREFIX, canonicalise, evaluation_form
 from p2ptrain.graph.costs import axis_size
 from p2ptrain.graph.cuts import NEW, CutReport, CutRow, Piece, cut, evaluation_piece
+from p2ptrain.graph.fine_tuning import Lora
 from p2ptrain.graph.flow import Flow, Roles, analyse
 from p2ptrain.graph.frontiers import Found, find_cuts
 from p2ptrain.graph.ir import Graph, depth_first
 from p2ptrain.graph.kinds import Files, Kind, Values, describe_kind, distinct_kinds
 from p2ptrain.graph.local import Local, localise, readable, rename_inner, shared_path
 from p2ptrain.graph.lowering.registry import lower
-from p2ptrain.graph.source import LABELS, LOSS_WEIGHT, Source
+from p2ptrain.graph.source import LABELS, LOSS_WEIGHT, Array, Source
 from p2ptrain.graph.split import tidy
 from p2ptrain.graph.update import Update, adamw, sgd
+from p2ptrain.graph.weights import with_weights
 from p2ptrain.ids import Digest
 from p2ptrain.training.random import parameters_digest
 
@@ -32,6 +35,10 @@ class Bundle:
 
     manifest: words.Manifest
     files: dict[Digest, bytes] = field(default_factory=dict)
+    weights: Mapping[str, Array] = field(default_factory=dict)
+    """What `weights.safetensors` is written from, by tensor name."""
+    further: Mapping[str, bytes] = field(default_factory=dict)
+    """Other files by name: `tokenizer.json`."""
     cuts: CutReport = field(default_factory=lambda: CutReport(rows=()))
 
 
@@ -39,6 +46,7 @@ def export(
     source: Source,
     *,
     frozen: frozenset[str] = frozenset(),
+    lora: Lora | None = None,
     segments: int | None = None,
     cuts: Sequence[str] = (),
 ) -> Bundle:
@@ -47,15 +55,17 @@ def export(
     Args:
         source: The traced model; it is not changed.
         frozen: Parameters that nobody trains: constants of the graphs, without gradients.
+        lora: Adapters for matrices among the frozen parameters.
         segments: About how many segments to make; None: as the graph suggests.
         cuts: Values or module paths to cut behind, and nowhere else; excludes `segments`.
 
     Raises:
         GraphError: the model cannot be cut, differentiated or lowered; the message names the
             value or operator, the hint says what to change.
-        ConfigError: a cut or frozen parameter that the model does not have.
+        ConfigError: a cut or frozen parameter that the model does not have, or a target of
+            adapters that cannot have one.
     """
-    prepared = _prepare(source, frozen)
+    prepared = _prepare(source, frozen, lora)
     flow = prepared.flow
     found = _choose(flow, source, segments, cuts)
     pieces = cut(flow, found.cuts)
@@ -71,7 +81,7 @@ def export(
         graphs=files.listed,
         kinds={k.name: describe_kind(k, flow.sizes, files) for k in kinds.values()},
         segments=tuple(place.segment for place in chain),
-        tensors=_tensors(source, chain),
+        tensors=_tensors(prepared, chain),
         updates={u.name: _describe_update(u, files) for u in (adamw(), sgd())},
         inference=_inference(source, files),
         data=source.data,
@@ -79,9 +89,16 @@ def export(
         golden_parameters=Digest("0" * 64),
     )
     manifest = replace(manifest, golden_parameters=parameters_digest(manifest, 0))
+    manifest = with_weights(manifest, source.weights)
     words.check_manifest(manifest)
     report = _report(flow, found, pieces, manifest)
-    return Bundle(manifest=manifest, files=files.contents, cuts=report)
+    return Bundle(
+        manifest=manifest,
+        files=files.contents,
+        weights=source.weights,
+        further=source.files,
+        cuts=report,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,25 +110,30 @@ class _Prepared:
     """The model in evaluation form under the same value names, where dropout is not all."""
     probabilities: Mapping[str, float]
     """Of every dropout mask."""
+    initialisers: Mapping[str, words.Initialiser]
+    adapters: Mapping[str, words.Adapter]
+    """By the model's name of what they adapt, with the model's names of their parts."""
 
 
-def _prepare(source: Source, frozen: frozenset[str]) -> _Prepared:
+def _prepare(source: Source, frozen: frozenset[str], lora: Lora | None) -> _Prepared:
     parameters = source.training.parameters
     unknown = sorted(frozen - set(parameters))
     if unknown:
         raise ConfigError(f"the model has no parameter {unknown[0]!r} to freeze")
     graph = source.training.graph.copy()
     sites = canonicalise(graph, data=source.data_inputs[0])
+    trainable = tuple(name for name in parameters if name not in frozen)
+    adapted = Adapted() if lora is None else add_adapters(graph, lora, among=frozen)
     evaluating = evaluation_form(graph)
     canonicalise_batch_norm(graph)
     state = [name.removeprefix(NEW) for name in graph.outputs if name.startswith(NEW)]
     late = (LABELS, LOSS_WEIGHT)
-    given = {*source.data_inputs, *late, *parameters, *state}
+    given = {*source.data_inputs, *late, *parameters, *adapted.parameters, *state}
     fixed = [n for n in graph.inputs if n not in given and not n.startswith(MASK_PREFIX)]
     roles = Roles(
         data=source.data_inputs,
         late=late,
-        trainable=tuple(name for name in parameters if name not in frozen),
+        trainable=(*trainable, *adapted.parameters),
         frozen=(*(name for name in parameters if name in frozen), *fixed),
         running=tuple(state),
     )
@@ -119,6 +141,8 @@ def _prepare(source: Source, frozen: frozenset[str]) -> _Prepared:
         flow=analyse(graph, roles, _sizes(source)),
         evaluating=evaluating if state else None,
         probabilities={site.name: site.probability for site in sites},
+        initialisers={**source.initialisers, **adapted.initialisers},
+        adapters=adapted.adapters,
     )
 
 
@@ -197,7 +221,7 @@ def _chain(locals_: Sequence[Local], kinds: Mapping[str, Kind]) -> tuple[_Placed
     return tuple(placed)
 
 
-def _tensors(source: Source, chain: Sequence[_Placed]) -> tuple[words.Tensor, ...]:
+def _tensors(prepared: _Prepared, chain: Sequence[_Placed]) -> tuple[words.Tensor, ...]:
     tensors = []
     for place in chain:
         local = place.local
@@ -210,24 +234,34 @@ def _tensors(source: Source, chain: Sequence[_Placed]) -> tuple[words.Tensor, ..
                     shape=shape,
                     dtype="float32",
                     binding="frozen" if short in local.frozen else "trainable",
-                    initialiser=source.initialisers[owner or name],
+                    initialiser=prepared.initialisers[owner or name],
                     decay=len(shape) > 1,
                     shard=place.kind.shards.groups.get(short),
                     tied_to=owner,
+                    adapter=_adapter(prepared, place, owner or name),
                 )
             )
-        tensors += [_state(source, local, short) for short in local.running]
+        tensors += [_state(prepared, local, short) for short in local.running]
     return tuple(tensors)
 
 
-def _state(source: Source, local: Local, short: str) -> words.Tensor:
+def _adapter(prepared: _Prepared, place: _Placed, own: str) -> words.Adapter | None:
+    """Of a tensor whose name in the model is `own`; its parts are those of the same segment."""
+    adapter = prepared.adapters.get(own)
+    if adapter is None:
+        return None
+    here = {place.local.parameters[short]: name for short, name in place.segment.parameters.items()}
+    return replace(adapter, down=here[adapter.down], up=here[adapter.up])
+
+
+def _state(prepared: _Prepared, local: Local, short: str) -> words.Tensor:
     name = local.running[short]
     return words.Tensor(
         name=name,
         shape=tuple(axis_size(axis, {}) for axis in local.graph.axes(short)),
         dtype="float32",
         binding="running",
-        initialiser=source.initialisers[name],
+        initialiser=prepared.initialisers[name],
         decay=False,
     )
 

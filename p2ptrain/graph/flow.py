@@ -18,7 +18,7 @@ import onnx
 from p2ptrain.bundle.manifest import DTYPES
 from p2ptrain.graph.canonical import MASK_PREFIX
 from p2ptrain.graph.costs import axis_size, node_flops
-from p2ptrain.graph.ir import FLOAT, Graph, attribute
+from p2ptrain.graph.ir import FLOAT, Graph, attribute, depth_first
 
 VIEW_LIKE: Final = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 SIZES: Final = frozenset({"Shape", "Size"})
@@ -134,30 +134,26 @@ def _reached(graph: Graph, roots: set[str]) -> set[str]:
 
 
 def _order(graph: Graph, main: frozenset[str]) -> tuple[onnx.NodeProto, ...]:
-    """Main nodes in the graph's order; what only running values need comes as early as it can."""
-    nodes = [node for node in graph.nodes if main.intersection(node.output)]
-    needed = {graph.outputs[0]}
-    for node in reversed(nodes):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-    waiting = [node for node in nodes if not needed.intersection(node.output)]
+    """Main nodes, each shortly before its first reader; what only running values need comes as
+    early as it can."""
+    behind_loss = Graph(nodes=list(graph.nodes), outputs=[graph.outputs[0]])
+    depth_first(behind_loss)
+    needed = [node for node in behind_loss.nodes if main.intersection(node.output)]
+    known = {id(node) for node in needed}
+    waiting = [n for n in graph.nodes if main.intersection(n.output) and id(n) not in known]
     made: set[str] = set()
     order: list[onnx.NodeProto] = []
-    for node in nodes:
-        if not needed.intersection(node.output):
-            continue
+    for node in needed:
         order.append(node)
         made.update(node.output)
         ready = True
         while ready:
-            ready = False
-            for other in waiting:
-                if all(name in made for name in other.input if name in main):
-                    order.append(other)
-                    made.update(other.output)
-                    waiting.remove(other)
-                    ready = True
-                    break
+            found = [n for n in waiting if all(i in made for i in n.input if i in main)]
+            ready = bool(found)
+            order += found
+            made.update(name for other in found for name in other.output)
+            taken = {id(other) for other in found}
+            waiting = [other for other in waiting if id(other) not in taken]
     return tuple(order)
 
 
@@ -262,10 +258,7 @@ def signature(flow: Flow, nodes: Sequence[onnx.NodeProto]) -> str:
     told = hashlib.sha256()
     for node in nodes:
         attributes = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)
-        given = [
-            (n in flow.graph.inputs, n in flow.roles.frozen, types[n].axes if n in types else n)
-            for n in node.input
-        ]
+        given = [(n in flow.graph.inputs, types[n].axes if n in types else n) for n in node.input]
         told.update(repr((node.domain, node.op_type, attributes, given)).encode())
     return told.hexdigest()
 

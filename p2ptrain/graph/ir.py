@@ -192,6 +192,12 @@ def make(op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: A
     return helper.make_node(op, list(inputs), list(outputs), **attributes)
 
 
+def in_place_of(old: onnx.NodeProto, new: onnx.NodeProto) -> onnx.NodeProto:
+    """The new node, said to come from where the old one came from."""
+    new.metadata_props.extend(old.metadata_props)
+    return new
+
+
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     """An attribute's value, or the default. (Any: attributes are of every type.)"""
     for candidate in node.attribute:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from p2ptrain.bundle import manifest as words
+from p2ptrain.graph.adapters import without_adapters
 from p2ptrain.graph.costs import COLUMNS, HEADS, Shards, find_shards, product_flops
 from p2ptrain.graph.decompositions import decompose
 from p2ptrain.graph.ir import IR_VERSION, OPSET, Axis, Graph, depth_first, to_model
@@ -58,7 +59,7 @@ def distinct_kinds(locals_: Sequence[Local]) -> dict[str, Kind]:
         if local.fingerprint in kinds:
             continue
         count = taken[local.role] = taken.get(local.role, 0) + 1
-        shards = find_shards(local.graph)
+        shards = find_shards(without_adapters(local.graph))
         if any(sizes.setdefault(symbol, size) != size for symbol, size in shards.sizes.items()):
             shards = Shards(sizes={}, groups={})  # a symbol has one size in a bundle
         kinds[local.fingerprint] = Kind(
@@ -71,10 +72,20 @@ def distinct_kinds(locals_: Sequence[Local]) -> dict[str, Kind]:
     return kinds
 
 
+def _reference(local: Local) -> str:
+    """The port whose shape tells most sizes; the first of several."""
+
+    def told(name: str) -> int:
+        axes = local.graph.axes(name)
+        return sum(isinstance(axis, str) and "*" not in axis for axis in axes)
+
+    return max(local.inputs, key=told)
+
+
 def _pair(local: Local, *, portable: bool) -> Pair:
     wanted = {name: f"cotangent.{name}" for name, flows in local.inputs.items() if flows}
     wanted |= {name: f"gradient.{name}" for name in local.trainable}
-    reference = next(iter(local.inputs))
+    reference = _reference(local)
     if not wanted:
         return _without_backward(local, reference)
     pair = differentiate(local.graph, wanted=wanted, reference=reference, portable=portable)
@@ -89,7 +100,7 @@ def _without_backward(local: Local, reference: str) -> Pair:
 def _evaluation(local: Local) -> Graph | None:
     if local.evaluation is None:
         return None
-    return _settled(local.evaluation, next(iter(local.inputs)), "e")
+    return _settled(local.evaluation, _reference(local), "e")
 
 
 def _settled(graph: Graph, reference: str, stem: str) -> Graph:
@@ -107,8 +118,8 @@ def describe_kind(kind: Kind, sizes: Mapping[str, int], files: Files) -> words.S
     """A kind's entry in the manifest; its graphs go into `files`."""
     local = kind.local
     known = Values(graph=local.graph, sizes=kind.shards.sizes)
-    inputs = zip(known.of(local.inputs), local.inputs.values(), strict=True)
-    outputs = zip(known.of(local.outputs), local.outputs.values(), strict=True)
+    inputs = zip(known.plain(local.inputs), local.inputs.values(), strict=True)
+    outputs = zip(known.plain(local.outputs), local.outputs.values(), strict=True)
     first = "data" if local.first else "boundary"
     sizes = {**sizes, **kind.shards.sizes}
     return words.SegmentKind(
@@ -157,7 +168,7 @@ class Values:
         return [self._value(name, self._symbolic(self.graph.axes(name))) for name in names]
 
     def plain(self, names: Iterable[str]) -> list[words.Value]:
-        """Parameters, whose axes are numbers."""
+        """Parameters, and ports, which have to fit onto those of any neighbour."""
         return [self._value(name, tuple(map(str, self.graph.axes(name)))) for name in names]
 
     def _value(self, name: str, shape: tuple[str, ...]) -> words.Value:

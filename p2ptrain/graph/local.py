@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import onnx
 
 from p2ptrain.graph.cuts import NEW, Piece
 from p2ptrain.graph.ir import Graph, apply_names, depth_first, to_model
-
-FUSED_BY_NAME: Final = ("Gather", "Slice")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,16 +143,23 @@ def rename_inner(graph: Graph, stem: str) -> None:
             names[name] = f"{family}{len(names)}"
         _strip(node)
     apply_names(graph, names)
-    for node in graph.nodes:
-        # onnxruntime names what it fuses after these; two without a name are one name too many.
-        node.name = node.output[0] if node.op_type in FUSED_BY_NAME else ""
+    _name_parallel_slices(graph)
     alive = kept | set(names.values())
     graph.types = {n: t for n, t in graph.types.items() if n in alive}
     graph.constants = {n: graph.constants[n] for n in names.values() if n in graph.constants}
 
 
+def _name_parallel_slices(graph: Graph) -> None:
+    """Name nodes that take several parts of one value: onnxruntime 1.19 fuses them into a Split
+    called after them, and refuses two fused nodes of the same name."""
+    for readers in graph.readers().values():
+        parts = [node for node in readers if node.op_type in ("Slice", "Gather")]
+        for node in parts if len(parts) > 1 else ():
+            node.name = node.output[0]
+
+
 def _strip(node: onnx.NodeProto) -> None:
-    node.doc_string = ""
+    node.name = node.doc_string = ""
     del node.metadata_props[:]
     ordered = sorted(node.attribute, key=lambda a: str(a.name))
     for entry in ordered:

@@ -32,6 +32,7 @@ TRAINING_MODEL: Final = "training_model.onnx"
 EVALUATION_MODEL: Final = "eval_model.onnx"
 OPTIMIZER_MODEL: Final = "optimizer_model.onnx"
 CHECKPOINT: Final = "checkpoint"
+_AS_TORCH: Final = 0
 
 
 def write_ort_artifacts(
@@ -65,7 +66,7 @@ def write_ort_artifacts(
         directory.mkdir(parents=True, exist_ok=True)
         _generate(model, source, optimizer, directory)
         for name in (TRAINING_MODEL, EVALUATION_MODEL, OPTIMIZER_MODEL):
-            _lower_versions(directory / name)
+            _settle(directory / name)
     except OSError as error:
         raise ConfigError(f"cannot write {directory}: {error.strerror}") from error
 
@@ -145,9 +146,14 @@ def _training_package() -> tuple[Any, Any]:  # Any: untyped modules
     return artifacts, onnxblock
 
 
-def _lower_versions(path: Path) -> None:
-    """onnx writes its newest IR; onnxruntime-training reads up to 10."""
+def _settle(path: Path) -> None:
+    """onnx writes its newest IR, of which onnxruntime-training reads up to 10; and the generator
+    chooses another AdamW than torch's: epsilon before the bias correction, decay after the step."""
     model = onnx.load(str(path))
+    for node in model.graph.node:
+        for entry in node.attribute:
+            if entry.name == "adam_mode":
+                entry.i = _AS_TORCH
     model.ir_version = IR_VERSION
     for entry in model.opset_import:
         if not entry.domain:

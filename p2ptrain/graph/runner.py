@@ -107,13 +107,17 @@ class Runner:
             kind = self.manifest.kinds[segment.kind]
             if later is not None:
                 incoming = _cotangents(kind, later, incoming)
-            frozen = self._frozen(segment, parameters)
-            graph = kind.forms[form].backward
-            incoming = self.run(graph, {**feeds, **incoming}, frozen=frozen, place=segment.name)
-            for local, tensor in segment.parameters.items():
-                if self.manifest.tensor(tensor).binding == "trainable":
-                    gradients[tensor] = incoming[f"gradient.{local}"]
             later = kind
+            frozen = self._frozen(segment, parameters)
+            trained = {n: t for n, t in segment.parameters.items() if n not in frozen}
+            if not trained and not any(port.differentiable for port in kind.inputs):
+                incoming = {}  # its backward is empty
+                continue
+            graph = kind.forms[form].backward
+            if not _differentiates(kind, frozen):
+                break  # nothing before it is trained either
+            incoming = self.run(graph, {**feeds, **incoming}, frozen=frozen, place=segment.name)
+            gradients |= {tensor: incoming[f"gradient.{n}"] for n, tensor in trained.items()}
         return gradients
 
     @property
@@ -151,8 +155,14 @@ def _cotangents(kind: SegmentKind, later: SegmentKind, produced: Arrays) -> Arra
     return {
         f"cotangent.{ours.value.name}": produced[f"cotangent.{theirs.value.name}"]
         for ours, theirs in zip(leaving, entering, strict=True)
-        if ours.differentiable
+        if ours.differentiable and theirs.differentiable
     }
+
+
+def _differentiates(kind: SegmentKind, frozen: Arrays) -> bool:
+    """False where nothing is trained and nobody before waits for a cotangent."""
+    waits = any(port.differentiable for port in kind.inputs)
+    return waits or len(frozen) < len(kind.parameters)
 
 
 def session_of(content: bytes) -> Any:  # Any: onnxruntime is untyped

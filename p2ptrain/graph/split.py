@@ -146,10 +146,12 @@ def split(whole: Graph, *, made: set[str], forward_outputs: list[str], incoming:
     """
     gradients = [name for name in whole.outputs if name not in forward_outputs]
     stash, again = _choose_stash(whole, made, gradients)
+    ports = [name for name in stash if name in forward_outputs]  # kept anyway, as what leaves
+    stash = [name for name in stash if name not in ports]
     forward = _part(whole, [*forward_outputs, *stash])
     forward.inputs = {n: t for n, t in whole.inputs.items() if n not in incoming}
     backward = whole.copy()
-    for name in stash:
+    for name in (*ports, *stash):
         backward.inputs[name] = whole.types[name]
     backward.nodes = [
         n for n in backward.nodes if not made.intersection(n.output) or again.intersection(n.output)

@@ -30,7 +30,8 @@ from p2ptrain.runtime.reports import NoteReport, TrainRequest, TrainResult
 from p2ptrain.runtime.services import Emit, Proposals, Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage_weights import prepare_timeout_s
-from p2ptrain.runtime.trained_model import write_trained_model
+from p2ptrain.runtime.trained_model import write_trained_model, write_trained_safetensors
+from p2ptrain.runtime.trained_weights import TrainedRun
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.runs import CheckpointRecord
 from p2ptrain.store.weights import Weights, keep_weights, needed_weights
@@ -327,14 +328,16 @@ class Coordinator:
         return Path(self._request.out) if self._request.out else self.job.directory.model_path
 
     def _write_model(self, path: Path, checkpoint: CheckpointRecord) -> None:
-        write_trained_model(
-            path,
+        run = TrainedRun(
             bundle=self.job.bundle,
             weights=self.weights,
             contract=self._contract,
             directory=self.job.directory,
             checkpoint=checkpoint,
         )
+        write_trained_model(path, run)
+        if self._request.safetensors is not None:
+            write_trained_safetensors(Path(self._request.safetensors), run)
 
     async def _wait_until(self, predicate: Callable[[], bool]) -> None:
         """Wait for what precedes the first step; a stop ends it at once."""

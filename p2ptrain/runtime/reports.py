@@ -54,6 +54,8 @@ class TrainRequest:
     """A run id (or its unambiguous beginning) of this device."""
     out: str | None = None
     """Where to write trained.onnx; None: into the run's directory."""
+    safetensors: str | None = None
+    """Where to write the trained tensors by their own names as well; None: nowhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2ptrain.bundle.manifest import Manifest, Tensor, UpdateRule, Value
+from p2ptrain.bundle.onnx_reader import read_graph
 from p2ptrain.engine.contract import Array, Buffer, Engine, Program
 from p2ptrain.errors import BundleError, ConfigError, InvariantBroken
 from p2ptrain.ids import Digest
@@ -390,7 +391,10 @@ class StageWorker:
         constants = self._frozen(segment_index)
 
         def program(digest: Digest) -> Program:
-            return self._engine.compile(bundle.graph(digest), constants)
+            graph = bundle.graph(digest)
+            read = {name for node in read_graph(graph).nodes for name in node.inputs}
+            bound = {name: array for name, array in constants.items() if name in read}
+            return self._engine.compile(graph, bound)
 
         passes_back = any(p.differentiable and p.role == "boundary" for p in kind.inputs)
         trains = bool(self._memories[segment_index].layout.places)

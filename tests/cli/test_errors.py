@@ -149,13 +149,16 @@ def test_missing_or_empty_data(
     assert "hint: give a readable file" in printed
 
 
+@pytest.mark.parametrize("option", ["--out", "--safetensors"])
 def test_out_in_a_missing_folder(
-    member: str, bundle: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    member: str, bundle: str, option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "good").write_text("text")
-    line = ["train", "--group", member, "--model", bundle, "--data", "good", "--out", "no/x.onnx"]
+    line = ["train", "--group", member, "--model", bundle, "--data", "good", option, "no/x"]
     assert run(line) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "there is no folder" in printed
+    assert f"choose another {option}" in printed
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from p2ptrain.graph.check import verify
 from p2ptrain.graph.export import export
 from p2ptrain.graph.sources.hugging_face import folder_source
 from p2ptrain.graph.sources.requests import Request
+from p2ptrain.graph.sources.torch_factory import factory_source
 
 pytestmark = pytest.mark.export
 
@@ -44,3 +45,13 @@ def test_a_family_exports_and_agrees_with_its_model(kind: str, tmp_path: Path) -
     assert rows["adamw, 3 steps"] < 1e-5
     assert max(rows.values()) < 1e-5
     assert len(bundle.manifest.segments) >= 2
+
+
+def test_an_encoder_of_bytes_exports_with_its_special_tokens() -> None:
+    arguments = {"layers": 2, "width": 32, "heads": 4, "context": 12, "classes": 3}
+    request = Request(name="encoder", task="sequence-classification", arguments=arguments)
+    source = factory_source("onnx_models.bert:bert", request)
+    bundle = export(source)
+    assert max(row.error for row in verify(source, bundle)) < 1e-5
+    manifest = bundle.manifest
+    assert manifest.data.special_tokens == {"pad": 256, "cls": 257, "sep": 258}

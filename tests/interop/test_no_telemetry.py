@@ -15,6 +15,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -122,10 +124,17 @@ def _network_namespace() -> None:
         pytest.skip(f"no network namespace is permitted here: {tried.stderr.strip()}")
 
 
-def test_peer_that_trains_writes_only_its_state_and_sends_nothing(tmp_path: Path) -> None:
-    text = tmp_path / "notes.txt"
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder short enough for the control socket below it (108 bytes)."""
+    with tempfile.TemporaryDirectory(prefix="p2t-") as folder:
+        yield Path(folder)
+
+
+def test_peer_that_trains_writes_only_its_state_and_sends_nothing(short_path: Path) -> None:
+    text = short_path / "notes.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 100)
-    seen = observe(TRAIN, tmp_path / "device", str(text))
+    seen = observe(TRAIN, short_path / "device", str(text))
     assert seen.printed.startswith("1 "), "one step was trained"
     assert any(name.endswith("trained.onnx") for name in seen.files)
     assert [name for name in seen.files if not name.startswith("state/")] == []

@@ -15,11 +15,11 @@ from onnx import numpy_helper
 from p2ptrain.bundle.manifest import Inference
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import BundleError, CheckpointError, ConfigError
-from p2ptrain.ids import Digest, Lineage, ViewNumber
-from p2ptrain.runtime.trained_model import final_tensors, write_trained_model
+from p2ptrain.ids import Digest
+from p2ptrain.runtime.trained_model import write_trained_model
+from p2ptrain.runtime.trained_weights import final_tensors
 from p2ptrain.store.bundles import Bundle, bundle_from_parts
-from p2ptrain.store.runs import CheckpointRecord, RunDirectory, SavedSegment
-from p2ptrain.store.weights import Weights, open_weights
+from p2ptrain.store.weights import open_weights
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.random import draw_tensor
 from tests.bundles import (
@@ -33,6 +33,7 @@ from tests.bundles import (
     tiny_bundle,
 )
 from tests.pipelines import LocalPipeline
+from tests.stored_runs import store_run
 from tests.varied_bundle import MEAN, varied_bundle
 from tests.weights import some_weights, write_weighted
 
@@ -70,46 +71,18 @@ class Trained:
     """Three steps in one process, written down as a run's checkpoint."""
 
     def __init__(self, path: Path, bundle: Bundle) -> None:
-        self.bundle, self.weights = bundle, open_weights(bundle)
+        self.bundle, weights = bundle, open_weights(bundle)
         self.contract: Contract = contract_for(bundle, steps=STEPS)
-        self.directory = RunDirectory(path / ("r" * 26))
         engine = open_engine(threads=1)
-        self.pipeline = LocalPipeline.make(
-            engine, bundle, self.contract, (), TEXT, weights=self.weights
-        )
+        self.pipeline = LocalPipeline.make(engine, bundle, self.contract, (), TEXT, weights=weights)
         self.pipeline.train(1, STEPS)
-        self.checkpoint = self._save()
+        self.run = store_run(path, bundle, self.contract, self.pipeline.states(STEPS))
 
-    def _save(self) -> CheckpointRecord:
-        saved = []
-        for index, state in enumerate(self.pipeline.states(STEPS)):
-            content = state.to_bytes(self.pipeline.header(index, STEPS))
-            self.directory.write_segment(STEPS, index, content)
-            blob = Digest(hashlib.sha256(content).hexdigest())
-            saved.append(
-                SavedSegment(
-                    segment=index, blob=blob, blob_bytes=len(content), state=state.digest()
-                )
-            )
-        record = CheckpointRecord(
-            run="r" * 26, lineage=Lineage(0), view=ViewNumber(1), plan=Digest("3" * 64),
-            step=STEPS, bundle=self.bundle.digest, contract=self.contract.digest,
-            segments=tuple(saved),
-        )  # fmt: skip
-        self.directory.commit_checkpoint(record)
-        return record
-
-    def tensors(self, weights: Weights | None = None) -> dict[str, np.ndarray]:
-        found = final_tensors(
-            self.bundle, weights or self.weights, self.contract, self.directory, self.checkpoint
-        )
-        return dict(found)
+    def tensors(self) -> dict[str, np.ndarray]:
+        return dict(final_tensors(self.run))
 
     def write(self, path: Path) -> None:
-        write_trained_model(
-            path, bundle=self.bundle, weights=self.weights, contract=self.contract,
-            directory=self.directory, checkpoint=self.checkpoint,
-        )  # fmt: skip
+        write_trained_model(path, self.run)
 
 
 def initialisers(path: Path) -> dict[str, np.ndarray]:
@@ -156,13 +129,7 @@ def test_frozen_tensor_comes_from_the_weights(tmp_path: Path) -> None:
 
 def test_every_tensor_is_there_once_and_copies_are_equal(tmp_path: Path) -> None:
     trained = Trained(tmp_path, varied_bundle())
-    names = [
-        name
-        for name, _ in final_tensors(
-            trained.bundle, trained.weights, trained.contract, trained.directory,
-            trained.checkpoint,
-        )
-    ]  # fmt: skip
+    names = [name for name, _ in final_tensors(trained.run)]
     assert sorted(names) == sorted(t.name for t in trained.bundle.manifest.tensors)
     tensors = trained.tensors()
     np.testing.assert_array_equal(tensors["start.table"], tensors["head.table"])
@@ -175,10 +142,12 @@ def test_damaged_sources_write_no_model(tmp_path: Path) -> None:
     assert bundle.directory is not None
     path = bundle.directory / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x99")
-    trained.weights = open_weights(bundle)
+    trained.run = dataclasses.replace(trained.run, weights=open_weights(bundle))
     with pytest.raises(BundleError, match="damaged"):
         trained.write(tmp_path / "trained.onnx")
-    segment = trained.directory.path / f"checkpoints/step-0000000{STEPS}/segment-0001.safetensors"
+    segment = (
+        trained.run.directory.path / f"checkpoints/step-0000000{STEPS}/segment-0001.safetensors"
+    )
     segment.write_bytes(segment.read_bytes()[:-1] + b"\x99")
     with pytest.raises(CheckpointError, match="damaged"):
         trained.write(tmp_path / "trained.onnx")

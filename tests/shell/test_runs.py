@@ -15,8 +15,10 @@ from p2ptrain.runtime.reports import (
     TrainRequest,
     TrainResult,
 )
+from p2ptrain.store.tensors import read_tensors
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.training.messages import SegmentSaved, Usage
+from p2ptrain.training.safetensors import raw_bytes
 from tests.bundles import tiny_bundle
 from tests.memory_group import MemoryGroup, float_bits, memory_group, request_for, until
 
@@ -192,13 +194,17 @@ async def test_run_that_is_complete_resumes_to_its_model(tmp_path: Path) -> None
         with trio.fail_after(SECONDS_MAX):
             first = await group[0].train(request(tmp_path, steps=2))
             out = tmp_path / "new" / "trained.onnx"
-            again = request(tmp_path, resume=first.run[:6], out=str(out))
+            tensors = tmp_path / "model.safetensors"
+            again = request(tmp_path, resume=first.run[:6], out=str(out), safetensors=str(tensors))
             second = await group[0].train(again)
     assert second.losses == ()
     assert second.steps == 2
     assert second.state_digest == first.state_digest
     assert stored(second) == stored(first)
     assert second.model_path == str(out)
+    written = read_tensors(tensors)
+    assert set(written.tensors) == {tensor.name for tensor in BUNDLE.manifest.tensors}
+    assert all(raw_bytes(value).tobytes() in stored(second) for value in written.tensors.values())
 
 
 async def test_second_train_is_refused_while_a_run_goes_on(tmp_path: Path) -> None:

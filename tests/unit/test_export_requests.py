@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("onnx")
 
 from p2ptrain.errors import ConfigError
-from p2ptrain.graph.sources.inputs import Input, parse_input
+from p2ptrain.graph.sources.inputs import Input, parse_input, text_inputs
 from p2ptrain.graph.sources.requests import parse_arguments
 from p2ptrain.graph.sources.tasks import Images, Text, choose_task, data_section, example_of
 
@@ -21,6 +21,26 @@ def test_an_input_is_read_from_text() -> None:
     assert found.shape(batch=4, sequence=9) == (4, 3, 8, 8)
     ids = parse_input("ids=int64:batch,sequence", high=30)
     assert (ids.shape(batch=4, sequence=9), ids.high) == ((4, 9), 30)
+
+
+def test_the_usual_names_say_what_an_input_of_text_is() -> None:
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    found = text_inputs(names, vocabulary=30)
+    assert found is not None
+    assert [each.name for each in found] == list(names)
+    assert [each.high for each in found] == [30, 2, 2]
+    assert [each.is_padding_mask for each in found] == [False, True, False]
+    assert {(each.dtype, each.axes) for each in found} == {("int64", ("batch", "sequence"))}
+    alone = text_inputs(("words",), vocabulary=30)
+    assert alone is not None
+    assert [each.high for each in alone] == [30]
+
+
+@pytest.mark.parametrize(
+    "names", [("attention_mask",), ("ids", "other"), ("words", "attention_mask"), ()]
+)
+def test_inputs_that_are_no_usual_text_are_left_to_the_user(names: tuple[str, ...]) -> None:
+    assert text_inputs(names, vocabulary=30) is None
 
 
 @pytest.mark.parametrize(

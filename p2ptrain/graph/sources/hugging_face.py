@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from p2ptrain.bundle.manifest import BATCH
 from p2ptrain.errors import ConfigError
 from p2ptrain.graph.source import Source
-from p2ptrain.graph.sources.inputs import SEQUENCE, Input
+from p2ptrain.graph.sources.inputs import IDS, MASK, SEQUENCE, TYPES, Input
 from p2ptrain.graph.sources.plain_masks import plain_masks
 from p2ptrain.graph.sources.requests import Request
 from p2ptrain.graph.sources.tasks import Images, Task, Text, choose_task
@@ -32,7 +32,7 @@ Array = NDArray[Any]  # Any: float32 values
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = ("model.safetensors", "model.safetensors.index.json")
-IDS, MASK, TYPES, PIXELS = "input_ids", "attention_mask", "token_type_ids", "pixel_values"
+PIXELS: Final = "pixel_values"
 FIXED: Final = {"use_cache": False, "return_dict": True}
 _CLASSES: Final = {
     "language-modelling": ("AutoModelForCausalLM",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +18,9 @@ SEQUENCE: Final = "sequence"
 EXAMPLE_BATCH: Final = 3
 """Samples of the microbatch that checks run on: no size that a model would have by itself."""
 INPUT_DTYPES: Final = ("float32", "int64")
+IDS: Final = "input_ids"
+MASK: Final = "attention_mask"
+TYPES: Final = "token_type_ids"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,15 @@ class Input:
         return generator.standard_normal(shape).astype(np.float32)
 
 
+def text_inputs(names: Sequence[str], *, vocabulary: int) -> tuple[Input, ...] | None:
+    """Token ids, padding mask and token types by their usual names; a lone input is ids whatever
+    its name. None: there are others, or no ids."""
+    ids = [name for name in names if name not in (MASK, TYPES)]
+    if len(ids) != 1 or (len(names) > 1 and ids[0] not in (IDS, "ids")):
+        return None
+    return tuple(parse_input(f"{name}=int64:{BATCH},{SEQUENCE}", high=vocabulary) for name in names)
+
+
 def parse_input(text: str, *, high: int) -> Input:
     """An input as the command line says it: `NAME=dtype:batch,3,32,32`.
 
@@ -63,4 +76,10 @@ def parse_input(text: str, *, high: int) -> Input:
             f"--input {text!r} is not NAME=DTYPE:batch,SIZE,...",
             hint=f"dtypes: {', '.join(INPUT_DTYPES)}; sizes: numbers or `sequence`",
         )
-    return Input(name=name, dtype=dtype, axes=axes, high=high)
+    return Input(
+        name=name,
+        dtype=dtype,
+        axes=axes,
+        high=2 if name in (MASK, TYPES) else high,
+        is_padding_mask=name == MASK and axes == (BATCH, SEQUENCE),
+    )

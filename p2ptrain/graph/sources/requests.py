@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from p2ptrain.errors import ConfigError
+from p2ptrain.graph.fine_tuning import FineTuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,28 +32,10 @@ class Request:
     """About how many; None: as the graph suggests."""
     cuts: tuple[str, ...] = ()
     """Values or modules to cut behind; empty: the exporter chooses."""
-    frozen: tuple[str, ...] = ()
-    """Patterns of parameters that nobody trains: `*` and `?` as in file names."""
+    tuning: FineTuning = field(default_factory=FineTuning)
+    """What is trained of it."""
     use_weights: bool = True
     """False: parameters are drawn even where there are weights."""
-
-
-def frozen_names(patterns: Iterable[str], parameters: Iterable[str]) -> frozenset[str]:
-    """Parameters that a pattern names.
-
-    Raises:
-        ConfigError: a pattern that names none.
-    """
-    known = tuple(parameters)
-    found: set[str] = set()
-    for pattern in patterns:
-        named = fnmatch.filter(known, pattern)
-        if not named:
-            raise ConfigError(
-                f"--freeze {pattern!r} names no parameter", hint=f"one is {known[0]!r}"
-            )
-        found.update(named)
-    return frozenset(found)
 
 
 def parse_arguments(texts: Iterable[str]) -> dict[str, Any]:  # Any: JSON values

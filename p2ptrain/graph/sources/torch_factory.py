@@ -2,7 +2,9 @@
 
 What the module eats is read from its `forward` and from what it says of itself:
 
-- `vocabulary` and `context` (integers): one input of token ids, (batch, sequence) int64;
+- `vocabulary` and `context` (integers): one input of token ids, (batch, sequence) int64; beside
+  `input_ids` or `ids` also `attention_mask` (0 where a text is filled up) and `token_type_ids`;
+- `special_tokens` (ids by role: pad, cls, sep, mask, unknown): what goes around a text's bytes;
 - `input_shape` (sizes of one sample): one input of features or pixels, float32;
 - otherwise every input is named on the command line.
 """
@@ -19,7 +21,7 @@ import torch
 from p2ptrain.bundle.manifest import BATCH
 from p2ptrain.errors import ConfigError
 from p2ptrain.graph.source import Source
-from p2ptrain.graph.sources.inputs import SEQUENCE, Input, parse_input
+from p2ptrain.graph.sources.inputs import SEQUENCE, Input, parse_input, text_inputs
 from p2ptrain.graph.sources.requests import Request
 from p2ptrain.graph.sources.tasks import Images, Text, choose_task
 from p2ptrain.graph.sources.torch_model import TorchModel
@@ -75,7 +77,7 @@ def module_source(module: Any, request: Request, *, place: str = "") -> Source:
         label_smoothing=request.label_smoothing,
     )
     about = About(
-        text=_text(request, vocabulary, context, place) if has_sequence else None,
+        text=_text(module, request, vocabulary, place) if has_sequence else None,
         images=Images() if _is_image(inputs) else None,
     )
     return torch_source(TorchModel(module=module, inputs=inputs), task, request, about)
@@ -101,22 +103,24 @@ def _inputs(module: Any, request: Request, vocabulary: int | None) -> dict[str, 
             )
         return {by_name[each.name]: each for each in said}
     needed = [p.name for p in parameters if p.default is p.empty and p.name in takes]
-    if len(needed) == 1:
-        name = _SHAPE_SUFFIX.sub("", needed[0])
-        if vocabulary is not None:
-            axes: tuple[str, ...] = (BATCH, SEQUENCE)
-            return {needed[0]: Input(name=name, dtype="int64", axes=axes, high=vocabulary)}
+    names = [_SHAPE_SUFFIX.sub("", parameter) for parameter in needed]
+    texts = text_inputs(names, vocabulary=vocabulary) if vocabulary is not None else None
+    if texts is not None:
+        return dict(zip(needed, texts, strict=True))
+    if len(needed) == 1 and vocabulary is None:
         shape = getattr(module, "input_shape", None)
         if isinstance(shape, tuple | list) and all(isinstance(size, int) for size in shape):
             axes = (BATCH, *map(str, shape))
-            return {needed[0]: Input(name=name, dtype="float32", axes=axes)}
+            return {needed[0]: Input(name=names[0], dtype="float32", axes=axes)}
     raise ConfigError(
         f"the module does not say what its inputs ({', '.join(needed)}) are",
         hint="give --input NAME=DTYPE:batch,SIZE,... for each, or vocabulary and context",
     )
 
 
-def _text(request: Request, vocabulary: int | None, context: int | None, place: str) -> Text:
+def _text(module: Any, request: Request, vocabulary: int | None, place: str) -> Text:
+    """How text is cut into samples. (Any: a torch module.)"""
+    context = _integer(module, "context")
     length = request.context or context
     if length is None:
         raise ConfigError(
@@ -124,7 +128,8 @@ def _text(request: Request, vocabulary: int | None, context: int | None, place: 
         )
     if context is not None and length > context:
         raise ConfigError(f"--context {length} is more than the module's {context}")
-    return Text(vocabulary=vocabulary or 0, context=length)
+    special_tokens = getattr(module, "special_tokens", {})
+    return Text(vocabulary=vocabulary or 0, context=length, special_tokens=special_tokens)
 
 
 def _is_image(inputs: dict[str, Input]) -> bool:
