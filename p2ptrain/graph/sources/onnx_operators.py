@@ -276,6 +276,22 @@ def _layer_norm(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
     return functional.layer_norm(inputs[0], inputs[0].shape[axis:], inputs[1], bias, epsilon)
 
 
+def _batch_norm(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
+    """Training mode gives the new running values as well, from the biased variance."""
+    x, scale, bias, *old = inputs
+    epsilon = attribute(node, "epsilon", 1e-5)
+    if not attribute(node, "training_mode", 0):
+        return functional.batch_norm(x, old[0], old[1], scale, bias, eps=epsilon)
+    over = [axis for axis in range(x.ndim) if axis != 1]
+    batch = (x.mean(over), x.var(over, unbiased=False))
+    y = functional.batch_norm(x, *batch, scale, bias, eps=epsilon)
+    momentum = float(attribute(node, "momentum", 0.9))
+    kept = [
+        before * momentum + now * (1.0 - momentum) for before, now in zip(old, batch, strict=True)
+    ]
+    return (y, *kept)
+
+
 def _clip(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
     low, high = (*inputs[1:], None, None)[:2]
     return torch.clip(inputs[0], low, high) if low is not None or high is not None else inputs[0]
@@ -333,6 +349,7 @@ OPERATORS: Final[dict[str, Operator]] = {
     "And": _plain(torch.logical_and),
     "Atan": _plain(torch.atan),
     "AveragePool": _average_pool,
+    "BatchNormalization": _batch_norm,
     "Cast": _cast,
     "Ceil": _plain(torch.ceil),
     "Clip": _clip,
