@@ -94,19 +94,38 @@ def open_samples(
         DataError: names the file and the record, what was expected and the next move.
         BundleError: the bundle's data section contradicts its ports or its tokenizer.
     """
+    wanted = wanted_by(manifest, bundle_directory, options, cache)
+    path, other = Path(data), Path(heldout) if heldout is not None else None
+    reader = _reader(path, wanted)
+    if reader is None:
+        return _open_windows(path, other, wanted)
+    return _open_records(reader, path, other, wanted, minibatch_size)
+
+
+def wanted_by(
+    manifest: Manifest, bundle_directory: Path, options: DataOptions, cache: Path
+) -> Wanted:
+    """What a model wants of its data; arguments and errors as above."""
     needs_text = manifest.data.kind in ("windows", "masked-windows", "texts", "words")
-    wanted = Wanted(
+    return Wanted(
         manifest=manifest,
         tokenizer=open_tokenizer(manifest, bundle_directory) if needs_text else None,
         cache=cache,
         options=options,
         class_names=manifest.data.class_names,
     )
-    path, other = Path(data), Path(heldout) if heldout is not None else None
+
+
+def open_records(path: Path, wanted: Wanted) -> Records:
+    """All records of one path, in order, for whoever evaluates a model on them.
+
+    Raises:
+        DataError: as `open_samples`; or the model wants windows of text, which has no records.
+    """
     reader = _reader(path, wanted)
     if reader is None:
-        return _open_windows(path, other, wanted)
-    return _open_records(reader, path, other, wanted, minibatch_size)
+        raise DataError(f"{path} is a text without records", hint="give labelled records")
+    return reader(path, wanted)
 
 
 def _reader(path: Path, wanted: Wanted) -> Opener | None:

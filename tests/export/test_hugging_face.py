@@ -98,6 +98,22 @@ def test_a_new_head_is_drawn_and_the_rest_is_kept(weighted: Path, tmp_path: Path
     assert drawn == {"classifier.weight", "classifier.bias"}
 
 
+def test_a_pooler_that_pretraining_never_had_is_drawn(tmp_path: Path) -> None:
+    config = transformers.BertConfig(**TEXT)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    source = folder_source(tmp_path, Request(name="tuned", task="sequence-classification"))
+    drawn = set(source.training.parameters) - set(source.weights)
+    assert drawn == {
+        *(f"bert.pooler.dense.{part}" for part in ("weight", "bias")),
+        *(f"classifier.{part}" for part in ("weight", "bias")),
+    }
+    values = load_file(tmp_path / "model.safetensors")
+    del values["bert.encoder.layer.1.output.dense.bias"]
+    save_file(values, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"no 'bert.encoder.layer.1.output.dense.bias' \(1 "):
+        folder_source(tmp_path, Request(name="lost", task="sequence-classification"))
+
+
 def test_weights_can_be_left_out(weighted: Path) -> None:
     source = folder_source(weighted, Request(name="drawn", use_weights=False))
     assert source.weights == {}

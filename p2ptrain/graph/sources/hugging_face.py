@@ -158,7 +158,8 @@ def _with_weights(
 
     Raises:
         ConfigError: a tensor of the backbone is missing, or one has another shape; a head that
-            is missing is drawn, as every fine-tuning begins.
+            is missing is drawn, as every fine-tuning begins, and so is what the architecture that
+            the weights were saved from never had: BERT's pooler after masked language modelling.
     """
     try:
         module, found = class_.from_pretrained(
@@ -181,7 +182,8 @@ def _with_weights(
         )
     missing = set(found["missing_keys"])
     backbone = f"{module.base_model_prefix}."
-    lost = sorted(name for name in missing if name.startswith(backbone))
+    absent = sorted(name for name in missing if name.startswith(backbone))
+    lost = [name for name in absent if _was_saved(name, config)] if absent else []
     if lost:
         raise ConfigError(
             f"{folder}: the weights have no {lost[0]!r} ({len(lost)} tensors are missing)",
@@ -192,6 +194,20 @@ def _with_weights(
         for name, value in (*module.named_parameters(), *module.named_buffers())
         if name not in missing and value.is_floating_point()
     }
+
+
+def _was_saved(name: str, config: Any) -> bool:  # Any: a transformers config
+    """Whether weights of the architecture that the configuration names hold this tensor.
+
+    Without a name that transformers knows they should hold every one.
+    """
+    named = config.architectures or []
+    heads = (head for autos in _CLASSES.values() for auto in autos for head in _heads(auto, config))
+    saved_as = next((head for head in heads if head.__name__ in named), None)
+    if saved_as is None:
+        return True
+    with torch.device("meta"):  # names alone, no memory
+        return name in saved_as._from_config(config).state_dict()
 
 
 def _first_line(error: BaseException) -> str:
