@@ -15,8 +15,11 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,6 +30,8 @@ EXPORT: Final = ROOT / ".venv-export"
 STOCK: Final = (ROOT / ".venv-stock", ROOT / ".venv-stock-3.13")
 STOCK_VARIABLES: Final = ("P2PTRAIN_STOCK_PYTHON", "P2PTRAIN_STOCK_PYTHON_3_13")
 STOCK_FOLDERS: Final = ("tests/unit", "tests/property", "tests/numerics", "tests/interop")
+STOCK_SKIPS: Final = (("tests/unit", "tests/property"), ("tests/property",))
+"""What says nothing about the other runtime; the unit tests run once more on Python 3.13."""
 OUTCOMES: Final = ("passed", "failed", "errors", "skipped", "deselected", "xfailed", "xpassed")
 
 
@@ -52,9 +57,15 @@ def main() -> int:
     """Run the steps of one level; 0 when all of them passed."""
     parser = argparse.ArgumentParser(description="run checks")
     parser.add_argument("level", choices=["full", "lint", "sim"])
-    steps = {"full": full_steps, "lint": lint_steps, "sim": sim_steps}
+    phases = {
+        "full": full_phases,
+        "lint": lambda: [(lint_steps(),)],
+        "sim": lambda: [(sim_steps(),)],
+    }
     started_s = time.monotonic()
-    outcomes = [run(step) for step in steps[parser.parse_args().level]()]
+    outcomes = [
+        outcome for lanes in phases[parser.parse_args().level]() for outcome in run_lanes(lanes)
+    ]
     return report(outcomes, time.monotonic() - started_s)
 
 
@@ -74,21 +85,25 @@ def sim_steps() -> list[Step]:
     return [tests("simulator", RUNTIME, "tests/sim")]
 
 
-def full_steps() -> list[Step]:
-    """Everything, each test in the environment that it is for."""
-    steps = lint_steps()
-    elsewhere = ("--ignore=tests/export", "--ignore=tests/arm")
-    steps.append(tests("runtime", RUNTIME, "tests", *elsewhere))
-    if (ROOT / "tests" / "export").is_dir():
-        steps.append(tests("export", EXPORT, "tests/export"))
-    present = [name for name in STOCK_FOLDERS if (ROOT / name).is_dir()]
-    for folder in STOCK:
+def full_phases() -> list[tuple[list[Step], ...]]:
+    """Everything, each test in the environment that it is for.
+
+    Steps of one process run in two lanes side by side; then, alone on the machine, those that start
+    several processes and watch how soon they notice each other.
+    """
+    elsewhere = [f"--ignore=tests/{name}" for name in ("export", "arm", "e2e")]
+    first, second = lint_steps(), [tests("export", EXPORT, "tests/export")]
+    first.append(tests("runtime", RUNTIME, "tests", *elsewhere))
+    for lane, folder, skipped in zip((first, second), STOCK, STOCK_SKIPS, strict=True):
         if folder.is_dir():
-            ignored = "--ignore=tests/unit/test_tidy.py"
-            steps.append(tests(folder.name.removeprefix(".venv-"), folder, *present, ignored))
-    if (ROOT / "tests" / "arm").is_dir():
-        steps.append(tests("arm", RUNTIME, "tests/arm", "-rs"))
-    return steps
+            name = folder.name.removeprefix(".venv-")
+            kept = [each for each in STOCK_FOLDERS if each not in skipped]
+            lane.append(tests(name, folder, *kept, "--ignore=tests/unit/test_tidy.py"))
+    alone = [
+        tests("end to end", RUNTIME, "tests/e2e"),
+        tests("arm", RUNTIME, "tests/arm", "-rs"),
+    ]
+    return [(first, second), (alone,)]
 
 
 def tests(name: str, environment: Path, *arguments: str) -> Step:
@@ -97,9 +112,32 @@ def tests(name: str, environment: Path, *arguments: str) -> Step:
     return Step(name=f"{name} tests", command=(pytest, "-q", "--durations=5", *arguments))
 
 
-def run(step: Step) -> Outcome:
-    """Run one step with its output passed on as it comes."""
-    print(f"\n== {step.name}: {' '.join(step.command).replace(f'{ROOT}/', '')}", flush=True)
+def run_lanes(lanes: Sequence[Sequence[Step]]) -> list[Outcome]:
+    """Run lanes side by side, the steps of each in order; several lanes print step by step."""
+    if len(lanes) == 1:
+        return [run(step, print_line=_print_now) for step in lanes[0]]
+    printing = threading.Lock()
+
+    def run_lane(steps: Sequence[Step]) -> list[Outcome]:
+        outcomes = []
+        for step in steps:
+            lines: list[str] = []
+            outcomes.append(run(step, print_line=lines.append))
+            with printing:
+                _print_now("".join(lines))
+        return outcomes
+
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        return [outcome for outcomes in pool.map(run_lane, lanes) for outcome in outcomes]
+
+
+def _print_now(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def run(step: Step, *, print_line: Callable[[str], None]) -> Outcome:
+    """Run one step; its output goes to `print_line` as it comes."""
+    print_line(f"\n== {step.name}: {' '.join(step.command).replace(f'{ROOT}/', '')}\n")
     started_s = time.monotonic()
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     for variable, folder in zip(STOCK_VARIABLES, STOCK, strict=True):
@@ -110,7 +148,7 @@ def run(step: Step) -> Outcome:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
         for line in process.stdout or ():
-            print(line, end="", flush=True)
+            print_line(line)
             counts = count(line) or counts
     seconds = time.monotonic() - started_s
     return Outcome(step=step, code=process.returncode, seconds=seconds, counts=counts)

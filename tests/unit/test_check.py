@@ -43,7 +43,7 @@ def test_closing_line_is_counted(line: str, words: str) -> None:
 def test_failing_step_shows_in_the_closing_line(capsys: pytest.CaptureFixture[str]) -> None:
     check = tool("check")
     step = check.Step(name="says no", command=(sys.executable, "-c", "raise SystemExit(3)"))
-    assert check.report([check.run(step)], 1.0) == 1
+    assert check.report([check.run(step, print_line=print)], 1.0) == 1
     printed = capsys.readouterr().out
     assert "exit 3" in printed
     assert printed.rstrip().endswith("===== 1 errors in 1.00s =====")
@@ -96,3 +96,16 @@ def test_interpreter_that_does_not_start_is_passed_over(tmp_path: Path) -> None:
     assert environment.python_version(str(tmp_path / "absent")) is None
     found = environment.python_version(sys.executable)
     assert found == f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def test_lanes_run_side_by_side_and_keep_each_others_output_apart(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lanes = [
+        [Step(name=n, command=("echo", f"{i} passed in 0.1s"))] for i, n in ((1, "a"), (2, "b"))
+    ]
+    outcomes = run_lanes(lanes)
+    assert [outcome.counts["passed"] for outcome in outcomes] == [1, 2]
+    printed = capsys.readouterr().out
+    for name, count in (("a", 1), ("b", 2)):
+        assert f"== {name}: echo {count} passed in 0.1s\n{count} passed in 0.1s\n" in printed
