@@ -6,9 +6,14 @@ Shape suffixes: B batch, T sequence, D width, H heads, K head_dim, V vocabulary,
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor, nn
+
+BYTES: Final = 256
+SPECIAL_TOKENS: Final = {"pad": BYTES, "cls": BYTES + 1, "sep": BYTES + 2}
+"""Ids behind those of the bytes, where the vocabulary has room for them."""
 
 
 class Embedding(nn.Module):
@@ -108,6 +113,8 @@ class Bert(nn.Module):
     ) -> None:
         super().__init__()
         self.vocabulary, self.context = vocabulary, context
+        has_room = vocabulary >= BYTES + len(SPECIAL_TOKENS)
+        self.special_tokens = dict(SPECIAL_TOKENS) if has_room else {}
         self.embedding = Embedding(
             vocabulary=vocabulary, context=context, width=width, dropout=dropout
         )
@@ -142,9 +149,9 @@ def bert(
     layers: int = 4,
     width: int = 256,
     heads: int = 4,
-    vocabulary: int = 256,
+    vocabulary: int = BYTES + len(SPECIAL_TOKENS),
     context: int = 128,
-    classes: int = 2,
+    classes: int = 20,
     dropout: float = 0.1,
 ) -> Bert:
     """The classifier of the bert-mini bundle; the defaults are four layers of width 256."""

@@ -362,11 +362,17 @@ def labelled(ignored: bool) -> Case:
 LOSSES: Final = [labelled(True), labelled(False)]
 
 
-def convolution(x: tuple[int, ...], w: tuple[int, ...], **how: Any) -> Case:
+def convolution(
+    x: tuple[int, ...],
+    w: tuple[int, ...],
+    *,
+    lowers: str = "com.microsoft.ConvGrad",
+    **how: Any,  # Any: attributes of Conv
+) -> Case:
     result = convolve(draw(*x), draw(*w), **how).shape
     return Case(
-        name=f"conv-{'x'.join(map(str, w))}-{how}",
-        lowers="com.microsoft.ConvGrad",
+        name=f"conv-{'x'.join(map(str, (*x[2:], *w)))}-{how}",
+        lowers=lowers,
         nodes=[make("Conv", ["x", "w", "b"], ["y"], **how)],
         inputs={"x": draw(*x), "w": draw(*w, seed=4), "b": draw(w[0], seed=5)},
         meaning=lambda x, w, b: convolve(x, w, b, **how),
@@ -406,8 +412,11 @@ CONVOLUTIONS: Final = [
     convolution((2, 3, 6, 7), (2, 3, 3, 3), strides=[2, 2], pads=[1, 1, 1, 1]),
     convolution((2, 3, 7, 6), (2, 3, 3, 2), strides=[2, 3], pads=[0, 1, 2, 0]),
     convolution((2, 2, 7, 7), (3, 2, 3, 3), dilations=[2, 1], pads=[2, 0, 1, 1]),
-    convolution((2, 4, 5, 5), (4, 1, 3, 3), group=4, pads=[1, 1, 1, 1]),
-    convolution((2, 4, 6, 6), (4, 1, 3, 3), group=4, pads=[1, 1, 1, 1], strides=[2, 2]),
+    convolution((2, 2, 9, 9), (2, 1, 3, 3), group=2, pads=[1, 1, 1, 1]),
+    convolution((2, 2, 9, 8), (2, 1, 3, 3), group=2, pads=[1, 1, 1, 1], strides=[2, 2]),
+    convolution((2, 2, 8, 9), (2, 1, 3, 2), group=2, pads=[0, 1, 2, 0], strides=[2, 3]),
+    convolution((2, 2, 9, 9), (2, 1, 3, 3), group=2, pads=[2, 0, 1, 1], dilations=[2, 1]),
+    convolution((2, 2, 5, 5), (6, 1, 3, 3), group=2, pads=[1, 1, 1, 1], strides=[2, 2]),
     convolution((2, 2, 4, 4), (4, 1, 3, 3), group=2, pads=[1, 1, 1, 1]),
     convolution((2, 4, 5, 4), (6, 2, 3, 3), group=2, pads=[1, 1, 1, 1]),
     convolution((2, 4, 5, 5), (6, 2, 2, 2), group=2, strides=[2, 2]),

@@ -9,15 +9,55 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Array, Engine
+from p2ptrain.ids import Digest
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.clipping import Clip, clip_scale
 from p2ptrain.training.contract import Contract
+from p2ptrain.training.feed import Feed, Samples
 from p2ptrain.training.learning_rate import learning_rate
 from p2ptrain.training.loss import loss_weight
 from p2ptrain.training.sampling import Windows, heldout_windows, training_windows
 from p2ptrain.training.segment_state import SegmentState, StateHeader, state_digest
+
+NO_DIGEST = Digest("0" * 64)
+
+
+@dataclass(frozen=True, slots=True)
+class TextSamples:
+    """Windows of a text: tokens, and for a model of two inputs which of them it may look at."""
+
+    tokens: NDArray[np.uint8]
+    context: int
+    input_count: int
+    digest: Digest = NO_DIGEST
+
+    def training(self, *, seed: int, step: int, first_sample: int, count: int) -> Feed:
+        taken = training_windows(
+            self.tokens,
+            seed=seed,
+            step=step,
+            first_sample=first_sample,
+            count=count,
+            context=self.context,
+        )
+        return self._feed(taken)
+
+    def heldout(self, *, sample_count: int, first_sample: int, count: int) -> Feed:
+        taken = heldout_windows(
+            self.tokens,
+            sample_count=sample_count,
+            first_sample=first_sample,
+            count=count,
+            context=self.context,
+        )
+        return self._feed(taken)
+
+    def _feed(self, windows: Windows) -> Feed:
+        inputs = (windows.inputs, windows.inputs % 7 != 0)
+        return Feed(inputs=inputs[: self.input_count], labels=windows.labels)
 
 
 @dataclass(slots=True)
@@ -28,7 +68,7 @@ class LocalPipeline:
     contract: Contract
     workers: list[StageWorker]
     segments: list[range]
-    tokens: NDArray[np.uint8]
+    samples: Samples
     sequence: int = 0
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -40,7 +80,7 @@ class LocalPipeline:
         bundle: Bundle,
         contract: Contract,
         cuts: tuple[int, ...],
-        tokens: NDArray[np.uint8],
+        data: NDArray[np.uint8] | Samples,
         weights: Mapping[str, Array] | None = None,
     ) -> LocalPipeline:
         edges = [0, *cuts, len(bundle.manifest.segments)]
@@ -58,7 +98,7 @@ class LocalPipeline:
         ]
         for worker in workers:
             worker.draw_parameters()
-        return cls(bundle, contract, workers, segments, tokens)
+        return cls(bundle, contract, workers, segments, _samples(data, bundle.manifest))
 
     def train(self, first_step: int, last_step: int) -> None:
         """Steps `first_step` to `last_step`, both included and counted from 1."""
@@ -86,15 +126,13 @@ class LocalPipeline:
         c = self.contract
         total = 0.0
         for index in range(c.heldout_microbatches):
-            windows = heldout_windows(
-                self.tokens,
+            feed = self.samples.heldout(
                 sample_count=c.heldout_microbatches * c.microbatch_size,
                 first_sample=index * c.microbatch_size,
                 count=c.microbatch_size,
-                context=self.bundle.manifest.data.context,
             )
             for stage in range(len(self.workers)):
-                loss = self._forward(stage, 1, index, windows, training=False)
+                loss = self._forward(stage, 1, index, feed, training=False)
             total += loss or 0.0
             self.sequence += 1
         return total
@@ -123,7 +161,7 @@ class LocalPipeline:
     def _microbatches(self, step: int) -> float:
         """One step in 1F1B order: every stage goes on as soon as its input is there."""
         count, stages = self.contract.microbatches, len(self.workers)
-        windows = [self._windows(step, index) for index in range(count)]
+        feeds = [self._feed(step, index) for index in range(count)]
         forwards, backwards, loss = [0] * stages, [0] * stages, 0.0
         start = self.sequence
         while backwards[0] < count:
@@ -136,25 +174,23 @@ class LocalPipeline:
                     backwards[stage] += 1
                 elif f < count and f - b < in_flight and (stage == 0 or forwards[stage - 1] > f):
                     self.sequence = start + f
-                    part = self._forward(stage, step, f, windows[f], training=True)
+                    part = self._forward(stage, step, f, feeds[f], training=True)
                     loss += part if part is not None else 0.0
                     forwards[stage] += 1
         self.sequence = start + count
         return loss
 
-    def _windows(self, step: int, microbatch: int) -> Windows:
+    def _feed(self, step: int, microbatch: int) -> Feed:
         c = self.contract
-        return training_windows(
-            self.tokens,
+        return self.samples.training(
             seed=c.seed,
             step=step,
             first_sample=microbatch * c.microbatch_size,
             count=c.microbatch_size,
-            context=self.bundle.manifest.data.context,
         )
 
     def _forward(
-        self, stage: int, step: int, index: int, windows: Windows, *, training: bool
+        self, stage: int, step: int, index: int, feed: Feed, *, training: bool
     ) -> float | None:
         worker, last = self.workers[stage], stage == len(self.workers) - 1
         count = self.contract.microbatches if training else self.contract.heldout_microbatches
@@ -163,18 +199,13 @@ class LocalPipeline:
             microbatch=index,
             sequence=self.sequence,
             training=training,
-            inputs=self._inputs(windows) if stage == 0 else None,
-            labels=windows.labels if last else None,
-            loss_weight=loss_weight(count * windows.labels.size),
+            inputs=feed.inputs if stage == 0 else None,
+            labels=feed.labels if last else None,
+            loss_weight=loss_weight(count * feed.labels.size),
         )
         if not last:
             _send(worker.exit(self.sequence), self.workers[stage + 1].entry(self.sequence))
         return loss
-
-    def _inputs(self, windows: Windows) -> tuple[Array, ...]:
-        """Tokens, and for a model of two inputs which of them it may look at."""
-        inputs = (windows.inputs, windows.inputs % 7 != 0)
-        return inputs[: len(self.bundle.manifest.data_ports)]
 
     def _backward(self, stage: int, index: int, sequence: int) -> None:
         worker = self.workers[stage]
@@ -189,6 +220,12 @@ class LocalPipeline:
             sums |= dict(zip(worker.tensor_indices, worker.square_sums(), strict=True))
         ordered = [sums[index] for index in sorted(sums)]
         return clip_scale(ordered, self.contract.optimizer.clip_norm)
+
+
+def _samples(data: NDArray[np.uint8] | Samples, manifest: Manifest) -> Samples:
+    if isinstance(data, np.ndarray):
+        return TextSamples(data, manifest.data.context, len(manifest.data_ports))
+    return data
 
 
 def _send(sources: tuple[NDArray, ...], targets: tuple[NDArray, ...]) -> None:

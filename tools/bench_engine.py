@@ -64,6 +64,13 @@ EAGER, COMPILED, OURS, STOCK = "torch eager", "torch.compile", "p2ptrain", "p2pt
     default=ROOT / "build" / "bench",
     help="Where exported bundles are kept. [default: build/bench]",
 )
+@click.option(
+    "--bundle",
+    "ready",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="A bundle that is measured as it is, instead of exporting this workload; repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, not tables.")
 @click.option("--markdown", "entry", type=click.Path(path_type=Path), help="Append an entry here.")
 def main(
@@ -77,6 +84,7 @@ def main(
     peer_python: str,
     stock_python: str,
     cache: Path,
+    ready: tuple[str, ...],
     as_json: bool,
     entry: Path | None,
 ) -> None:
@@ -95,10 +103,11 @@ def main(
         del interpreters[COMPILED]
     try:
         _check(interpreters)
+        given = _given(ready)
         cases = []
         for name in names or tuple(WORKLOADS):
             workload = WORKLOADS[name]
-            bundle = exported(cache.absolute(), workload, torch_python)
+            bundle = given.get(name) or exported(cache.absolute(), workload, torch_python)
             for count in threads:
                 case = Case(
                     workload=name, threads=count, rounds=rounds, warm_up=warm_up, readings={}
@@ -124,6 +133,16 @@ def main(
             file.write("\n" + markdown(heading, cases))
     if not all(case.agrees for case in cases):
         raise SystemExit(1)
+
+
+def _given(ready: tuple[str, ...]) -> dict[str, Path]:
+    found = {}
+    for entry in ready:
+        name, _, folder = entry.partition("=")
+        if name not in WORKLOADS or not (Path(folder) / "manifest.json").is_file():
+            raise ConfigError(f"{entry!r} is not a workload's name and a bundle's directory")
+        found[name] = Path(folder).absolute()
+    return found
 
 
 def _check(interpreters: dict[str, str]) -> None:
@@ -183,7 +202,14 @@ def _command(name: str, python: str, bundle: Path, folder: Path, threads: int) -
 
 def _shown(arguments: list[str]) -> list[str]:
     """Without the options that name places of this machine."""
-    hidden = ("--torch-python", "--peer-python", "--stock-python", "--cache", "--markdown")
+    hidden = (
+        "--bundle",
+        "--torch-python",
+        "--peer-python",
+        "--stock-python",
+        "--cache",
+        "--markdown",
+    )
     shown, skip = [], False
     for argument in arguments:
         if skip:

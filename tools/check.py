@@ -25,6 +25,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 RUNTIME: Final = ROOT / ".venv"
 EXPORT: Final = ROOT / ".venv-export"
 STOCK: Final = (ROOT / ".venv-stock", ROOT / ".venv-stock-3.13")
+STOCK_VARIABLES: Final = ("P2PTRAIN_STOCK_PYTHON", "P2PTRAIN_STOCK_PYTHON_3_13")
 STOCK_FOLDERS: Final = ("tests/unit", "tests/property", "tests/numerics", "tests/interop")
 OUTCOMES: Final = ("passed", "failed", "errors", "skipped", "deselected", "xfailed", "xpassed")
 
@@ -101,7 +102,8 @@ def run(step: Step) -> Outcome:
     print(f"\n== {step.name}: {' '.join(step.command).replace(f'{ROOT}/', '')}", flush=True)
     started_s = time.monotonic()
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    environment.setdefault("P2PTRAIN_STOCK_PYTHON", str(STOCK[0] / "bin" / "python"))
+    for variable, folder in zip(STOCK_VARIABLES, STOCK, strict=True):
+        environment.setdefault(variable, str(folder / "bin" / "python"))
     counts: Counter[str] = Counter()
     with subprocess.Popen(
         step.command, cwd=ROOT, env=environment, text=True,

@@ -213,7 +213,8 @@ def _print_tables(console: Console, bundle: Bundle, rows: tuple[Measured, ...]) 
         )
     checks = Table("against the model", "error", "limit", "worst in")
     for row in rows:
-        checks.add_row(row.name, f"{row.error:.1e}", f"{row.limit:.0e}", row.worst)
+        worst = "; ".join(filter(None, (row.worst, row.note)))
+        checks.add_row(row.name, f"{row.error:.1e}", f"{row.limit:.0e}", worst)
     segments = Table("segment", "bytes crossing per sample", "values", "cut because")
     for cut in bundle.cuts.rows:
         segments.add_row(cut.segment, str(cut.bytes), ", ".join(cut.values), cut.reason)

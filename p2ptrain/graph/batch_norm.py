@@ -17,7 +17,7 @@ import onnx
 
 from p2ptrain.errors import GraphError
 from p2ptrain.graph.ir import FLOAT, MICROSOFT, Graph, Type, attribute, make
-from p2ptrain.graph.lowering.normalisation import batch_moments, channel_count
+from p2ptrain.graph.lowering.normalisation import channel_count
 from p2ptrain.graph.lowering.registry import Emitter
 from p2ptrain.graph.vjp import NEW
 
@@ -71,7 +71,7 @@ def _train(emit: Emitter, node: onnx.NodeProto) -> RunningSite:
         mean=mean, variance=variance, new_mean=NEW + mean, new_variance=NEW + variance
     )
     channels = graph.axes(scale)
-    extra = [graph.fresh(stem) for stem in ("old", "old", "mean", "inverse")]
+    extra = [graph.fresh(stem) for stem in ("mean", "variance", "mean", "inverse")]
     for name in extra:
         graph.types[name] = Type(dtype=FLOAT, axes=channels)
     emit.nodes.append(
@@ -84,7 +84,7 @@ def _train(emit: Emitter, node: onnx.NodeProto) -> RunningSite:
             training_mode=1,
         )
     )
-    _add_running(emit, site, x, 1.0 - float(attribute(node, "momentum", 0.9)))
+    _add_running(emit, site, x, extra[0], extra[1], 1.0 - float(attribute(node, "momentum", 0.9)))
     graph.outputs += [site.new_mean, site.new_variance]
     return site
 
@@ -93,10 +93,9 @@ ROUNDED: Final = 6
 """Digits of a momentum: ONNX's is a float32, 1 - 0.1 and back is 0.10000002."""
 
 
-def _add_running(emit: Emitter, site: RunningSite, x: str, momentum: float) -> None:
-    graph = emit.graph
-    channels = graph.axes(site.mean)
-    mean, variance, _ = batch_moments(emit, x)
+def _add_running(
+    emit: Emitter, site: RunningSite, x: str, mean: str, variance: str, momentum: float
+) -> None:
     count = channel_count(emit, x)
     less = emit.like("Sub", count, emit.scalar(1.0))
     unbiased = emit.like("Mul", variance, emit.like("Div", count, less))
@@ -104,7 +103,5 @@ def _add_running(emit: Emitter, site: RunningSite, x: str, momentum: float) -> N
         (site.mean, mean, site.new_mean),
         (site.variance, unbiased, site.new_variance),
     ):
-        over = emit.integers(*(i for i in range(len(graph.axes(x))) if i != 1))
-        flat = emit.op("Squeeze", batch, over, axes=channels)
-        step = emit.like("Mul", emit.like("Sub", flat, old), emit.scalar(round(momentum, ROUNDED)))
+        step = emit.like("Mul", emit.like("Sub", batch, old), emit.scalar(round(momentum, ROUNDED)))
         emit.like("Add", old, step, out=new)

@@ -11,20 +11,19 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from p2ptrain.bundle.manifest import FORMS, Loss, Manifest, Tensor
+from p2ptrain.bundle.manifest import Loss, Manifest
 from p2ptrain.bundle.protobuf import append_initialisers
+from p2ptrain.graph.check_steps import Microbatch, step_rows, wanted_step
 from p2ptrain.graph.check_updates import update_row
 from p2ptrain.graph.export import Bundle
 from p2ptrain.graph.measured import (
     GRADIENT_ERROR_MAX,
-    LOSS_ERROR_MAX,
     Measured,
-    gradient_error,
     refuse_failed,
     relative_error,
 )
 from p2ptrain.graph.runner import Arrays, Runner, session_of
-from p2ptrain.graph.source import LABELS, LOSS_WEIGHT, Source, Step
+from p2ptrain.graph.source import LABELS, LOSS_WEIGHT, Source
 from p2ptrain.training.adapters import merged_weight
 from p2ptrain.training.random import draw_parameter
 
@@ -51,17 +50,12 @@ def compare(source: Source, bundle: Bundle) -> tuple[Measured, ...]:
     rows: list[Measured] = []
     gradients: list[Arrays] = []
     has_masks = any(kind.masks for kind in manifest.kinds.values())
-    for masked in (False, True) if has_masks else (False,):
-        masks = check_masks(manifest, source.example, masked=masked)
-        flat = [mask for segment in masks for mask in segment.values()]
-        reference = source.reference.step(merged, source.example, flat)
-        wanted = trainable_gradients(manifest, values, reference)
-        gradients.append(wanted)
-        for form in FORMS:
-            ran = runner.step(form=form, parameters=values, inputs=source.example, masks=masks)
-            label = f"{form}, {'random' if masked else 'open'} masks" if has_masks else form
-            summed = sum_over_copies(manifest, ran.gradients)
-            rows += _step_rows(label, reference, wanted, float(ran.loss), summed, ran.running)
+    for masked in ("open masks", "random masks") if has_masks else ("",):
+        masks = check_masks(manifest, source.example, masked=masked == "random masks")
+        on = Microbatch(masked=masked, values=values, merged=merged, masks=masks)
+        wanted = wanted_step(source, manifest, on, dtype="float64")
+        gradients.append(wanted.gradients)
+        rows += step_rows(source, runner, on, wanted)
     moved = {name: values[name] for name in gradients[0]}
     rows += [update_row(runner, moved, gradients, name) for name in sorted(manifest.updates)]
     rows.append(_evaluation_row(source, runner, values, merged))
@@ -121,61 +115,6 @@ def merge_adapters(manifest: Manifest, values: Arrays) -> Arrays:
                 values[tensor.name], down=down, up=up, adapter=tensor.adapter
             )
     return merged
-
-
-def trainable_gradients(manifest: Manifest, values: Arrays, reference: Step) -> Arrays:
-    """The reference's gradients by trainable tensor; those of adapters by the chain rule."""
-    found: Arrays = {}
-    for tensor in manifest.tensors:
-        own = tensor.binding == "trainable" and tensor.tied_to is None
-        if own and tensor.name in reference.gradients:
-            found[tensor.name] = reference.gradients[tensor.name]
-        if tensor.adapter is not None and tensor.tied_to is None:
-            found |= _adapter_gradients(tensor, values, reference.gradients[tensor.name])
-    return found
-
-
-def _adapter_gradients(tensor: Tensor, values: Arrays, gradient: NDArray[Any]) -> Arrays:
-    """Of up and down, from the gradient of W + scale * up @ down. (Any: float64.)"""
-    adapter = tensor.adapter
-    if adapter is None:
-        return {}
-    plain = (gradient.T if adapter.transposed else gradient) * adapter.scale
-    up, down = values[adapter.up].astype(float), values[adapter.down].astype(float)
-    return {adapter.up: plain @ down.T, adapter.down: up.T @ plain}
-
-
-def sum_over_copies(manifest: Manifest, gradients: Arrays) -> Arrays:
-    """One gradient per tied tensor: the sum over its copies, in segment order."""
-    summed: Arrays = {}
-    for name, gradient in gradients.items():
-        owner = manifest.tensor(name).tied_to or name
-        summed[owner] = summed[owner] + gradient if owner in summed else gradient
-    return summed
-
-
-def _step_rows(
-    label: str,
-    reference: Step,
-    wanted: Arrays,
-    loss: float,
-    gradients: Arrays,
-    running: Arrays,
-) -> list[Measured]:
-    off = abs(loss - reference.loss) / abs(reference.loss)
-    error, worst = gradient_error(gradients, wanted)
-    rows = [
-        Measured(name=f"loss ({label})", error=off, limit=LOSS_ERROR_MAX),
-        Measured(name=f"gradients ({label})", error=error, limit=GRADIENT_ERROR_MAX, worst=worst),
-    ]
-    if reference.running:
-        error, worst = relative_error(running, reference.running)
-        rows.append(
-            Measured(
-                name=f"running values ({label})", error=error, limit=GRADIENT_ERROR_MAX, worst=worst
-            )
-        )
-    return rows
 
 
 def _evaluation_row(source: Source, runner: Runner, values: Arrays, merged: Arrays) -> Measured:

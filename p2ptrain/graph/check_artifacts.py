@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from p2ptrain.graph.check import check_masks, check_values, sum_over_copies
+from p2ptrain.graph.check import check_masks, check_values
+from p2ptrain.graph.check_steps import sum_over_copies
 from p2ptrain.graph.export import Bundle
 from p2ptrain.graph.measured import Measured
 from p2ptrain.graph.ort_artifacts import (

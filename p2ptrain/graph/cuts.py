@@ -182,7 +182,7 @@ def _cone(whole: Graph, outputs: Sequence[str], stop: set[str]) -> Graph:
             copied = onnx.NodeProto()
             copied.CopyFrom(node)
             kept.append(copied)
-    known = needed | {name for node in kept for name in node.output}
+    known = needed | stop | {name for node in kept for name in node.output}
     return Graph(
         inputs={name: kind for name, kind in whole.inputs.items() if name in needed},
         nodes=kept[::-1],

@@ -16,10 +16,12 @@ from p2ptrain.graph.einsum import einsum
 from p2ptrain.graph.ir import INT64, Axis, Graph, attribute, full_name
 from p2ptrain.graph.lowering.registry import Emitter, Rule
 from p2ptrain.graph.lowering.windows import fixed
+from p2ptrain.graph.planes import convolution
 from p2ptrain.graph.recurrent import gru, lstm
 from p2ptrain.graph.views import product
 
 _DECOMPOSED: Final[dict[str, Rule]] = {
+    "Conv": convolution,
     "Einsum": einsum,
     "GRU": gru,
     "LSTM": lstm,

@@ -6,7 +6,7 @@ This is the manifest's naming contract in its plainest form: nothing is reused, 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +18,15 @@ from p2ptrain.bundle.protobuf import append_initialisers
 from p2ptrain.ids import Digest
 
 Arrays = dict[str, NDArray[Any]]  # Any: float32 values, int64 ids and masks
+GraphFunction = Callable[[Mapping[str, NDArray[Any]]], Arrays]  # Any: as above
+"""Outputs of a graph by name; feeds that it does not declare are left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
     """What one microbatch gave."""
 
-    loss: np.float32
+    loss: float
     gradients: Arrays
     """By tensor name, trainable tensors only; a tied tensor's copies each have their own."""
     running: Arrays
@@ -33,12 +35,15 @@ class Ran:
 
 @dataclass(slots=True, kw_only=True)
 class Runner:
-    """Runs a bundle's graphs, one session per graph, or per segment where tensors are frozen."""
+    """Runs a bundle's graphs, opened once each, or per segment where tensors are frozen."""
 
     manifest: Manifest
     files: Mapping[Digest, bytes]
-    _sessions: dict[tuple[Digest, str], Any] = field(default_factory=dict)
-    # Any: onnxruntime is untyped
+    open_graph: Callable[[bytes, Arrays], GraphFunction] = field(
+        default_factory=lambda: session_function
+    )
+    """From a model and tensors that it reads and does not declare."""
+    _functions: dict[tuple[Digest, str], GraphFunction] = field(default_factory=dict)
 
     def run(
         self, graph: Digest, feeds: Mapping[str, NDArray[Any]], *, frozen: Arrays, place: str = ""
@@ -50,14 +55,9 @@ class Runner:
             place: Tells the constants of one segment from those of another.
         """
         key = (graph, place if frozen else "")
-        if key not in self._sessions:
-            content = b"".join(append_initialisers(self.files[graph], frozen.items()))
-            self._sessions[key] = session_of(content)
-        session = self._sessions[key]
-        wanted = {entry.name for entry in session.get_inputs()}
-        outputs = [entry.name for entry in session.get_outputs()]
-        given = {name: value for name, value in feeds.items() if name in wanted}
-        return dict(zip(outputs, session.run(outputs, given), strict=True))
+        if key not in self._functions:
+            self._functions[key] = self.open_graph(self.files[graph], frozen)
+        return self._functions[key](feeds)
 
     def step(
         self, *, form: str, parameters: Arrays, inputs: Arrays, masks: Sequence[Arrays]
@@ -82,7 +82,7 @@ class Runner:
             kept.append({**feeds, **produced})
             running |= {name: produced[f"new.{n}"] for n, name in segment.running.items()}
             entering = [produced[value.name] for value in _leaving(kind)]
-        loss = np.float32(produced[self._loss.name])
+        loss = float(produced[self._loss.name])
         gradients = self._backward(form, parameters, kept)
         return Ran(loss=loss, gradients=gradients, running=running)
 
@@ -163,6 +163,19 @@ def _differentiates(kind: SegmentKind, frozen: Arrays) -> bool:
     """False where nothing is trained and nobody before waits for a cotangent."""
     waits = any(port.differentiable for port in kind.inputs)
     return waits or len(frozen) < len(kind.parameters)
+
+
+def session_function(content: bytes, frozen: Arrays) -> GraphFunction:
+    """A graph on onnxruntime."""
+    session = session_of(b"".join(append_initialisers(content, frozen.items())))
+    wanted = {entry.name for entry in session.get_inputs()}
+    outputs = [entry.name for entry in session.get_outputs()]
+
+    def run(feeds: Mapping[str, NDArray[Any]]) -> Arrays:  # Any: as above
+        given = {name: value for name, value in feeds.items() if name in wanted}
+        return dict(zip(outputs, session.run(outputs, given), strict=True))
+
+    return run
 
 
 def session_of(content: bytes) -> Any:  # Any: onnxruntime is untyped

@@ -34,7 +34,7 @@ class Traced:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What the reference computes for one microbatch, in float64."""
+    """What the reference computes for one microbatch."""
 
     loss: float
     gradients: dict[str, Array]
@@ -51,6 +51,8 @@ class Reference(Protocol):
         parameters: Mapping[str, Array],
         inputs: Mapping[str, Array],
         masks: Sequence[Array],
+        *,
+        dtype: str = "float64",
     ) -> Step:
         """Loss and gradients in training mode.
 
@@ -58,6 +60,7 @@ class Reference(Protocol):
             parameters: Trainable and frozen parameters and running values by name.
             inputs: Data by input name, `labels` and `loss_weight`.
             masks: For each dropout in the order of the calls, what to multiply by.
+            dtype: `float64`, or `float32` to learn how far off the framework itself is.
         """
         ...
 

@@ -189,7 +189,9 @@ def _choose_stash(whole: Graph, made: set[str], gradients: list[str]) -> tuple[l
     while changed:
         changed = False
         for node in reversed(forward_nodes):
-            if not stash.intersection(node.output) or not _again(node, stash | again, free):
+            if not stash.intersection(node.output):
+                continue
+            if not _again(node, stash | again, free) and not _of_weights(whole, node, free):
                 continue
             stash.difference_update(node.output)
             again.update(node.output)
@@ -204,6 +206,25 @@ def _again(node: onnx.NodeProto, known: set[str], free: set[str]) -> bool:
     if node.op_type in ALIASES or node.op_type in SHAPE_ONLY:
         return True
     return node.op_type in CHEAP and all(name in known or name in free for name in node.input)
+
+
+def _of_weights(whole: Graph, node: onnx.NodeProto, free: set[str]) -> bool:
+    """Whether a product reads parameters and constants alone, and some data would be less to keep:
+    the matrix of a plane, which a stash would hold once for every microbatch."""
+    if node.op_type != "MatMul":
+        return False
+    fixed = (isinstance(axis, int) for axis in whole.axes(node.output[0]))
+    return all(fixed) and all(_made_of(whole, name, free) for name in node.input)
+
+
+def _made_of(whole: Graph, name: str, free: set[str]) -> bool:
+    """Whether a value is one of these, or a view of one."""
+    while name not in free:
+        producer = whole.producers().get(name)
+        if producer is None or producer.op_type not in ALIASES:
+            return False
+        name = producer.input[0]
+    return True
 
 
 def _part(whole: Graph, outputs: list[str]) -> Graph:

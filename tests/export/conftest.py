@@ -1,10 +1,11 @@
-"""A tiny decoder, exported once for all tests of this folder.
+"""A tiny decoder, exported once for all tests of this folder, and families traced once.
 
 Without torch and onnxscript the folder is not collected: nothing in it can run.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,21 @@ import pytest
 from p2ptrain.graph.export import Bundle, export
 from p2ptrain.graph.source import Source
 from p2ptrain.graph.sources.requests import Request
+from tests.export.configurations import Family, write
 
 if TYPE_CHECKING:
     from onnx_models.gpt import Gpt
 
 if not all(importlib.util.find_spec(name) for name in ("torch", "onnxscript")):
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """On a busy machine torch's threads wait for each other far longer than they compute."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +48,19 @@ def source(module: Gpt) -> Source:
 @pytest.fixture(scope="session")
 def bundle(source: Source) -> Bundle:
     return export(source)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    from p2ptrain.graph.sources.hugging_face import folder_source
+
+    @functools.cache
+    def traced(kind: str, task: str) -> Source:
+        folder = tmp_path_factory.mktemp(kind)
+        if kind == "gpt2":  # says its task itself
+            write(folder, kind, architectures=["GPT2LMHeadModel"])
+            return folder_source(folder, Request(name=kind))
+        write(folder, kind, num_labels=1 if task == "regression" else 5)
+        return folder_source(folder, Request(name=kind, task=task))
+
+    return traced

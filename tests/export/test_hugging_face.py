@@ -15,30 +15,11 @@ from p2ptrain.errors import ConfigError
 from p2ptrain.graph.source import Source
 from p2ptrain.graph.sources.hugging_face import folder_source
 from p2ptrain.graph.sources.requests import Request
+from tests.export.configurations import TEXT, Family, write
 from tests.export.sources import assert_traced_as_the_module
 
 pytestmark = pytest.mark.export
 
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-}
-TEXT = {**SMALL, "vocab_size": 60, "max_position_embeddings": 12}
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "n_positions": 12},
-    "llama": {**TEXT, "num_key_value_heads": 2},
-    "bert": TEXT,
-    "vit": {**SMALL, "image_size": 16, "patch_size": 4},
-    "mobilenet_v2": {
-        "image_size": 32,
-        "depth_multiplier": 0.25,
-        "finegrained_output": False,
-        "output_stride": 8,
-    },
-    "resnet": {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "image_size": 32},
-}
 CASES = [
     ("gpt2", "language-modelling", 7),
     ("llama", "language-modelling", 0),
@@ -52,18 +33,9 @@ CASES = [
 ]
 
 
-def write(folder: Path, kind: str, **fields: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    document = {"model_type": kind, **CONFIGURATIONS[kind], **fields}
-    (folder / "config.json").write_text(json.dumps(document))
-    return folder
-
-
 @pytest.mark.parametrize(("kind", "task", "dropouts"), CASES)
-def test_the_trace_is_the_model(kind: str, task: str, dropouts: int, tmp_path: Path) -> None:
-    labels = 1 if task == "regression" else 5
-    folder = write(tmp_path, kind, num_labels=labels)
-    source = folder_source(folder, Request(name=kind, task=task))
+def test_the_trace_is_the_model(kind: str, task: str, dropouts: int, family: Family) -> None:
+    source = family(kind, task)
     assert source.task == task
     assert_traced_as_the_module(source, dropouts=dropouts)
 
@@ -148,9 +120,8 @@ def test_weights_can_be_left_out(weighted: Path) -> None:
     assert set(source.training.parameters) <= set(source.initialisers)
 
 
-def test_tied_weights_are_one_parameter(tmp_path: Path) -> None:
-    folder = write(tmp_path, "gpt2", architectures=["GPT2LMHeadModel"])
-    source = folder_source(folder, Request(name="tied"))
+def test_tied_weights_are_one_parameter(family: Family) -> None:
+    source = family("gpt2", "language-modelling")
     assert "lm_head.weight" not in source.training.parameters
     readers = source.training.graph.readers()["transformer.wte.weight"]
     assert len(readers) == 2

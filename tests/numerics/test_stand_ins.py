@@ -19,7 +19,7 @@ from p2ptrain.graph.lowering.registry import rule_names
 from p2ptrain.graph.split import differentiate
 from p2ptrain.graph.stand_ins import slope_names
 from tests.lowering import Case, Shape, built, central_difference, draw, gradients, run
-from tests.lowering_cases import layer_norm, sigmoid
+from tests.lowering_cases import convolution, layer_norm, sigmoid
 
 pytest.importorskip("onnxruntime.capi._pybind_state")
 try:
@@ -259,6 +259,19 @@ CASES = [
         types={"x": ("batch", 6), "y": ("batch", 6)},
         constants={"low": np.array(0, np.float32), "high": np.array(6, np.float32)},
     ),
+    *(
+        convolution((2, 3, side, side), (3, 1, 3, 3), lowers="Conv", group=3,
+                    pads=[1, 1, 1, 1], strides=[stride, stride])
+        for side in (4, 7, 8)
+        for stride in (1, 2)
+    ),
+    convolution((2, 2, 7, 5), (2, 1, 3, 2), lowers="Conv", group=2, pads=[2, 0, 1, 1],
+                dilations=[2, 1]),
+    convolution((2, 2, 6, 7), (2, 1, 3, 3), lowers="Conv", group=2, pads=[2, 0, 1, 1],
+                dilations=[1, 2], strides=[2, 1]),
+    convolution((2, 2, 4, 5), (2, 1, 1, 3), lowers="Conv", group=2, pads=[0, 2, 0, 0]),
+    convolution((2, 3, 9), (3, 1, 4), lowers="Conv", group=3, pads=[0, 3], strides=[2]),
+    convolution((3, 2, 2, 3, 3), (2, 1, 2, 2, 2), lowers="Conv", group=2, pads=[1, 0, 1, 0, 1, 0]),
     images("GlobalMaxPool", lambda x: x.max((2, 3), keepdims=True), extra={}),
     images("MaxPool", lambda x: x.max((2, 3), keepdims=True), extra={}, kernel_shape=[3, 2]),
     images("InstanceNormalization",

@@ -69,7 +69,7 @@ WORKLOADS: Final = {
         EngineWorkload(
             name="mobilenet",
             factory="onnx_models.mobilenet:mobilenet",
-            arguments={},
+            arguments={"channels": 3, "side": 32, "dropout": 0.0},
             task="image-classification",
             microbatch_size=8,
         ),

@@ -54,12 +54,11 @@ def conv_grad(emit: Emitter, node: onnx.NodeProto) -> None:
 def _spread(emit: Emitter, site: _Site, *, out: str) -> None:
     """dx: dy, with zeros between its values where the stride skips, convolved with w turned round.
 
-    A dense strided kernel of several taps is a ConvTranspose, which multiplies no zeros.
+    A strided kernel of several taps is a ConvTranspose, which multiplies no zeros.
     """
     window = site.window
     strided = any(stride > 1 for stride in window.strides)
-    dense = site.groups == 1 and prod(window.kernel) > 1
-    if strided and dense:
+    if strided and prod(window.kernel) > 1:
         emit.op(
             "ConvTranspose",
             site.dy,
@@ -71,6 +70,7 @@ def _spread(emit: Emitter, site: _Site, *, out: str) -> None:
             dilations=list(window.dilations),
             pads=list(window.transposed_pads),
             output_padding=list(window.output_padding),
+            group=site.groups,
         )
         return
     if strided and prod(window.kernel) == 1 and not any(window.pads):
@@ -79,7 +79,8 @@ def _spread(emit: Emitter, site: _Site, *, out: str) -> None:
         _between_zeros(emit, product_, window, out=out)
         return
     dy = _between_zeros(emit, site.dy, window, out=None) if strided else site.dy
-    ends = [window.sizes[i] - emit_size(emit, dy, i) for i in range(window.rank)]
+    have = [fixed(a) for a in emit.graph.axes(dy)[2:]] if strided else window.results
+    ends = [size - there for size, there in zip(window.sizes, have, strict=True)]
     begins = [window.span(i) - 1 - window.begin(i) for i in range(window.rank)]
     pads = [
         *begins,
@@ -98,11 +99,6 @@ def _spread(emit: Emitter, site: _Site, *, out: str) -> None:
         pads=pads,
         group=site.groups,
     )
-
-
-def emit_size(emit: Emitter, name: str, axis: int) -> int:
-    """The fixed size of a spatial axis."""
-    return fixed(emit.graph.axes(name)[axis + 2])
 
 
 def _cropped(emit: Emitter, dy: str, pads: Sequence[int]) -> str:
@@ -228,26 +224,31 @@ def _channels_first(emit: Emitter, name: str) -> str:
 
 def _shifts(emit: Emitter, x: str, window: Windows) -> Iterator[str]:
     """For each tap, the padded values that it reads: the axes of x with places for sizes."""
-    graph = emit.graph
-    lead = graph.axes(x)[:2]
-    over = emit.integers(*range(2, 2 + window.rank))
-    ends = [window.end(i) for i in range(window.rank)]
-    if any(window.pads[: window.rank]) or any(ends):
-        padded = [window.used(i) for i in range(window.rank)]
-        pads = emit.integers(*window.pads[: window.rank], *ends)
-        x = emit.op("Pad", x, pads, "", over, axes=(*lead, *padded))
+    moving = [i for i in range(window.rank) if window.moves(i)]
+    over = emit.integers(*(i + 2 for i in moving))
+
+    def sized(sizes: Sequence[int]) -> list[Axis]:
+        axes = list(emit.graph.axes(x))
+        for i in moving:
+            axes[i + 2] = sizes[i]
+        return axes
+
+    begins, ends = ([side(i) for i in moving] for side in (window.begin, window.end))
+    if any(begins) or any(ends):
+        axes = sized([window.used(i) for i in range(window.rank)])
+        x = emit.op("Pad", x, emit.integers(*begins, *ends), "", over, axes=axes)
     if prod(window.kernel) == 1 and prod(window.strides) == 1:
         yield x
         return
-    steps = emit.integers(*window.strides)
+    steps = emit.integers(*(window.strides[i] for i in moving))
     for tap in itertools.product(*map(range, window.kernel)):
-        starts = [t * d for t, d in zip(tap, window.dilations, strict=True)]
+        starts = [tap[i] * window.dilations[i] for i in moving]
         stops = [
-            start + (count - 1) * stride + 1
-            for start, count, stride in zip(starts, window.results, window.strides, strict=True)
+            start + (window.results[i] - 1) * window.strides[i] + 1
+            for start, i in zip(starts, moving, strict=True)
         ]
         bounds = (emit.integers(*starts), emit.integers(*stops), over, steps)
-        yield emit.op("Slice", x, *bounds, axes=(*lead, *window.results))
+        yield emit.op("Slice", x, *bounds, axes=sized(window.results))
 
 
 def _depthwise(emit: Emitter, site: _Site, *, out: str) -> None:

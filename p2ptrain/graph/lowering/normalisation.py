@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 
-from p2ptrain.graph.ir import FLOAT, INT64, attribute
+from p2ptrain.graph.ir import FLOAT, INT64, attribute, make
 from p2ptrain.graph.lowering.registry import Emitter, rule
+from p2ptrain.graph.lowering.windows import fixed
 
 
 @rule("com.microsoft.SoftmaxGrad_13")
@@ -98,33 +100,29 @@ def simplified_layer_normalization_grad(emit: Emitter, node: onnx.NodeProto) -> 
 def batch_norm(emit: Emitter, node: onnx.NodeProto) -> None:
     """Over all axes but the second: inverse = 1 / sqrt(var + epsilon), var biased;
 
-    y = (x - mean) * (scale * inverse) + bias. The running values are not its business: the
-    canonical graph makes them beside it, from the same mean and variance, which are then shared.
+    y = (x - mean) * (scale * inverse) + bias. One BatchNormalization in training mode reads x for
+    the mean, the variance and the result without a tensor in between; with momentum 0 its running
+    values are the batch's own. The kernel writes these over the old ones, which the graph still
+    reads: it is given values of its own.
     """
-    x, scale, bias = node.input[:3]
-    mean, variance, centred = batch_moments(emit, x)
-    above = emit.like("Add", variance, emit.scalar(float(attribute(node, "epsilon", 1e-5))))
-    channels = emit.graph.axes(scale)
-    wide = emit.like("Reciprocal", emit.like("Sqrt", above))
-    gain = emit.op("Mul", per_channel(emit, scale, x), wide, axes=emit.graph.axes(wide))
-    scaled = emit.like("Mul", centred, gain)
-    emit.like("Add", scaled, per_channel(emit, bias, x), out=node.output[0])
-    emit.view(mean, channels, out=node.output[3])
-    emit.view(wide, channels, out=node.output[4])
-    emit.notes["batch_norm.centred", x] = centred
-    emit.notes["batch_norm.inverse", x] = wide
-    emit.notes["batch_norm.gain", node.output[4]] = gain
-
-
-def batch_moments(emit: Emitter, x: str) -> tuple[str, str, str]:
-    """Mean and biased variance per channel, broadcastable to x, and x less its mean."""
-    axes = emit.graph.axes(x)
-    over = emit.integers(*(i for i in range(len(axes)) if i != 1))
-    row = [axes[1] if i == 1 else 1 for i in range(len(axes))]
-    mean = emit.op("ReduceMean", x, over, axes=row, keepdims=1)
-    centred = emit.like("Sub", x, mean)
-    square = emit.like("Mul", centred, centred)
-    return mean, emit.op("ReduceMean", square, over, axes=row, keepdims=1), centred
+    x, scale, bias, *old = node.input
+    y, mean, variance, saved, inverse = node.output
+    epsilon = float(attribute(node, "epsilon", 1e-5))
+    emit.nodes.append(
+        make(
+            "BatchNormalization",
+            [x, scale, bias, *(emit.like("Neg", name) for name in old)],
+            [y, mean, variance],
+            epsilon=epsilon,
+            momentum=0.0,
+            training_mode=1,
+        )
+    )
+    emit.like("Identity", mean, out=saved)
+    above = emit.like("Add", variance, emit.scalar(epsilon))
+    emit.like("Reciprocal", emit.like("Sqrt", above), out=inverse)
+    wide = per_channel(emit, mean, x)
+    emit.notes["batch_norm.centred", x] = emit.op("Sub", x, wide, axes=emit.graph.axes(x))
 
 
 def per_channel(emit: Emitter, name: str, x: str) -> str:
@@ -142,29 +140,31 @@ def batch_norm_grad(emit: Emitter, node: onnx.NodeProto) -> None:
 
     dbias = [dy], dscale = [dy * c] * inverse,
     dx = scale * inverse * (dy - c * inverse^2 * [dy * c] / n - [dy] / n).
-    The factors of a channel are multiplied first, so that three products and two differences
-    touch whole tensors.
+    The factors of a channel are multiplied first; what a channel multiplies and adds is one
+    BatchNormalization with constant mean and variance, a single pass over the tensor.
     """
     dy, x, scale, _, inverse = node.input
-    axes = emit.graph.axes(x)
+    axes, channels = emit.graph.axes(x), emit.graph.axes(scale)
     over = [i for i in range(len(axes)) if i != 1]
     centred = emit.notes["batch_norm.centred", x]
-    wide = emit.notes["batch_norm.inverse", x]
-    gain = emit.notes["batch_norm.gain", inverse]
-    total = emit.total(dy, over, out=None, keep=True)
-    along = emit.total(emit.like("Mul", dy, centred), over, out=None, keep=True)
-    channels = emit.graph.axes(scale)
-    if len(node.output) > 1 and node.output[1]:
-        emit.view(emit.like("Mul", along, wide), channels, out=node.output[1])
-    if len(node.output) > 2 and node.output[2]:
-        emit.view(total, channels, out=node.output[2])
+    kept = [node.output[i] if len(node.output) > i and node.output[i] else None for i in (1, 2)]
+    total = emit.total(dy, over, out=kept[1], keep=False)
+    along = emit.total(emit.like("Mul", dy, centred), over, out=None, keep=False)
+    if kept[0]:
+        emit.like("Mul", along, inverse, out=kept[0])
     if not node.output[0]:
         return
-    share = emit.like("Mul", gain, reciprocal_count(emit, x))
-    slope = emit.like("Mul", emit.like("Mul", share, emit.like("Mul", wide, wide)), along)
+    gain = emit.like("Mul", scale, inverse)
+    share = emit.like("Neg", emit.like("Mul", gain, reciprocal_count(emit, x)))
+    slope = emit.like("Mul", emit.like("Mul", share, emit.like("Mul", inverse, inverse)), along)
     level = emit.like("Mul", share, total)
-    raised = emit.like("Sub", emit.like("Mul", dy, gain), emit.like("Mul", centred, slope))
-    emit.like("Sub", raised, level, out=node.output[0])
+    count = [fixed(axis) for axis in channels]
+    zeros, ones = (emit.graph.constant(np.full(count, v, np.float32)) for v in (0, 1))
+    lowered = emit.op(
+        "BatchNormalization", centred, slope, level, zeros, ones, axes=axes, epsilon=0.0
+    )
+    raised = emit.like("Mul", dy, per_channel(emit, gain, x))
+    emit.like("Add", raised, lowered, out=node.output[0])
 
 
 def reciprocal_count(emit: Emitter, x: str) -> str:

@@ -14,9 +14,13 @@ from p2ptrain.graph.lowering.windows import Windows, fixed, windows
 from p2ptrain.graph.views import product
 
 
-@rule("MaxPoolGrad")
+@rule("MaxPoolGrad", every_form=True)
 def max_pool_grad(emit: Emitter, node: onnx.NodeProto) -> None:
-    """dy added onto zeros at the flat indices that MaxPool gave (the first of equal values)."""
+    """dy added onto zeros at the flat indices that MaxPool gave (the first of equal values).
+
+    onnxruntime-training's own kernel takes the sizes of its result from the graph when a session is
+    made, so it cannot serve a free batch, and crashes (1.19.2) where the graph does not say them.
+    """
     dy, indices = node.input
     graph = emit.graph
     have, target = graph.axes(dy), graph.axes(node.output[0])

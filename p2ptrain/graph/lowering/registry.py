@@ -104,7 +104,7 @@ _IN_EVERY_FORM: Final[set[str]] = set()
 def rule(name: str, *, every_form: bool = False) -> Callable[[Rule], Rule]:
     """Register the rule for one operator, spelt with its domain.
 
-    `every_form`: the training form needs it as well, since no runtime has the operator on a CPU.
+    `every_form`: the training form needs it as well, since no runtime has a sound kernel on a CPU.
     """
 
     def register(function: Rule) -> Rule:
@@ -127,7 +127,7 @@ def lower(graph: Graph, forward: set[str], *, portable: bool = True) -> None:
     """Replace every non-standard operator, and what has a better form, by standard ones.
 
     `forward` names the values of the forward pass; what their rules emit is added to it. Unless
-    `portable`, only what no runtime has on a CPU is replaced.
+    `portable`, only what no runtime can run on a CPU is replaced.
 
     Raises:
         GraphError: an operator without a rule; names it, its result and what to do.

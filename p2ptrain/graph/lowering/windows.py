@@ -28,6 +28,10 @@ class Windows:
     def rank(self) -> int:
         return len(self.kernel)
 
+    def moves(self, axis: int) -> bool:
+        """Whether a result along this axis is not simply the value at its place."""
+        return not _stays(self.kernel[axis], self.strides[axis], *self.pads[axis :: self.rank])
+
     def begin(self, axis: int) -> int:
         return self.pads[axis]
 
@@ -68,7 +72,7 @@ def windows(
     """Read a node's window attributes.
 
     Raises:
-        GraphError: automatic padding, or a spatial axis whose size is not fixed.
+        GraphError: automatic padding, or windows that move along an axis whose size is not fixed.
     """
     rank = len(kernel)
     if attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
@@ -76,14 +80,26 @@ def windows(
             f"{node.op_type} with automatic padding has no rule",
             hint="state the padding as numbers in the model",
         )
+    strides = tuple(attribute(node, "strides", [1] * rank))
+    pads = tuple(attribute(node, "pads", [0] * 2 * rank))
+    stay = [_stays(kernel[i], strides[i], *pads[i::rank]) for i in range(rank)]
     return Windows(
         kernel=tuple(kernel),
-        strides=tuple(attribute(node, "strides", [1] * rank)),
+        strides=strides,
         dilations=tuple(attribute(node, "dilations", [1] * rank)),
-        pads=tuple(attribute(node, "pads", [0] * 2 * rank)),
-        sizes=tuple(map(fixed, sizes)),
-        results=tuple(map(fixed, results)),
+        pads=pads,
+        sizes=tuple(_size(a, stays=s) for a, s in zip(sizes, stay, strict=True)),
+        results=tuple(_size(a, stays=s) for a, s in zip(results, stay, strict=True)),
     )
+
+
+def _stays(kernel: int, stride: int, begin: int, end: int) -> bool:
+    return kernel == stride == 1 and begin == end == 0
+
+
+def _size(axis: Axis, *, stays: bool) -> int:
+    """The size of an axis; 1 stands for a symbol along which no window moves."""
+    return 1 if stays and isinstance(axis, str) else fixed(axis)
 
 
 def fixed(axis: Axis) -> int:

@@ -6,6 +6,7 @@ is not here is refused by name. Written from the ONNX operator specification, op
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -35,6 +36,10 @@ def run_operator(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Sequence[Ten
         )
     result = operator(node, inputs)
     return result if isinstance(result, tuple | list) else (result,)
+
+
+def _fold(function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
+    return lambda node, inputs: functools.reduce(function, inputs)
 
 
 def _plain(function: Callable[..., Tensor]) -> Operator:
@@ -197,18 +202,57 @@ def _conv(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
     )
 
 
+def _conv_transpose(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
+    """What lies at the far end of an axis is cut off after the sum: ONNX's two pads may differ."""
+    x, weight = inputs[0], inputs[1]
+    rank = x.ndim - 2
+    pads = list(attribute(node, "pads", [0] * 2 * rank))
+    if attribute(node, "auto_pad", b"NOTSET") != b"NOTSET" or attribute(node, "output_shape"):
+        raise GraphError("the reference for ONNX files knows ConvTranspose with stated pads only")
+    convolve = (
+        functional.conv_transpose1d,
+        functional.conv_transpose2d,
+        functional.conv_transpose3d,
+    )[rank - 1]
+    grown = convolve(
+        x,
+        weight,
+        stride=list(attribute(node, "strides", [1] * rank)),
+        dilation=list(attribute(node, "dilations", [1] * rank)),
+        groups=int(attribute(node, "group", 1)),
+    )
+    extra = attribute(node, "output_padding", [0] * rank)
+    order = [
+        size
+        for axis in reversed(range(rank))
+        for size in (-pads[axis], extra[axis] - pads[rank + axis])
+    ]
+    result = functional.pad(grown, order)
+    if len(inputs) < 3 or inputs[2] is None:
+        return result
+    return result + inputs[2].reshape(-1, *[1] * rank)
+
+
 def _max_pool(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
-    window = list(attribute(node, "kernel_shape"))
+    """The largest values, and their flat places in the whole of the input."""
+    x, window = inputs[0], list(attribute(node, "kernel_shape"))
     rank = len(window)
-    if attribute(node, "ceil_mode", 0):
-        raise GraphError("the reference for ONNX files does not know MaxPool with ceil_mode")
+    if attribute(node, "ceil_mode", 0) or attribute(node, "storage_order", 0):
+        raise GraphError(
+            "the reference for ONNX files does not know MaxPool with ceil_mode or storage_order"
+        )
     function = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[rank - 1]
-    return function(
-        _padded(node, inputs[0], window, float("-inf")),
+    places = torch.arange(x.numel(), dtype=torch.float64).reshape(x.shape)
+    filled = _padded(node, x, window, float("-inf"))
+    values, indices = function(
+        filled,
         window,
         stride=list(attribute(node, "strides", [1] * rank)),
         dilation=list(attribute(node, "dilations", [1] * rank)),
+        return_indices=True,
     )
+    padded_places = _padded(node, places, window, 0.0).flatten(2).long()
+    return values, padded_places.gather(2, indices.flatten(2)).reshape(indices.shape)
 
 
 def _average_pool(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
@@ -232,6 +276,22 @@ def _layer_norm(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
     return functional.layer_norm(inputs[0], inputs[0].shape[axis:], inputs[1], bias, epsilon)
 
 
+def _batch_norm(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
+    """Training mode gives the new running values as well, from the biased variance."""
+    x, scale, bias, *old = inputs
+    epsilon = attribute(node, "epsilon", 1e-5)
+    if not attribute(node, "training_mode", 0):
+        return functional.batch_norm(x, old[0], old[1], scale, bias, eps=epsilon)
+    over = [axis for axis in range(x.ndim) if axis != 1]
+    batch = (x.mean(over), x.var(over, unbiased=False))
+    y = functional.batch_norm(x, *batch, scale, bias, eps=epsilon)
+    momentum = float(attribute(node, "momentum", 0.9))
+    kept = [
+        before * momentum + now * (1.0 - momentum) for before, now in zip(old, batch, strict=True)
+    ]
+    return (y, *kept)
+
+
 def _clip(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
     low, high = (*inputs[1:], None, None)[:2]
     return torch.clip(inputs[0], low, high) if low is not None or high is not None else inputs[0]
@@ -243,6 +303,35 @@ def _gelu(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
 
 def _global_average(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
     return inputs[0].mean(tuple(range(2, inputs[0].ndim)), keepdim=True)
+
+
+def _pad(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
+    """Constants around, or values cut off where a size is negative."""
+    if attribute(node, "mode", b"constant") != b"constant":
+        raise GraphError("the reference for ONNX files knows Pad with constants only")
+    sizes, axes = _integers(inputs[1]), _axes(node, inputs, 3)
+    rank = inputs[0].ndim
+    before, after = [0] * rank, [0] * rank
+    for index, axis in enumerate(range(rank) if axes is None else axes):
+        before[axis], after[axis] = sizes[index], sizes[index + len(sizes) // 2]
+    order = [side[axis] for axis in reversed(range(rank)) for side in (before, after)]
+    fill = inputs[2].item() if len(inputs) > 2 and inputs[2] is not None else 0
+    return functional.pad(inputs[0], order, value=fill)
+
+
+def _scatter_elements(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
+    axis, kind = int(attribute(node, "axis", 0)), attribute(node, "reduction", b"none")
+    places = inputs[1] % inputs[0].shape[axis]
+    if kind == b"none":
+        return inputs[0].scatter(axis, places, inputs[2])
+    if kind != b"add":
+        raise GraphError("the reference for ONNX files knows ScatterElements that adds only")
+    return inputs[0].scatter_add(axis, places, inputs[2])
+
+
+def _triangle(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
+    diagonal = int(inputs[1].item()) if len(inputs) > 1 and inputs[1] is not None else 0
+    return (torch.triu if attribute(node, "upper", 1) else torch.tril)(inputs[0], diagonal)
 
 
 def _power(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
@@ -258,12 +347,16 @@ OPERATORS: Final[dict[str, Operator]] = {
     "Abs": _plain(torch.abs),
     "Add": _plain(torch.add),
     "And": _plain(torch.logical_and),
+    "Atan": _plain(torch.atan),
     "AveragePool": _average_pool,
+    "BatchNormalization": _batch_norm,
     "Cast": _cast,
+    "Ceil": _plain(torch.ceil),
     "Clip": _clip,
     "Concat": lambda node, inputs: torch.cat(list(inputs), dim=attribute(node, "axis")),
     "ConstantOfShape": _constant_of_shape,
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
     "Cos": _plain(torch.cos),
     "Div": _divide,
     "Elu": lambda node, inputs: functional.elu(inputs[0], attribute(node, "alpha", 1.0)),
@@ -272,6 +365,7 @@ OPERATORS: Final[dict[str, Operator]] = {
     "Exp": _plain(torch.exp),
     "Expand": _expand,
     "Flatten": _flatten,
+    "Floor": _plain(torch.floor),
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "Gelu": _gelu,
@@ -284,6 +378,7 @@ OPERATORS: Final[dict[str, Operator]] = {
     ),
     "HardSwish": _plain(functional.hardswish),
     "Identity": lambda node, inputs: inputs[0],
+    "IsNaN": _plain(torch.isnan),
     "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda node, inputs: functional.leaky_relu(
         inputs[0], attribute(node, "alpha", 0.01)
@@ -293,11 +388,15 @@ OPERATORS: Final[dict[str, Operator]] = {
     "Log": _plain(torch.log),
     "LogSoftmax": _softmax(torch.log_softmax),
     "MatMul": _plain(torch.matmul),
+    "Max": _fold(torch.maximum),
     "MaxPool": _max_pool,
+    "Min": _fold(torch.minimum),
     "Mul": _plain(torch.mul),
     "Neg": _plain(torch.neg),
     "Not": _plain(torch.logical_not),
+    "Or": _plain(torch.logical_or),
     "PRelu": lambda node, inputs: torch.where(inputs[0] < 0, inputs[0] * inputs[1], inputs[0]),
+    "Pad": _pad,
     "Pow": _power,
     "Range": lambda node, inputs: torch.arange(*(each.item() for each in inputs)),
     "Reciprocal": _plain(torch.reciprocal),
@@ -307,9 +406,13 @@ OPERATORS: Final[dict[str, Operator]] = {
     "ReduceSum": _reduce(torch.sum),
     "Relu": _plain(torch.relu),
     "Reshape": _reshape,
+    "Round": _plain(torch.round),
+    "ScatterElements": _scatter_elements,
     "Shape": _shape,
     "Sigmoid": _plain(torch.sigmoid),
+    "Sign": _plain(torch.sign),
     "Sin": _plain(torch.sin),
+    "Size": lambda node, inputs: torch.tensor(inputs[0].numel()),
     "Slice": _slice,
     "Softmax": _softmax(torch.softmax),
     "Softplus": lambda node, inputs: torch.logaddexp(inputs[0], torch.zeros_like(inputs[0])),
@@ -317,8 +420,11 @@ OPERATORS: Final[dict[str, Operator]] = {
     "Sqrt": _plain(torch.sqrt),
     "Squeeze": _squeeze,
     "Sub": _plain(torch.sub),
+    "Sum": _fold(torch.add),
+    "Tan": _plain(torch.tan),
     "Tanh": _plain(torch.tanh),
     "Transpose": _transpose,
+    "Trilu": _triangle,
     "Unsqueeze": _unsqueeze,
     "Where": _plain(torch.where),
 }

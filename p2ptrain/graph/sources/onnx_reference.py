@@ -43,15 +43,18 @@ class OnnxReference:
         parameters: Mapping[str, Array],
         inputs: Mapping[str, Array],
         masks: Sequence[Array],
+        *,
+        dtype: str = "float64",
     ) -> Step:
         """Loss and gradients in training mode; see `source.Reference`.
 
         Raises:
             GraphError: an operator that the reference does not know, or other masks than dropouts.
         """
-        values = {n: torch.tensor(v, dtype=torch.float64) for n, v in parameters.items()}
+        kind = getattr(torch, dtype)
+        values = {n: torch.tensor(v, dtype=kind) for n, v in parameters.items()}
         trained = {n: values[n].requires_grad_() for n in self.parameters if n in values}
-        run = _Run(graph=self.graph, masks=list(masks), training=True)
+        run = _Run(graph=self.graph, masks=list(masks), training=True, kind=kind)
         logits = run.logits({**values, **self._data(inputs)})
         if run.masks:
             raise GraphError(f"the graph has {len(run.masks)} dropout masks too many")
@@ -70,13 +73,12 @@ class OnnxReference:
     def infer(self, parameters: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:
         """Logits in evaluation mode, float32."""
         values = {n: torch.tensor(v, dtype=torch.float64) for n, v in parameters.items()}
-        run = _Run(graph=self.graph, masks=[], training=False)
+        run = _Run(graph=self.graph, masks=[], training=False, kind=torch.float64)
         logits: Array = run.logits({**values, **self._data(inputs)}).numpy()
         return logits.astype(np.float32)
 
     def _data(self, inputs: Mapping[str, Array]) -> dict[str, Any]:  # Any: torch tensors
-        tensors = {name: torch.from_numpy(inputs[name]) for name in self.data_inputs}
-        return {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+        return {name: torch.from_numpy(inputs[name]) for name in self.data_inputs}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,16 +89,21 @@ class _Run:
     masks: list[Array]
     """Not yet used."""
     training: bool
+    kind: Any  # Any: a torch dtype
+    """Of every floating value."""
     running: dict[str, Any] = field(default_factory=dict)  # Any: torch tensors
 
     def logits(self, given: Mapping[str, Any]) -> Any:  # Any: torch tensors
-        values = {name: _tensor(value) for name, value in self.graph.constants.items()}
-        values |= given
+        values = {n: torch.from_numpy(np.array(v)) for n, v in self.graph.constants.items()}
+        values = {name: self._cast(value) for name, value in (values | dict(given)).items()}
         for node in self.graph.nodes:
             inputs = [values[name] if name else None for name in node.input]
-            outputs = self._node(node, inputs)
+            outputs = map(self._cast, self._node(node, inputs))
             values |= dict(zip(node.output, outputs, strict=False))
         return values[LOGITS]
+
+    def _cast(self, value: Any) -> Any:  # Any: torch tensors
+        return value.to(self.kind) if value.is_floating_point() else value
 
     def _node(self, node: onnx.NodeProto, inputs: Sequence[Any]) -> Sequence[Any]:
         """Outputs of a node; dropout and batch normalisation as the mode says. (Any: tensors.)"""
@@ -130,8 +137,3 @@ class _Run:
         if self.training:
             self.running |= kept
         return result
-
-
-def _tensor(value: Array) -> Any:  # Any: a torch tensor
-    tensor = torch.from_numpy(np.array(value))
-    return tensor.double() if tensor.is_floating_point() else tensor

@@ -4,6 +4,7 @@ What the module eats is read from its `forward` and from what it says of itself:
 
 - `vocabulary` and `context` (integers): one input of token ids, (batch, sequence) int64; beside
   `input_ids` or `ids` also `attention_mask` (0 where a text is filled up) and `token_type_ids`;
+- `special_tokens` (ids by role: pad, cls, sep, mask, unknown): what goes around a text's bytes;
 - `input_shape` (sizes of one sample): one input of features or pixels, float32;
 - otherwise every input is named on the command line.
 """
@@ -76,7 +77,7 @@ def module_source(module: Any, request: Request, *, place: str = "") -> Source:
         label_smoothing=request.label_smoothing,
     )
     about = About(
-        text=_text(request, vocabulary, context, place) if has_sequence else None,
+        text=_text(module, request, vocabulary, place) if has_sequence else None,
         images=Images() if _is_image(inputs) else None,
     )
     return torch_source(TorchModel(module=module, inputs=inputs), task, request, about)
@@ -117,7 +118,9 @@ def _inputs(module: Any, request: Request, vocabulary: int | None) -> dict[str, 
     )
 
 
-def _text(request: Request, vocabulary: int | None, context: int | None, place: str) -> Text:
+def _text(module: Any, request: Request, vocabulary: int | None, place: str) -> Text:
+    """How text is cut into samples. (Any: a torch module.)"""
+    context = _integer(module, "context")
     length = request.context or context
     if length is None:
         raise ConfigError(
@@ -125,7 +128,8 @@ def _text(request: Request, vocabulary: int | None, context: int | None, place: 
         )
     if context is not None and length > context:
         raise ConfigError(f"--context {length} is more than the module's {context}")
-    return Text(vocabulary=vocabulary or 0, context=length)
+    special_tokens = getattr(module, "special_tokens", {})
+    return Text(vocabulary=vocabulary or 0, context=length, special_tokens=special_tokens)
 
 
 def _is_image(inputs: dict[str, Input]) -> bool:

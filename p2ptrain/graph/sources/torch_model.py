@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from p2ptrain.bundle.manifest import Initialiser
 from p2ptrain.errors import GraphError
 from p2ptrain.graph.sources.inputs import Input
@@ -33,6 +35,11 @@ class TorchModel:
     @property
     def has_sequence(self) -> bool:
         return any("sequence" in each.axes for each in self.inputs.values())
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a part of it goes through the sequence step by step, as far as types tell."""
+        return any(isinstance(part, torch.nn.RNNBase) for part in self.module.modules())
 
     def own_copy(self) -> Any:  # Any: a torch module
         """A copy that nobody else uses; nothing in it works in place, which would be traced into

@@ -39,20 +39,23 @@ class TorchReference:
         parameters: Mapping[str, Array],
         inputs: Mapping[str, Array],
         masks: Sequence[Array],
+        *,
+        dtype: str = "float64",
     ) -> Step:
         """Loss and gradients in training mode; see `source.Reference`.
 
         Raises:
             GraphError: the module drops out more or less often than there are masks.
         """
-        module = self.model.own_copy().double().train()
-        values = {n: torch.tensor(v, dtype=torch.float64) for n, v in parameters.items()}
+        kind = getattr(torch, dtype)
+        module = self.model.own_copy().to(kind).train()
+        values = {n: torch.tensor(v, dtype=kind) for n, v in parameters.items()}
         trained = {
             n: values[n].requires_grad_() for n, _ in module.named_parameters() if n in values
         }
         running = {n: values[n] for n, _ in module.named_buffers() if n in values}
-        with _InFloat64(masks) as given:
-            logits = self._logits(module, values, inputs, torch.float64)
+        with _Given(masks, kind) as given:
+            logits = self._logits(module, values, inputs, kind)
         given.refuse_left_over()
         loss = summed_loss(self.loss, logits, torch.from_numpy(inputs[LABELS]))
         loss = loss * float(inputs[LOSS_WEIGHT])
@@ -101,17 +104,18 @@ def summed_loss(loss: Loss, logits: Any, labels: Any) -> Any:  # Any: torch tens
     return functions[loss.kind](logits, labels.to(logits.dtype), reduction="sum")
 
 
-class _InFloat64(TorchDispatchMode):  # type: ignore[misc]  # torch is untyped here
+class _Given(TorchDispatchMode):  # type: ignore[misc]  # torch is untyped here
     """Two things that a module does itself are done otherwise while this is entered.
 
     Every dropout, wherever it is called, draws its noise by one operator and divides it by the
     probability: that operator gives our masks, in the order of the calls. And where a module asks
-    for float32 (a softmax, a norm) it gets float64.
+    for float32 (a softmax, a norm) it gets the type of the step.
     """
 
-    def __init__(self, masks: Sequence[Array]) -> None:
+    def __init__(self, masks: Sequence[Array], kind: Any) -> None:  # Any: a torch dtype
         super().__init__()
         self._masks = list(masks)
+        self._kind = kind
         self._given = 0
 
     def __torch_dispatch__(
@@ -119,7 +123,7 @@ class _InFloat64(TorchDispatchMode):  # type: ignore[misc]  # torch is untyped h
     ) -> Any:  # Any: torch's own protocol
         named = dict(named or {})
         if function is _CONVERT and named.get("dtype") is torch.float32:
-            named["dtype"] = torch.float64
+            named["dtype"] = self._kind
         if function is not _DRAW:
             return function(*arguments, **named)
         noise, kept = arguments[0], arguments[1] if len(arguments) > 1 else 0.5

@@ -41,7 +41,7 @@ def trace(model: TorchModel, *, context: int, training: bool) -> Traced:
     Raises:
         GraphError: torch could not export the module; change the module.
     """
-    dynamic_first = model.has_sequence and context > 2
+    dynamic_first = model.has_sequence and context > 2 and not model.is_recurrent
     try:
         traced = _trace(model, context, training=training, dynamic=dynamic_first)
     except GraphError:
