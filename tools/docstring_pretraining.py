@@ -5,7 +5,9 @@
 Reads the corpus that `tools/docstring_corpus.py` wrote and makes DIR/pretraining.txt, one document
 a line: every docstring of the standard library and every paragraph of the language reference, but
 nothing that holds a held-out text. DIR/encoder/ is a Hugging Face folder without weights, a BERT
-configuration and a word-piece tokenizer made from that text. Needs the `text` extra.
+configuration and a word-piece tokenizer made from that text. Needs the `text` extra. The text is
+the same on every machine with the same version of Python; the tokenizer is not, as its library
+breaks ties by chance.
 """
 
 from __future__ import annotations
