@@ -52,7 +52,7 @@ def test_failing_step_shows_in_the_closing_line(capsys: pytest.CaptureFixture[st
 def test_passing_steps_are_summed(capsys: pytest.CaptureFixture[str]) -> None:
     check = tool("check")
     says = (sys.executable, "-c", "print('2 passed, 1 skipped in 0.1s')")
-    outcomes = [check.run(check.Step(name=name, command=says)) for name in ("a", "b")]
+    outcomes = check.run_lanes(([check.Step(name=name, command=says) for name in ("a", "b")],))
     assert check.report(outcomes, 9.0) == 0
     assert capsys.readouterr().out.rstrip().endswith("===== 4 passed, 2 skipped in 9.00s =====")
 
@@ -101,10 +101,12 @@ def test_interpreter_that_does_not_start_is_passed_over(tmp_path: Path) -> None:
 def test_lanes_run_side_by_side_and_keep_each_others_output_apart(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    check = tool("check")
     lanes = [
-        [Step(name=n, command=("echo", f"{i} passed in 0.1s"))] for i, n in ((1, "a"), (2, "b"))
+        [check.Step(name=name, command=("echo", f"{number} passed in 0.1s"))]
+        for number, name in ((1, "a"), (2, "b"))
     ]
-    outcomes = run_lanes(lanes)
+    outcomes = check.run_lanes(lanes)
     assert [outcome.counts["passed"] for outcome in outcomes] == [1, 2]
     printed = capsys.readouterr().out
     for name, count in (("a", 1), ("b", 2)):

@@ -273,7 +273,11 @@ def _layer_norm(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
     axis = int(attribute(node, "axis", -1)) % inputs[0].ndim
     bias = inputs[2] if len(inputs) > 2 else None
     epsilon = attribute(node, "epsilon", 1e-5)
-    return functional.layer_norm(inputs[0], inputs[0].shape[axis:], inputs[1], bias, epsilon)
+    y = functional.layer_norm(inputs[0], inputs[0].shape[axis:], inputs[1], bias, epsilon)
+    over = list(range(axis, inputs[0].ndim))
+    mean = inputs[0].mean(over, keepdim=True)
+    variance = inputs[0].var(over, unbiased=False, keepdim=True)
+    return (y, mean, torch.rsqrt(variance + epsilon))
 
 
 def _batch_norm(node: onnx.NodeProto, inputs: Sequence[Tensor]) -> Tensor:
