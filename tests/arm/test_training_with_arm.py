@@ -13,8 +13,9 @@ from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.store.bundles import load_bundle
 from p2ptrain.store.runs import RunDirectory, run_paths
 from p2ptrain.training.contract import OptimizerChoice
-from p2ptrain.training.memory import memory_bytes
+from p2ptrain.training.memory import stage_memory
 from tests.arm.guest import in_guest
+from tests.bundles import contract_for
 from tests.e2e.peers import ROOT, Member, job, peer_group, train
 
 TOLERANCE: Final = 1e-4
@@ -79,12 +80,12 @@ async def test_arm_and_x86_agree_with_x86_alone(shared: Path, text: Path) -> Non
 def room_for_most(request: TrainRequest) -> int:
     """Bytes that hold all but SEGMENTS_ON_ARM segments: emulation makes the guest so slow that
     the planner would give it nothing but the embedding."""
-    manifest = load_bundle(Path(request.bundle)).manifest
-    return memory_bytes(
-        manifest,
-        range(SEGMENTS_ON_ARM, len(manifest.segments)),
+    bundle = load_bundle(Path(request.bundle))
+    contract = dataclasses.replace(
+        contract_for(bundle),
         form=request.form,
-        batch=request.microbatch_size,
-        in_flight=1,
-        optimizer=request.optimizer.name,
+        microbatch_size=request.microbatch_size,
+        optimizer=request.optimizer,
     )
+    kept = range(SEGMENTS_ON_ARM, len(bundle.manifest.segments))
+    return stage_memory(bundle.manifest, kept, contract, in_flight=1).total
