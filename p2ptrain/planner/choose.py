@@ -23,6 +23,7 @@ from p2ptrain.planner.input import (
     PlanningInput,
     stage_shares,
 )
+from p2ptrain.planner.keepers import data_holders, replica_keepers
 from p2ptrain.planner.plan import Plan, StagePlan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.planner.search import Candidate, Search, SearchResult
@@ -85,15 +86,27 @@ class _Chosen:
 
     def _plan(self, *, reasons: tuple[str, ...]) -> Plan:
         planning = self._planning
+        stages = tuple(self._stage(index) for index in range(len(self._best.cuts)))
+        members = tuple(sorted({*self._best.devices, planning.home}))
         return Plan(
             run=planning.run,
             lineage=planning.lineage,
             view=planning.view,
-            members=tuple(sorted({*self._best.devices, planning.home})),
+            members=members,
             home=planning.home,
+            holders=data_holders(
+                planning.home,
+                stages,
+                members,
+                keep_data_here=planning.keep_data_here,
+                holding=planning.holding,
+            ),
+            keep_data_here=planning.keep_data_here,
+            replica_every=planning.replica_every,
             contract=planning.contract.digest,
             schedule=planning.schedule,
-            stages=tuple(self._stage(index) for index in range(len(self._best.cuts))),
+            stages=stages,
+            replicas=replica_keepers(stages, members),
             step_ns=self._best.step_ns,
             reasons=reasons,
         )

@@ -61,6 +61,12 @@ class PlanningInput:
     schedule: str = "1f1b"
     stages: int | None = None
     """Exact number of stages; None: the planner chooses."""
+    keep_data_here: bool = False
+    """The home peer's data has no second copy."""
+    holding: tuple[DeviceId, ...] = ()
+    """Devices that have the run's data already."""
+    replica_every: int = 10
+    """Steps between replica sets."""
     links: tuple[LinkEstimate, ...] = ()
     """Measured links; the others are assumed."""
 

@@ -11,7 +11,7 @@ from p2ptrain import limits
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
 from p2ptrain.wire.codec import to_plain
 
-PLAN_VERSION: Final = 1
+PLAN_VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +42,21 @@ class Plan:
     lineage: Lineage
     view: ViewNumber
     members: tuple[DeviceId, ...]
-    """All peers of the view, sorted; the home peer is always one."""
+    """All peers of the view, sorted, with a stage or in reserve; the home peer is always one."""
     home: DeviceId
-    """The data holder; also the view's tie-breaker."""
+    """The data holder that feeds this view; also its tie-breaker."""
+    holders: tuple[DeviceId, ...]
+    """Members with a copy of the run's data (or about to get one), the home peer first."""
+    keep_data_here: bool = False
+    """The data may not leave the home peer, so without it the run pauses."""
+    replica_every: int = 10
+    """Steps between replica sets."""
     contract: Digest
     schedule: str
     """1f1b or gpipe."""
     stages: tuple[StagePlan, ...]
+    replicas: tuple[DeviceId | None, ...] = ()
+    """By stage: the member that keeps a replica of its state; None (or no entry): nobody can."""
     step_ns: int
     """Predicted time of one step."""
     reasons: tuple[str, ...]
@@ -91,6 +99,15 @@ def _problem(plan: Plan) -> str | None:
         return "members are not sorted and distinct"
     if plan.home not in plan.members or not set(devices) <= set(plan.members):
         return "the home peer and every stage's device are members"
+    if plan.holders[:1] != (plan.home,) or not set(plan.holders) <= set(plan.members):
+        return "data holders are members, the home peer first"
+    if len(set(plan.holders)) != len(plan.holders) or (plan.keep_data_here and plan.holders[1:]):
+        return "each data holder is named once, and data that stays has one"
+    if plan.replica_every < 1 or len(plan.replicas) not in (0, len(plan.stages)):
+        return "replica sets are made after every so many steps, of every stage or none"
+    kept = zip(plan.stages, plan.replicas, strict=False)
+    if any(keeper == s.device or keeper not in (None, *plan.members) for s, keeper in kept):
+        return "a replica is kept by another member than the stage's"
     if plan.schedule not in ("1f1b", "gpipe"):
         return f"unknown schedule {plan.schedule!r}"
     expected = 0

@@ -50,9 +50,10 @@ def make_plan(
         )
         for index, member in enumerate(members)
     )  # fmt: skip
+    owner = members[0] if home is None else home
     return Plan(
         run=run, lineage=Lineage(lineage), view=ViewNumber(view),
-        members=tuple(sorted(members)), home=members[0] if home is None else home,
+        members=tuple(sorted(members)), home=owner, holders=(owner,),
         contract=(contract or make_contract()).digest, schedule="1f1b", stages=stages,
         step_ns=1, reasons=(reason,),
     )  # fmt: skip

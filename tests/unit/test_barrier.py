@@ -29,7 +29,8 @@ def two_stages() -> Plan:
     )  # fmt: skip
     return Plan(
         run=base.run, lineage=base.lineage, view=base.view, members=base.members, home=device(2),
-        contract=base.contract, schedule="1f1b", stages=stages, step_ns=1, reasons=(),
+        holders=(device(2),), contract=base.contract, schedule="1f1b", stages=stages, step_ns=1,
+        reasons=(),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ LIBRARY: Final = ROOT / "p2ptrain"
 WORDS: Final = frozenset({"errors", "ids", "units", "limits"})
 CORES: Final = frozenset({
     "agreement", "membership", "training", "planner", "schedule", "bundle", "energy", "wire",
-    "trust",
+    "trust", "recovery",
 })  # fmt: skip
 LAYERS: Final[tuple[frozenset[str], ...]] = (
     frozenset({"__init__"}),

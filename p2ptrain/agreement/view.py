@@ -1,0 +1,94 @@
+"""A view of a run: who takes part, what each does, and where it goes on. What agreement decides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from p2ptrain import limits
+from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber, is_digest
+from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.recovery.restoration import Restoration
+from p2ptrain.training.contract import Contract
+from p2ptrain.training.step_record import StepRecord, check_consecutive
+from p2ptrain.wire.codec import to_plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """One decided, or proposed, view of a run; valid by construction."""
+
+    plan: Plan
+    """Carries run, lineage, number of the view, members, data holders."""
+    contract: Contract
+    """The same in every view of a run."""
+    profiles: tuple[PeerProfile, ...]
+    """Of every member, so that any of them can plan the next view; sorted by device."""
+    previous: Digest | None
+    """Plan digest of the view before; None: this one begins a lineage."""
+    resume_step: int
+    """The newest recorded step: whoever has not applied it does so, then step + 1 begins."""
+    records: tuple[StepRecord, ...]
+    """Steps that replays need, up to and with `resume_step`."""
+    restoration: Restoration | None
+    """None: this view begins a lineage and its members get their state from `begin`."""
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem is not None:
+            raise ValueError(problem)
+
+    @property
+    def run(self) -> RunId:
+        """The run it is a view of."""
+        return self.plan.run
+
+    @property
+    def lineage(self) -> Lineage:
+        """Counts forced restarts of the run."""
+        return self.plan.lineage
+
+    @property
+    def number(self) -> ViewNumber:
+        """Counts from 1 in each lineage."""
+        return self.plan.view
+
+    @property
+    def members(self) -> tuple[DeviceId, ...]:
+        """Sorted; they decide the next view."""
+        return self.plan.members
+
+    @property
+    def digest(self) -> Digest:
+        """Of everything in the view; two proposals with equal digests are one."""
+        document = json.dumps(to_plain(self), sort_keys=True, separators=(",", ":"))
+        return Digest(hashlib.sha256(document.encode()).hexdigest())
+
+
+def is_quorum(plan: Plan, devices: Iterable[DeviceId]) -> bool:
+    """Whether these devices may decide for the view: a majority, or half with the tie-breaker.
+
+    Any two quorums of one view intersect. Source: dynamic-linear voting, Jajodia and Mutchler
+    1990; the tie-breaker is the plan's home peer.
+    """
+    present = set(plan.members) & set(devices)
+    doubled = 2 * len(present)
+    return doubled > len(plan.members) or (doubled == len(plan.members) and plan.home in present)
+
+
+def _problem(view: View) -> str | None:
+    if view.contract.digest != view.plan.contract:
+        return "the contract is not the one the plan names"
+    if not 0 <= view.resume_step <= limits.STEPS_MAX:
+        return "a view goes on from a step"
+    if view.previous is not None and not is_digest(view.previous):
+        return "the view before is named by a plan's digest"
+    if (view.previous is None) != (view.restoration is None):
+        return "a view that follows another says how its state is restored, and no other does"
+    if view.records and view.records[-1].step != view.resume_step:
+        return "records lead up to the step where the view goes on"
+    check_consecutive(view.records)
+    return None

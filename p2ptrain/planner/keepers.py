@@ -1,0 +1,54 @@
+"""Who keeps what others would need: replicas of stages, and a second copy of the data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.plan import StagePlan
+
+
+def replica_keepers(
+    stages: Sequence[StagePlan], members: Collection[DeviceId]
+) -> tuple[DeviceId | None, ...]:
+    """For each stage, the member that keeps its replicas; None when it is alone.
+
+    Neighbours are avoided where the group allows, since a stage's logs lie there: losing one
+    device then costs a stage either its replica or half its logs, never both. Among the rest the
+    one that keeps least so far, counted in parameters; ties go to the lower device id.
+    """
+    kept: Counter[DeviceId] = Counter()
+    keepers: list[DeviceId | None] = []
+    for index, stage in enumerate(stages):
+        near = {s.device for s in stages[max(0, index - 1) : index + 2]}
+        far = [device for device in members if device not in near]
+        others = far or [device for device in members if device != stage.device]
+        keeper = min(others, key=lambda device: (kept[device], device), default=None)
+        if keeper is not None:
+            kept[keeper] += stage.parameter_count
+        keepers.append(keeper)
+    return tuple(keepers)
+
+
+def data_holders(
+    home: DeviceId,
+    stages: Sequence[StagePlan],
+    members: Collection[DeviceId],
+    *,
+    keep_data_here: bool,
+    holding: Collection[DeviceId] = (),
+) -> tuple[DeviceId, ...]:
+    """The home peer and, unless the data stays there, one more member for a second copy.
+
+    One that has the data already (`holding`) is preferred, then one without a stage, then the one
+    with the fewest parameters; ties go to the lower device id.
+    """
+    if keep_data_here:
+        return (home,)
+    parameters = {stage.device: stage.parameter_count for stage in stages}
+    others = [device for device in members if device != home]
+    if not others:
+        return (home,)
+    second = min(others, key=lambda d: (d not in holding, parameters.get(d, -1), d))
+    return (home, second)

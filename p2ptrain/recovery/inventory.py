@@ -1,0 +1,81 @@
+"""What one member holds of a run that others could need when somebody is lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from p2ptrain import limits
+from p2ptrain.ids import DeviceId
+
+LogKind = Literal["activation", "cotangent", "tied"]
+"""Tensors that senders log: boundary values forward, backward, and gradients of tied copies."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentSpan:
+    """Consecutive segments: `first` and the `count - 1` after it."""
+
+    first: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.first < 0 or not 1 <= self.count <= limits.SEGMENTS_MAX:
+            raise ValueError("a span has at least one segment")
+
+    @property
+    def segments(self) -> range:
+        """The segments' indices."""
+        return range(self.first, self.first + self.count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveStage:
+    """A stage whose parameters, optimizer state and perhaps gradients are in a peer's memory."""
+
+    span: SegmentSpan
+    step: int
+    """Updates applied."""
+    gradients_complete: bool
+    """Every backward of step `step + 1` is done, so that its update can still be applied."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldState:
+    """Replicas of these segments' states after `step` updates, fsynced here."""
+
+    span: SegmentSpan
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldLog:
+    """Tensors this peer sent (or made again in a replay) and still has, whole steps only.
+
+    `segment` names the boundary: an activation of `segment` goes to `segment + 1`, a cotangent of
+    `segment` (the value's maker) comes back from `segment + 1`; a tied gradient is named by the
+    segment that made it.
+    """
+
+    kind: LogKind
+    segment: int
+    first_step: int
+    last_step: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first_step <= self.last_step:
+            raise ValueError("a log covers at least one step")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """Everything a promise tells about its maker's holdings, at the moment of the promise."""
+
+    live: LiveStage | None
+    """None: no stage, or it was lost with a crash of this peer's process."""
+    states: tuple[HeldState, ...]
+    logs: tuple[HeldLog, ...]
+    has_data: bool
+    """Whether this peer can feed the run's inputs and labels."""
+    linked: tuple[DeviceId, ...]
+    """Devices with which it can exchange tensors now, sorted."""
