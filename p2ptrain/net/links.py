@@ -38,7 +38,7 @@ from p2ptrain.net.tls_link import (
     server_context,
 )
 from p2ptrain.training.contract import RuntimeBuild
-from p2ptrain.trust.credentials import Credentials
+from p2ptrain.trust.credentials import Credentials, FindObjection, no_objection
 from p2ptrain.wire import codec
 from p2ptrain.wire import hello as wire_hello
 from p2ptrain.wire.arbitration import Standing, may_accept, may_offer
@@ -91,16 +91,21 @@ class Links:
         on_tensor: OnTensor,
         on_bulk: OnBulk,
         enrolment: Handler | None = None,
+        objection: FindObjection = no_objection,
     ) -> None:
-        """Raises TrustError when our own key and certificates do not fit together."""
-        self._credentials = credentials
+        """Raises TrustError when our own key and certificates do not fit together.
+
+        Args:
+            objection: Asked about every chain that TLS has verified; what it says against one
+                keeps that peer out.
+        """
+        self._objection = objection
         self._build = build
         self._listen_at = (listen_host, listen_port)
         self._on_tensor = on_tensor
         self._on_bulk = on_bulk
         self._enrolment = enrolment
-        self._server = server_context(credentials)
-        self._client = client_context(credentials)
+        self.use(credentials)
         self._instance = random.SystemRandom().getrandbits(_INSTANCE_BITS)
         self._listener: Listener | None = None
         self._nursery: trio.Nursery | None = None
@@ -147,6 +152,15 @@ class Links:
                 session.over = LinkBroken("this peer stops")
             self._events_in.close()
             self._inbox_in.close()
+
+    def use(self, credentials: Credentials) -> None:
+        """Show these credentials from the next handshake on; links that are up stay.
+
+        Raises:
+            TrustError: key and certificates do not fit together; the former ones stay.
+        """
+        server, client = server_context(credentials), client_context(credentials)
+        self._credentials, self._server, self._client = credentials, server, client
 
     def dial(self, address: str, *, device: DeviceId | None = None) -> None:
         """Hint that a peer may be at host:port; ConfigError when that is no address."""
@@ -244,7 +258,11 @@ class Links:
         theirs = await connection.receive_hello()
         connection.kind = theirs.kind
         connection.address = join_address(host, theirs.listen_port)
-        refusal = self._judge(connection, theirs)
+        objection = self._objection(link.peer_chain())
+        if objection is not None:
+            self._refused_count += 1
+            self._last_refusal = objection.reason
+        refusal = self._judge(connection, theirs) if objection is None else objection.refusal
         if refusal is not None:
             await connection.send_hello(self._hello(theirs.kind, refusal=refusal))
             await link.aclose()
@@ -299,6 +317,9 @@ class Links:
         try:
             await link.handshake()
             device = link.peer_device(self._credentials)
+            objection = self._objection(link.peer_chain())
+            if objection is not None:
+                raise LinkRefused(objection.reason)
             connection = Connection(link, device=device, kind=kind, dialled_here=True)
             connection.address = address
             return await self._offer(connection)
@@ -572,6 +593,8 @@ def _refused_by_hello(theirs: Hello) -> Attempt:
         spoken = f"{theirs.protocol_min} to {theirs.protocol_max}"
         reason = f"it speaks protocol {spoken}; update p2ptrain on both devices"
         return Attempt(device=theirs.device, refusal=reason)
+    if theirs.refusal in wire_hello.REFUSED_FOR_GOOD:
+        return Attempt(device=theirs.device, refusal=wire_hello.REFUSED_FOR_GOOD[theirs.refusal])
     if theirs.refusal == wire_hello.REFUSE_DUPLICATE:
         return Attempt(device=theirs.device)  # the other connection is on its way
     return Attempt(device=theirs.device, failure=f"the peer refused: {theirs.refusal:.40}")

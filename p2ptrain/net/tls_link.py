@@ -29,6 +29,8 @@ PLAINTEXT_CHUNK_BYTES: Final = 256 * 1024
 CIPHERTEXT_BUFFER_BYTES: Final = 512 * 1024
 _PRIORITIZE_CHACHA: Final = 1 << 21
 """SSL_OP_PRIORITIZE_CHACHA: a client without AES instructions puts ChaCha20 first and gets it."""
+_ENCODING_DER: Final = 2
+"""OpenSSL's X509_FILETYPE_ASN1, as `_ssl.Certificate.public_bytes` takes it."""
 _CUT_SHORT: Final = "the peer closed the link in the middle of a frame"
 _TOLD_BY_PEER: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
 
@@ -133,6 +135,18 @@ class TlsLink:
         except TrustError as error:
             self.close()
             raise LinkRefused(error.message) from error
+
+    def peer_chain(self) -> tuple[bytes, ...]:
+        """The chain that OpenSSL verified, as DER: the peer's leaf, its issuers, our root.
+
+        Raises:
+            LinkRefused: there is none, or this Python cannot tell it; nobody is let in unjudged.
+        """
+        chain = _verified_chain(self._tls)
+        if len(chain) < 2:
+            self.close()
+            raise LinkRefused("the chain of the peer's certificates cannot be told")
+        return chain
 
     async def send_all(self, *buffers: ReadableBuffer) -> None:
         """Send buffers as one uninterrupted piece.
@@ -355,6 +369,17 @@ def _configured(context: ssl.SSLContext, credentials: Credentials) -> ssl.SSLCon
     except (ssl.SSLError, OSError) as error:
         raise TrustError(f"our own key or certificate cannot be used: {error}") from error
     return context
+
+
+def _verified_chain(tls: ssl.SSLObject) -> tuple[bytes, ...]:
+    """DER of the verified chain: public since Python 3.13, behind a private object before."""
+    public = getattr(tls, "get_verified_chain", None)
+    if public is not None:
+        return tuple(bytes(der) for der in public())
+    private = getattr(getattr(tls, "_sslobj", None), "get_verified_chain", None)
+    if private is None:
+        return ()
+    return tuple(certificate.public_bytes(_ENCODING_DER) for certificate in private() or ())
 
 
 def _verification(message: str) -> str:

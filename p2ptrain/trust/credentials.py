@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from p2ptrain.ids import DeviceId, GroupId
@@ -19,3 +20,23 @@ class Credentials:
     """Path of chain.pem: our leaf, then its issuers, without the root."""
     key_file: str
     """Path of device.key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objection:
+    """Why a chain that leads to our root is refused all the same."""
+
+    refusal: str
+    """What its HELLO is answered with, a refusal of PROTOCOL.md section 3.1."""
+    reason: str
+    """One phrase for people here."""
+
+
+Chain = tuple[bytes, ...]
+"""DER of a leaf, its issuers and the root, as TLS verified them."""
+FindObjection = Callable[[Chain], Objection | None]
+
+
+def no_objection(chain: Chain) -> Objection | None:
+    """What TLS verified is good enough: for groups where nobody was ever revoked."""
+    return None
