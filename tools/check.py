@@ -91,7 +91,7 @@ def full_phases() -> list[tuple[list[Step], ...]]:
     Steps of one process run in two lanes side by side; then, alone on the machine, those that start
     several processes and watch how soon they notice each other.
     """
-    elsewhere = [f"--ignore=tests/{name}" for name in ("export", "arm", "e2e")]
+    elsewhere = [f"--ignore=tests/{name}" for name in ("export", "arm", "e2e", "netns")]
     first, second = lint_steps(), [tests("export", EXPORT, "tests/export")]
     first.append(tests("runtime", RUNTIME, "tests", *elsewhere))
     for lane, folder, skipped in zip((first, second), STOCK, STOCK_SKIPS, strict=True):
@@ -101,6 +101,7 @@ def full_phases() -> list[tuple[list[Step], ...]]:
             lane.append(tests(name, folder, *kept, "--ignore=tests/unit/test_tidy.py"))
     alone = [
         tests("end to end", RUNTIME, "tests/e2e"),
+        tests("network", RUNTIME, "tests/netns", "-rs"),
         tests("arm", RUNTIME, "tests/arm", "-rs"),
     ]
     return [(first, second), (alone,)]

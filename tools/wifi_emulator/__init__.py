@@ -1,0 +1,1 @@
+"""An access point of our own between network namespaces: one shared medium, without netem."""
