@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.ids import Digest
+from p2ptrain.runtime.replay import OnSent
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.clipping import Clip, clip_scale
@@ -19,8 +20,11 @@ from p2ptrain.training.contract import Contract
 from p2ptrain.training.feed import Feed, Samples
 from p2ptrain.training.learning_rate import learning_rate
 from p2ptrain.training.loss import loss_weight
+from p2ptrain.training.replay_inputs import sent_places
 from p2ptrain.training.sampling import Windows, heldout_windows, training_windows
 from p2ptrain.training.segment_state import SegmentState, StateHeader, state_digest
+from p2ptrain.training.step_record import StepRecord
+from p2ptrain.training.step_tensors import expected_tensors
 
 NO_DIGEST = Digest("0" * 64)
 
@@ -72,6 +76,9 @@ class LocalPipeline:
     sequence: int = 0
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    records: list[StepRecord] = field(default_factory=list)
+    on_sent: OnSent | None = None
+    """Told of everything that one stage sends another in training."""
 
     @classmethod
     def make(
@@ -104,9 +111,18 @@ class LocalPipeline:
         """Steps `first_step` to `last_step`, both included and counted from 1."""
         for step in range(first_step, last_step + 1):
             self.losses.append(self._microbatches(step))
+            self._log_ties(step)
             self.sum_ties()
             clip = self._clip()
             self.norms.append(clip.norm)
+            self.records.append(
+                StepRecord(
+                    step=step,
+                    loss=self.losses[-1],
+                    gradient_norm=clip.norm,
+                    clip_scale=clip.scale,
+                )
+            )
             rate = learning_rate(self.contract.optimizer, step=step, steps=self.contract.steps)
             for worker in self.workers:
                 worker.update(step=step, learning_rate=rate, clip_scale=clip.scale)
@@ -120,6 +136,18 @@ class LocalPipeline:
         for stage, worker in enumerate(self.workers):
             others = (part for other, part in enumerate(held) if other != stage)
             worker.sum_ties({name: array for part in others for name, array in part.items()})
+
+    def _log_ties(self, step: int) -> None:
+        if self.on_sent is None:
+            return
+        manifest = self.bundle.manifest
+        for worker, part in zip(self.workers, self.segments, strict=True):
+            for place in sent_places(manifest, part):
+                if place.kind == "tied":
+                    copies = expected_tensors(manifest, self.contract, "tied", place.segment)
+                    names = [manifest.tensors[copy.index].name for copy in copies]
+                    arrays = tuple(worker.gradient(name) for name in names)
+                    self.on_sent("tied", step, 0, place.segment, arrays)
 
     def evaluate(self) -> float:
         """Mean held-out loss over the contract's microbatches."""
@@ -170,7 +198,7 @@ class LocalPipeline:
                 in_flight = min(stages - stage, count)
                 cotangent_here = stage == stages - 1 or backwards[stage + 1] > b
                 if b < f and cotangent_here and (f - b == in_flight or f == count):
-                    self._backward(stage, b, start + b)
+                    self._backward(stage, step, b, start + b)
                     backwards[stage] += 1
                 elif f < count and f - b < in_flight and (stage == 0 or forwards[stage - 1] > f):
                     self.sequence = start + f
@@ -205,14 +233,20 @@ class LocalPipeline:
         )
         if not last:
             _send(worker.exit(self.sequence), self.workers[stage + 1].entry(self.sequence))
+            if training and self.on_sent is not None:
+                segment, arrays = self.segments[stage][-1], worker.exit(self.sequence)
+                self.on_sent("activation", step, index, segment, arrays)
         return loss
 
-    def _backward(self, stage: int, index: int, sequence: int) -> None:
+    def _backward(self, stage: int, step: int, index: int, sequence: int) -> None:
         worker = self.workers[stage]
         worker.backward(microbatch=index, sequence=sequence)
         if stage > 0:
             before = self.workers[stage - 1]
             _send(worker.entry_cotangent(sequence), before.exit_cotangent(sequence))
+            if self.on_sent is not None:
+                segment, arrays = self.segments[stage][0] - 1, worker.entry_cotangent(sequence)
+                self.on_sent("cotangent", step, index, segment, arrays)
 
     def _clip(self) -> Clip:
         sums: dict[int, float] = {}

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import trio
 
-from p2ptrain.errors import DataError
+from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.outlet import Outlet, send_whole
 from p2ptrain.runtime.signal import Signal
-from p2ptrain.training.arrivals import LOSS_WEIGHT_DTYPE
 from p2ptrain.training.contract import Contract
-from p2ptrain.training.feed import Feed
-from p2ptrain.training.loss import counted_labels, loss_weight
 from p2ptrain.training.messages import stamp_of
+from p2ptrain.training.minibatch import FedKind, read_minibatch
 from p2ptrain.training.program import Item, Program
 from p2ptrain.wire.frames import TensorHeader
 
@@ -75,43 +72,17 @@ class Feeder:
         return self._fed - self._completed() < ITEMS_AHEAD_MAX
 
     async def _feed(self, item: Item) -> None:
-        feeds = await trio.to_thread.run_sync(self._read, item)
-        weight = np.array([self._loss_weight(item, feeds)], LOSS_WEIGHT_DTYPE)
-        first, last = self._plan.stages[0].device, self._plan.stages[-1].device
-        for microbatch, feed in enumerate(feeds):
-            for index, array in enumerate(feed.inputs):
-                header = self._header(item, "input", microbatch, index)
-                await send_whole(self._outlet, first, header, array)
-            for index, array in enumerate((feed.labels, weight)):
-                header = self._header(item, "labels", microbatch, index)
-                await send_whole(self._outlet, last, header, array)
-
-    def _read(self, item: Item) -> list[Feed]:
-        count = self._program.microbatches(item)
-        return [self._samples(item, microbatch) for microbatch in range(count)]
-
-    def _loss_weight(self, item: Item, feeds: list[Feed]) -> float:
-        loss = self._job.bundle.manifest.loss
-        count = sum(counted_labels(loss, feed.labels) for feed in feeds)
-        if count == 0:
-            raise DataError(
-                f"{item}: no label counts in all of its {len(feeds)} microbatches",
-                hint="use larger minibatches, or data with more labels",
-            )
-        return loss_weight(count)
-
-    def _samples(self, item: Item, microbatch: int) -> Feed:
-        size = self._contract.microbatch_size
-        first_sample = microbatch * size
-        if item.kind == "evaluate":
-            return self._job.samples.heldout(
-                sample_count=size * self._contract.heldout_microbatches,
-                first_sample=first_sample,
-                count=size,
-            )
-        return self._job.samples.training(
-            seed=self._contract.seed, step=item.step, first_sample=first_sample, count=size
+        job = self._job
+        read = await trio.to_thread.run_sync(
+            read_minibatch, job.samples, self._contract, job.bundle.manifest.loss, item
         )
+        first, last = self._plan.stages[0].device, self._plan.stages[-1].device
+        ends: tuple[tuple[FedKind, DeviceId], ...] = (("input", first), ("labels", last))
+        for microbatch in range(len(read.feeds)):
+            for kind, device in ends:
+                for index, array in enumerate(read.arrays(kind, microbatch)):
+                    header = self._header(item, kind, microbatch, index)
+                    await send_whole(self._outlet, device, header, array)
 
     def _header(self, item: Item, kind: str, microbatch: int, index: int) -> TensorHeader:
         stamp = stamp_of(self._plan)

@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from p2ptrain.bundle.manifest import Manifest, Port, SegmentKind, Value
+from p2ptrain.bundle.manifest import Manifest, Port, Value
 from p2ptrain.engine.contract import Array, Binding, Buffer, Engine, Program
 from p2ptrain.errors import GraphError, InvariantBroken
 from p2ptrain.runtime.segment_memory import FloatArray, SegmentMemory
@@ -402,10 +402,3 @@ def _boundary_names(ports: tuple[Port, ...]) -> list[str]:
 
 def _probability(contract: Contract, own: float) -> float:
     return own if contract.dropout is None else contract.dropout
-
-
-def cotangent_positions(before: SegmentKind, after: SegmentKind) -> tuple[bool, ...]:
-    """Which values between two segments have a cotangent: those differentiable on both sides."""
-    leaving = [port.differentiable for port in before.outputs if port.role == "boundary"]
-    entering = [port.differentiable for port in after.inputs if port.role == "boundary"]
-    return tuple(a and b for a, b in zip(leaving, entering, strict=True))

@@ -26,11 +26,11 @@ from p2ptrain.runtime.segment_runner import (
     SegmentPrograms,
     SegmentRunner,
     StageSetting,
-    cotangent_positions,
 )
 from p2ptrain.runtime.segment_updater import SegmentUpdater, UpdateScalars
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.barrier import stage_tensor_indices
+from p2ptrain.training.boundaries import cotangent_positions
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.layout import flat_layout
 from p2ptrain.training.optimizer import optimizer_scalars
@@ -106,6 +106,7 @@ class StageWorker:
         self._ties = self._find_ties()
         self._ties_summed = False
         self._tensor_indices = stage_tensor_indices(manifest, segments)
+        self._steps: dict[int, int] = {}
         self._forward_count = self._evaluation_count = 0
         self._backward_count = self._update_count = 0
 
@@ -113,6 +114,24 @@ class StageWorker:
     def tensor_indices(self) -> tuple[int, ...]:
         """Manifest indices of the stage's tensors, ascending: the order of `square_sums`."""
         return self._tensor_indices
+
+    @property
+    def segments(self) -> range:
+        """The stage's."""
+        return self._segments
+
+    @property
+    def applied_step(self) -> int | None:
+        """Updates applied to every segment; None before all were drawn or loaded, and while they
+        were loaded from different steps."""
+        steps = {self._steps.get(index) for index in self._segments}
+        return steps.pop() if len(steps) == 1 else None
+
+    @property
+    def gradients_complete(self) -> bool:
+        """Every backward of the step is done and ties are summed: only its update is missing."""
+        whole = self._accumulated == self._contract.microbatches and not self._waiting
+        return whole and (self._ties_summed or not self._ties)
 
     def statistics(self) -> StageStatistics:
         """What this stage has done since it was made."""
@@ -125,13 +144,25 @@ class StageWorker:
         )
 
     def draw_parameters(self) -> None:
-        """Start afresh: the bundle's weights, else seeded values; optimizer state zero."""
+        """Start afresh: the bundle's weights, else seeded values; optimizer state zero.
+
+        A step under way is abandoned.
+        """
+        self.abandon_step()
         for memory in self._memories.values():
             memory.start(self._starting_value)
+        self._steps = dict.fromkeys(self._segments, 0)
 
     def load(self, segment_index: int, state: SegmentState) -> None:
-        """Take over one segment's saved state; CheckpointError when it does not fit."""
+        """Take over one segment's saved state and abandon a step under way.
+
+        Raises:
+            CheckpointError: it does not fit; the segment is to be loaded or drawn again.
+        """
+        self.abandon_step()
+        self._steps.pop(segment_index, None)
         self._memories[segment_index].load_state(state)
+        self._steps[segment_index] = state.step
 
     def state(self, segment_index: int, step: int) -> SegmentState:
         """A copy of one segment's state after `step` updates."""
@@ -152,6 +183,18 @@ class StageWorker:
     def entry_cotangent(self, sequence: int) -> tuple[Array, ...]:
         """The cotangents to send after `backward`; empty for the first stage."""
         return _places(self._boundaries[0].cotangents, sequence)
+
+    def crossing(self, segment: int, sequence: int) -> tuple[Array, ...]:
+        """What `forward` let out of a segment of this stage, or into its first one from before;
+        inner values are overwritten by a later microbatch."""
+        boundary = self._boundaries[segment + 1 - self._segments.start]
+        return _places(boundary.activations, sequence)
+
+    def crossing_cotangent(self, segment: int, sequence: int) -> tuple[Array, ...]:
+        """What `backward` gave back across the same boundary, one per differentiable value;
+        inner values are overwritten by the next backward."""
+        boundary = self._boundaries[segment + 1 - self._segments.start]
+        return _places(boundary.cotangents, sequence)
 
     def forward(
         self,
@@ -287,6 +330,7 @@ class StageWorker:
         for memory in self._memories.values():
             memory.commit_running()
         self._begin_sum()
+        self._steps = dict.fromkeys(self._segments, step)
         self._update_count += 1
 
     def abandon_step(self) -> None:

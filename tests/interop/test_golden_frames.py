@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from p2ptrain.ids import DeviceId, Digest, GroupId, Lineage, RunId, ViewNumber
 from p2ptrain.training.contract import RuntimeBuild
+from p2ptrain.training.step_tensors import PackedTensor, pack
 from p2ptrain.trust.enrolment import EnrolmentGrant, EnrolmentRequest, Joiner, Sponsor
 from p2ptrain.trust.invite import Invite
 from p2ptrain.wire.frames import (
@@ -62,6 +63,11 @@ BULK = BulkHeader(
     total=16,
     chunk=Digest(hashlib.sha256(CHUNK).hexdigest()),
 )
+PACKED = (
+    PackedTensor(microbatch=0, index=0, body=CHUNK),
+    PackedTensor(microbatch=0, index=1, body=CHUNK[:1]),
+    PackedTensor(microbatch=1, index=0, body=b""),
+)
 
 
 def enrolment_frames() -> dict[str, bytes]:
@@ -96,6 +102,7 @@ def vectors() -> dict[str, bytes]:
         "tensor": encode_frame_head(FrameType.TENSOR, tensor, 16) + CHUNK,
         "tied": encode_frame_head(FrameType.TENSOR, tied, 16) + CHUNK,
         "loss-weight": encode_frame_head(FrameType.TENSOR, weight, 8) + struct.pack("<d", 1 / 96),
+        "packed-step": pack(PACKED),
         "bulk": encode_frame_head(FrameType.BULK, bulk, 16) + CHUNK,
         **enrolment_frames(),
     }
