@@ -48,7 +48,7 @@ class TensorInbox:
     Inputs and labels (`fed`) are kept until their item comes. Any other tensor of a later item
     waits for that item and holds up only its own data link; that cannot deadlock, because its
     sender begins an item only when the one before needs nothing more from it (PROTOCOL.md
-    section 6.2). Tied gradients of the open item have their own buffers, made once.
+    section 6.3). Tied gradients of the open item have their own buffers, made once.
     """
 
     def __init__(self, signal: Signal, *, arrivals: Arrivals) -> None:

@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 _by_name: dict[str, type] = {}
 _names: dict[type, str] = {}
 
-NESTING_MAX = 6
+NESTING_MAX = 9
 ITEMS_MAX = 65_536
 INTEGER_MAX = (1 << 63) - 1
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import p2ptrain.agreement.messages
+import p2ptrain.agreement.run_messages
 import p2ptrain.membership.messages
 import p2ptrain.training.messages
 from p2ptrain.wire.codec import registered

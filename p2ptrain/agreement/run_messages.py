@@ -1,0 +1,166 @@
+"""What members of a run's view say to each other to decide its next view and its steps.
+
+Every message but `DecidedView` names the view its sender goes by: run, lineage, number of the
+view and digest of its plan. The view that is decided about is the one after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from p2ptrain import limits
+from p2ptrain.agreement.ballot import Ballot
+from p2ptrain.agreement.view import View
+from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
+from p2ptrain.recovery.inventory import Inventory
+from p2ptrain.training.step_record import StepRecord, check_consecutive
+from p2ptrain.wire.codec import message
+
+
+@message("view.prepare")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewPrepare:
+    """A member wants to propose the next view under this ballot; repeated while it plans."""
+
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    plan: Digest
+    ballot: Ballot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptedView:
+    """A view that an acceptor accepted, and under which ballot."""
+
+    ballot: Ballot
+    value: View
+
+
+@message("view.promise")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewPromise:
+    """A member takes part in no lower ballot and records no further step in its view."""
+
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    plan: Digest
+    ballot: Ballot
+    accepted: AcceptedView | None
+    records: tuple[StepRecord, ...]
+    """What it holds durably, consecutive; the newest ones when there are too many."""
+    inventory: Inventory
+
+    def __post_init__(self) -> None:
+        _check_records(self.records)
+        if max(len(self.inventory.states), len(self.inventory.logs)) > limits.HOLDINGS_MAX:
+            raise ValueError("an inventory has too many entries")
+
+
+@message("view.refuse")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewRefusal:
+    """A member promised a higher ballot."""
+
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    plan: Digest
+    ballot: Ballot
+    promised: Ballot
+
+
+@message("view.accept")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewAccept:
+    """The proposer of a promised ballot asks for this view."""
+
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    plan: Digest
+    ballot: Ballot
+    value: View
+
+
+@message("view.accepted")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewAccepted:
+    """A member accepted, durably, what the ballot asked for."""
+
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    plan: Digest
+    ballot: Ballot
+
+
+@message("view.decided")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecidedView:
+    """The newest view known to be decided, to whoever may not know it."""
+
+    value: View
+
+
+@message("view.head")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewHead:
+    """Where this peer stands; who stands further on tells it, who stands behind asks.
+
+    View 0 with the plan `""`: it knows no view of the run.
+    """
+
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    plan: Digest
+    newest_step: int
+
+
+@message("step.recorded")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecorded:
+    """A member holds these records durably, and had not promised the next view before."""
+
+    run: RunId
+    lineage: Lineage
+    view: ViewNumber
+    plan: Digest
+    records: tuple[StepRecord, ...]
+    """Consecutive; may be empty."""
+    since: int
+    """The oldest step of which the sender still has the record; earlier ones are replicated."""
+    after: int | None
+    """Answer with your records after this step; None: no answer is wanted."""
+
+    def __post_init__(self) -> None:
+        _check_records(self.records)
+
+
+RunMessage = (
+    ViewPrepare
+    | ViewPromise
+    | ViewRefusal
+    | ViewAccept
+    | ViewAccepted
+    | DecidedView
+    | ViewHead
+    | StepRecorded
+)
+RUN_MESSAGES = (
+    ViewPrepare, ViewPromise, ViewRefusal, ViewAccept, ViewAccepted, DecidedView, ViewHead,
+    StepRecorded,
+)  # fmt: skip
+
+
+def run_of(told: RunMessage) -> RunId:
+    """The run whose machine the message is for."""
+    return told.value.run if isinstance(told, DecidedView) else told.run
+
+
+def _check_records(records: tuple[StepRecord, ...]) -> None:
+    if len(records) > limits.STEP_RECORDS_MAX:
+        raise ValueError("too many records in one message")
+    check_consecutive(records)
