@@ -14,9 +14,7 @@ from p2ptrain.runtime.signal import Signal
 from p2ptrain.store.runs import CheckpointRecord, SavedSegment
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import CheckpointStored, SegmentSaved, stamp_of
-
-FLOAT32_BYTES = 4
-HEADER_BYTES_MAX = 64 * 1024
+from p2ptrain.training.segment_state import saved_bytes_max
 
 
 class CheckpointCollector:
@@ -52,13 +50,9 @@ class CheckpointCollector:
         stage = self._plan.stage_of(device)
         if stage is None or saved.segment not in self._plan.stages[stage].segments:
             return False
-        manifest, name = self._job.bundle.manifest, self._contract.optimizer.name
-        vectors = 1 + len(manifest.updates[name].state)
-        tensors = manifest.segment_tensors(saved.segment)
-        tensors += manifest.segment_running(saved.segment)
-        elements = sum(tensor.elements for tensor in tensors)
-        names_bytes = HEADER_BYTES_MAX + vectors * sum(256 + len(t.name) for t in tensors)
-        size_max = FLOAT32_BYTES * vectors * elements + names_bytes
+        manifest = self._job.bundle.manifest
+        state_names = manifest.updates[self._contract.optimizer.name].state
+        size_max = saved_bytes_max(manifest, saved.segment, state_names)
         steps = range(self._job.first_step, self._contract.steps + 1)
         return saved.step in steps and 0 < saved.blob_bytes <= size_max
 

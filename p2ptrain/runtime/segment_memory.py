@@ -95,6 +95,13 @@ class SegmentMemory:
             running=_copies(self.running, self.layout.running),
         )
 
+    def copy_into(self, state: SegmentState) -> None:
+        """Fill the arrays of a state that has this segment's names and shapes."""
+        _fill(state.tensors, self.parameters, self.layout.places)
+        for name, vector in self.state.items():
+            _fill(state.state[name], vector, self.layout.places)
+        _fill(state.running, self.running, self.layout.running)
+
     def load_state(self, state: SegmentState) -> None:
         """Copy a saved state in; CheckpointError when its names or shapes are others."""
         if set(state.state) != set(self.state):
@@ -128,3 +135,8 @@ def _load(vector: FloatArray, places: tuple[Place, ...], tensors: Mapping[str, F
         raise CheckpointError("the checkpoint holds other tensors than the segment")
     for place in places:
         np.copyto(view(vector, place), tensors[place.tensor.name])
+
+
+def _fill(targets: Mapping[str, FloatArray], vector: FloatArray, places: tuple[Place, ...]) -> None:
+    for place in places:
+        np.copyto(targets[place.tensor.name], view(vector, place))

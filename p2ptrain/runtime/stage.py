@@ -35,6 +35,7 @@ from p2ptrain.training.contract import Contract
 from p2ptrain.training.layout import flat_layout
 from p2ptrain.training.optimizer import optimizer_scalars
 from p2ptrain.training.random import draw_tensor
+from p2ptrain.training.segment_image import SegmentImage
 from p2ptrain.training.segment_state import SegmentState
 from p2ptrain.training.squares import CHUNK_ELEMENTS
 from p2ptrain.training.ties import TieGroup, tie_groups, tied_gradient
@@ -167,6 +168,10 @@ class StageWorker:
     def state(self, segment_index: int, step: int) -> SegmentState:
         """A copy of one segment's state after `step` updates."""
         return self._memories[segment_index].copy_state(step)
+
+    def copy_into(self, segment_index: int, image: SegmentImage) -> None:
+        """Fill an image with one segment's present state, between two steps."""
+        self._memories[segment_index].copy_into(image.state)
 
     def entry(self, sequence: int) -> tuple[Array, ...]:
         """Where the activations of a microbatch are received; empty for the first stage."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ def write_atomic(path: Path, chunks: Iterable[ReadableBuffer], mode: int = 0o644
     Raises:
         OSError: the directory is missing, full or read-only; `path` is as it was.
     """
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+    temporary = temporary_for(path)
     try:
         _write_synced(temporary, chunks, mode)
         os.replace(temporary, path)
@@ -31,6 +32,62 @@ def write_atomic(path: Path, chunks: Iterable[ReadableBuffer], mode: int = 0o644
             temporary.unlink()
         raise
     sync_directory(path.parent)
+
+
+class FileWriter:
+    """Writes a file as its bytes arrive; under its name it is whole, fsynced, or not there.
+
+    The caller writes, then commits; `discard` is due whatever happened. Every call raises OSError
+    when the disk refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._path, self.temporary = path, temporary_for(path)
+        self._file = self.temporary.open("xb")
+
+    def write(self, chunk: ReadableBuffer) -> None:
+        """The next bytes."""
+        self._file.write(chunk)
+
+    def flush(self) -> None:
+        """Everything written is in `temporary`, where it can be checked before the commit."""
+        self._file.flush()
+
+    def commit(self) -> None:
+        """Give the file its name, durably."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self.temporary, self._path)
+        sync_directory(self._path.parent)
+
+    def discard(self) -> None:
+        """Forget what was not committed."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+            self.temporary.unlink()
+
+
+def temporary_for(path: Path) -> Path:
+    """A name beside `path` that nothing else has."""
+    return path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a crash left this file behind."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def free_bytes(path: Path) -> int:
+    """What can still be written where `path` is, or will be.
+
+    Raises:
+        OSError: no folder above it exists.
+    """
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def sync_directory(directory: Path) -> None:

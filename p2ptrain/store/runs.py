@@ -100,7 +100,7 @@ class RunDirectory:
 
     def write_record(self, record: RunRecord) -> None:
         """Create or replace `run.json`."""
-        with _storing("the run's record"):
+        with storing("the run's record"):
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomic(self.path / "run.json", [_document(RUN_FORMAT, record)])
 
@@ -116,7 +116,7 @@ class RunDirectory:
     ) -> None:
         """Keep the bundle beside the run, so that it can be resumed without the original."""
         folder = self.bundle_path / "graphs"
-        with _storing("the run's bundle"):
+        with storing("the run's bundle"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for digest, content in graphs.items():
                 write_atomic(folder / f"{digest}.onnx", [content])
@@ -127,7 +127,7 @@ class RunDirectory:
     def append_progress(self, line: Mapping[str, object]) -> None:
         """Add one step to the log; the log is for people, nothing is read back from it."""
         path = self.path / "progress.jsonl"
-        with _storing("the run's log"), path.open("a", encoding="utf-8") as stream:
+        with storing("the run's log"), path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def write_segment(self, step: int, segment: int, content: bytes) -> None:
@@ -136,14 +136,14 @@ class RunDirectory:
         This and every other write raises CheckpointError when the disk is full or read-only.
         """
         folder = self._checkpoint_path(step)
-        with _storing(f"the checkpoint of step {step}"):
+        with storing(f"the checkpoint of step {step}"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomic(folder / _segment_name(segment), [content])
+            write_atomic(folder / segment_name(segment), [content])
 
     def commit_checkpoint(self, record: CheckpointRecord) -> None:
         """Make a checkpoint whole, then forget the oldest ones and what never became whole."""
         path = self._checkpoint_path(record.step) / "checkpoint.json"
-        with _storing(f"the checkpoint of step {record.step}"):
+        with storing(f"the checkpoint of step {record.step}"):
             write_atomic(path, [_document(CHECKPOINT_FORMAT, record)])
         oldest_kept = self.checkpoint_steps()[-KEPT_CHECKPOINTS:][0]
         for step in self._begun_steps():
@@ -176,7 +176,7 @@ class RunDirectory:
 
     def read_segment(self, step: int, saved: SavedSegment) -> bytes:
         """One segment's file, exactly the bytes that its record names; else CheckpointError."""
-        path = self._checkpoint_path(step) / _segment_name(saved.segment)
+        path = self._checkpoint_path(step) / segment_name(saved.segment)
         try:
             if path.stat().st_size != saved.blob_bytes:
                 raise CheckpointError(f"{path.name} of step {step} has the wrong size")
@@ -197,7 +197,8 @@ class RunDirectory:
         return self.path / "checkpoints" / f"step-{step:08d}"
 
 
-def _segment_name(segment: int) -> str:
+def segment_name(segment: int) -> str:
+    """The file of one segment in a folder of a step."""
     return f"segment-{segment:04d}.safetensors"
 
 
@@ -237,8 +238,8 @@ def summaries(runs: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _storing(what: str) -> Iterator[None]:
-    """A disk that refuses a write ends the session, not the peer."""
+def storing(what: str) -> Iterator[None]:
+    """Turns OSError into CheckpointError: a disk that refuses ends the session, not the peer."""
     try:
         yield
     except OSError as error:

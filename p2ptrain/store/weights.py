@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from p2ptrain.bundle.manifest import Manifest, Tensor
 from p2ptrain.errors import BundleError, CheckpointError
-from p2ptrain.store.atomic import sync_directory
+from p2ptrain.store.atomic import FileWriter, sync_directory, temporary_for
 from p2ptrain.store.bundles import Bundle, size_inside
 from p2ptrain.training.safetensors import TensorPlace, encode_head, read_layout, tensor_digest
 
@@ -93,7 +92,7 @@ def keep_weights(bundle: Bundle, directory: Path) -> None:
     if bundle.directory is None or not any(t.digest for t in bundle.manifest.tensors):
         return
     source, target = bundle.directory / WEIGHTS_FILE, directory / WEIGHTS_FILE
-    temporary = _temporary(target)
+    temporary = temporary_for(target)
     try:
         if target.exists() and source.samefile(target):
             return
@@ -137,42 +136,13 @@ def open_segment_weights(path: Path, tensors: Sequence[Tensor]) -> Weights | Non
     return weights
 
 
-class SegmentWeightsWriter:
-    """Writes one segment's weights as they arrive; the file is whole, or not there.
-
-    The caller writes the tensors' bytes in the order given, then commits; `discard` is due
-    whatever happened.
-    """
+class SegmentWeightsWriter(FileWriter):
+    """Writes one segment's weights as they arrive: the tensors' bytes in the order given."""
 
     def __init__(self, path: Path, tensors: Sequence[Tensor]) -> None:
-        """Begin a file; OSError when the disk refuses, here and in every other call."""
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._path, self._temporary = path, _temporary(path)
-        self._file = self._temporary.open("xb")
+        super().__init__(path)
         described = {tensor.name: (np.dtype(tensor.dtype), tensor.shape) for tensor in tensors}
-        self._file.write(encode_head(described, {}))
-
-    def write(self, chunk: bytes) -> None:
-        """The next bytes."""
-        self._file.write(chunk)
-
-    def commit(self) -> None:
-        """Give the file its name, durably."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, self._path)
-        sync_directory(self._path.parent)
-
-    def discard(self) -> None:
-        """Forget what was not committed."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-            self._temporary.unlink()
-
-
-def _temporary(path: Path) -> Path:
-    return path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+        self.write(encode_head(described, {}))
 
 
 def _map(path: Path) -> Mapping[str, Array]:

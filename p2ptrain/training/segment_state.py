@@ -7,6 +7,7 @@ tensors are in none: they come from the bundle's weights or are drawn again.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -23,6 +24,8 @@ FORMAT: Final = "p2ptrain-segment"
 VERSION: Final = 2
 """Version 1 knew no running values, and reads as a segment that has none."""
 VERSIONS_READ: Final = ("1", "2")
+HEADER_BYTES_MAX: Final = 64 * 1024
+"""Of what a segment's file says beside names, shapes and values."""
 _PARAMETER: Final = "parameter/"
 _STATE: Final = "state."
 _RUNNING: Final = "running/"
@@ -68,18 +71,7 @@ class SegmentState:
 
     def to_chunks(self, header: StateHeader) -> list[bytes | memoryview]:
         """The checkpoint file of this segment, as chunks for an atomic write."""
-        metadata = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "run": header.run,
-            "lineage": str(header.lineage),
-            "view": str(header.view),
-            "plan": header.plan,
-            "step": str(header.step),
-            "segment": str(header.segment),
-            "bundle": header.bundle,
-        }
-        return encode_tensors(self._named(), metadata)
+        return encode_tensors(self._named(), metadata_of(header))
 
     def to_bytes(self, header: StateHeader) -> bytes:
         """The checkpoint file of this segment in one piece."""
@@ -90,6 +82,21 @@ class SegmentState:
         for state, vectors in self.state.items():
             named |= {f"{_STATE}{state}/{name}": vector for name, vector in vectors.items()}
         return named | {_RUNNING + name: value for name, value in self.running.items()}
+
+
+def metadata_of(header: StateHeader) -> dict[str, str]:
+    """What a segment's file says about itself."""
+    return {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "run": header.run,
+        "lineage": str(header.lineage),
+        "view": str(header.view),
+        "plan": header.plan,
+        "step": str(header.step),
+        "segment": str(header.segment),
+        "bundle": header.bundle,
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +135,7 @@ def read_segment_state(
         raise CheckpointError(
             f"the checkpoint belongs to another model (bundle {header.bundle:.12})"
         )
-    expected = _expected_shapes(manifest, header.segment, state_names)
+    expected = saved_shapes(manifest, header.segment, state_names)
     found = {name: tensor.shape for name, tensor in file.tensors.items()}
     if list(found.items()) != list(expected.items()):
         raise CheckpointError(
@@ -137,7 +144,44 @@ def read_segment_state(
         )
     if any(tensor.dtype != np.dtype("<f4") for tensor in file.tensors.values()):
         raise CheckpointError("a checkpoint holds float32 tensors only")
-    return StoredSegment(header=header, state=_state(file.tensors, header, state_names))
+    state = state_view(file.tensors, step=header.step, state_names=state_names)
+    return StoredSegment(header=header, state=state)
+
+
+def saved_shapes(
+    manifest: Manifest, segment_index: int, state_names: tuple[str, ...]
+) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a segment's file, in its order; all float32."""
+    tensors = manifest.segment_tensors(segment_index)
+    trainable = [tensor for tensor in tensors if tensor.binding == "trainable"]
+    shapes = {_PARAMETER + tensor.name: tensor.shape for tensor in trainable}
+    for state in state_names:
+        shapes |= {f"{_STATE}{state}/{tensor.name}": tensor.shape for tensor in trainable}
+    running = manifest.segment_running(segment_index)
+    return shapes | {_RUNNING + tensor.name: tensor.shape for tensor in running}
+
+
+def saved_bytes_max(manifest: Manifest, segment_index: int, state_names: tuple[str, ...]) -> int:
+    """What the file of a segment never exceeds: its values, and its header with all names."""
+    shapes = saved_shapes(manifest, segment_index, state_names)
+    values = 4 * sum(math.prod(shape) for shape in shapes.values())
+    return values + HEADER_BYTES_MAX + sum(256 + len(name.encode()) for name in shapes)
+
+
+def state_view(
+    tensors: dict[str, Array], *, step: int, state_names: tuple[str, ...]
+) -> SegmentState:
+    """A state over arrays that are named as in a segment's file."""
+
+    def under(prefix: str) -> dict[str, FloatArray]:
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    return SegmentState(
+        tensors=under(_PARAMETER),
+        state={name: under(f"{_STATE}{name}/") for name in state_names},
+        step=step,
+        running=under(_RUNNING),
+    )
 
 
 def _header(metadata: dict[str, str]) -> StateHeader:
@@ -161,29 +205,3 @@ def _header(metadata: dict[str, str]) -> StateHeader:
         )
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's header is damaged: {error}") from error
-
-
-def _expected_shapes(
-    manifest: Manifest, segment_index: int, state_names: tuple[str, ...]
-) -> dict[str, tuple[int, ...]]:
-    tensors = manifest.segment_tensors(segment_index)
-    trainable = [tensor for tensor in tensors if tensor.binding == "trainable"]
-    shapes = {_PARAMETER + tensor.name: tensor.shape for tensor in trainable}
-    for state in state_names:
-        shapes |= {f"{_STATE}{state}/{tensor.name}": tensor.shape for tensor in trainable}
-    running = manifest.segment_running(segment_index)
-    return shapes | {_RUNNING + tensor.name: tensor.shape for tensor in running}
-
-
-def _state(
-    tensors: dict[str, Array], header: StateHeader, state_names: tuple[str, ...]
-) -> SegmentState:
-    def under(prefix: str) -> dict[str, FloatArray]:
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-    return SegmentState(
-        tensors=under(_PARAMETER),
-        state={name: under(f"{_STATE}{name}/") for name in state_names},
-        step=header.step,
-        running=under(_RUNNING),
-    )

@@ -1,0 +1,358 @@
+"""Replicas of stage states in the background: the owner's snapshots, the keeper's store.
+
+The owner copies its stage's memory between two steps and goes on training; hashing, publishing and
+the keeper's fetching, checking and fsyncing happen beside that. What is waited for and what may be
+deleted is decided elsewhere: this only says what is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import trio
+
+from p2ptrain import limits
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.errors import CheckpointError, PeerLost, RemoteProtocolError
+from p2ptrain.ids import DeviceId, Digest
+from p2ptrain.runtime.blobs import BlobExchange
+from p2ptrain.runtime.signal import Signal
+from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.store.replicas import ReplicaPlace, ReplicaStore
+from p2ptrain.training.messages import SegmentSaved, Stamp
+from p2ptrain.training.segment_image import SegmentImage
+from p2ptrain.training.segment_state import StateHeader, saved_bytes_max
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotStatistics:
+    """What the owner of a stage holds for its keepers."""
+
+    snapshot_count: int
+    """In memory now."""
+    snapshot_bytes: int
+    taken_count: int
+    replaced_count: int
+    """Snapshots that a newer one replaced before every keeper had stored them."""
+    stored_step: int | None
+    """The newest step whose states every keeper has stored."""
+
+
+@dataclass(slots=True)
+class _Snapshot:
+    stamp: Stamp
+    step: int
+    images: dict[int, SegmentImage]
+    blobs: dict[int, Digest] = field(default_factory=dict)
+    states: dict[int, Digest] = field(default_factory=dict)
+    stored: set[tuple[DeviceId, int]] = field(default_factory=set)
+    """Keepers, and the segments that they have."""
+
+
+class SnapshotOwner:
+    """Takes snapshots of this device's stage and offers them to its keepers.
+
+    At most two are in memory: the one that is offered, and a newer one until it is offered in its
+    place. A transfer that is under way then holds on to its one segment until it ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        worker: StageWorker,
+        manifest: Manifest,
+        state_names: tuple[str, ...],
+        keepers: Collection[DeviceId],
+        blobs: BlobExchange,
+        announce: Callable[[DeviceId, SegmentSaved], None],
+    ) -> None:
+        """Nothing happens before `snapshot`.
+
+        Args:
+            worker: Of the stage.
+            manifest: Of the model.
+            state_names: The optimizer's state vectors.
+            keepers: Who stores the stage's replicas; none: snapshots are not worth taking.
+            blobs: Where they are offered.
+            announce: Sends a message to a keeper; PeerLost when there is no link.
+        """
+        self._worker, self._manifest, self._state_names = worker, manifest, state_names
+        self._keepers, self._blobs, self._announce = frozenset(keepers), blobs, announce
+        self._bundle = manifest.digest
+        self._signal = Signal()
+        self._fresh: _Snapshot | None = None
+        self._offered: _Snapshot | None = None
+        self._taken_count = self._replaced_count = 0
+        self._stored_step: int | None = None
+
+    async def snapshot(
+        self, stamp: Stamp, step: int, *, limiter: trio.CapacityLimiter | None = None
+    ) -> None:
+        """Copy the stage's memory as it is after `step`: all that training waits for.
+
+        Between two steps, while `run` runs. Waits for the hashes of the snapshot before, so that
+        memory holds two at most. A cancellation leaves the stage as it is, without a snapshot.
+        """
+        await self._signal.wait_until(lambda: self._fresh is None)
+        images = await trio.to_thread.run_sync(self._copy, stamp, step, limiter=limiter)
+        self._fresh = _Snapshot(stamp=stamp, step=step, images=images)
+        self._taken_count += 1
+        self._signal.notify()
+
+    async def run(self) -> None:
+        """Offer what is taken until cancelled; then nothing is offered any more."""
+        try:
+            while True:
+                await self._signal.wait_until(lambda: self._fresh is not None)
+                snapshot = self._fresh
+                if snapshot is not None:
+                    await self._offer(snapshot)
+        finally:
+            self._withdraw()
+
+    def stored(self, device: DeviceId, step: int, segment: int, state: Digest) -> bool:
+        """A keeper says that it has stored a segment; whether all keepers have all of that step.
+
+        A digest that is not the announced one counts for nothing.
+        """
+        snapshot = self._offered
+        if snapshot is None or snapshot.step != step or device not in self._keepers:
+            return False
+        if snapshot.states.get(segment) == state:
+            snapshot.stored.add((device, segment))
+        if len(snapshot.stored) < len(self._keepers) * len(self._worker.segments):
+            return False
+        self._stored_step = step
+        self._withdraw()
+        return True
+
+    def peer_up(self, device: DeviceId) -> None:
+        """There is a link with a keeper (again): tell it what it has not stored."""
+        if device in self._keepers and self._offered is not None:
+            self._announce_to(device, self._offered)
+
+    def state(self, step: int, segment: int) -> Digest | None:
+        """The digest that was announced of a segment of the newest offered step."""
+        offered = self._offered
+        return offered.states.get(segment) if offered and offered.step == step else None
+
+    def statistics(self) -> SnapshotStatistics:
+        """What is held now and what has become of the others."""
+        held = {id(s): s for s in (self._fresh, self._offered) if s is not None}.values()
+        images = [image for snapshot in held for image in snapshot.images.values()]
+        return SnapshotStatistics(
+            snapshot_count=len(held),
+            snapshot_bytes=sum(len(image.content) for image in images),
+            taken_count=self._taken_count,
+            replaced_count=self._replaced_count,
+            stored_step=self._stored_step,
+        )
+
+    def _copy(self, stamp: Stamp, step: int) -> dict[int, SegmentImage]:
+        return {segment: self._image(stamp, step, segment) for segment in self._worker.segments}
+
+    def _image(self, stamp: Stamp, step: int, segment: int) -> SegmentImage:
+        header = StateHeader(
+            run=stamp.run,
+            lineage=stamp.lineage,
+            view=stamp.view,
+            plan=stamp.plan,
+            step=step,
+            segment=segment,
+            bundle=self._bundle,
+        )
+        image = SegmentImage(self._manifest, header, self._state_names)
+        self._worker.copy_into(segment, image)
+        return image
+
+    async def _offer(self, snapshot: _Snapshot) -> None:
+        """Hash every segment, then let it take the place of what was offered before."""
+        for segment, image in snapshot.images.items():
+            snapshot.states[segment] = await trio.to_thread.run_sync(image.state_digest)
+            snapshot.blobs[segment] = await trio.to_thread.run_sync(image.file_digest)
+        if self._offered is not None:
+            self._replaced_count += 1
+        self._withdraw()
+        self._fresh, self._offered = None, snapshot
+        for segment, image in snapshot.images.items():
+            self._blobs.publish(image.content, digest=snapshot.blobs[segment])
+        self._signal.notify()
+        for keeper in sorted(self._keepers):
+            self._announce_to(keeper, snapshot)
+
+    def _announce_to(self, keeper: DeviceId, snapshot: _Snapshot) -> None:
+        with contextlib.suppress(PeerLost):  # `peer_up` tells it later, or a view without it
+            for segment in snapshot.images:
+                if (keeper, segment) not in snapshot.stored:
+                    self._announce(keeper, _saved(snapshot, segment))
+
+    def _withdraw(self) -> None:
+        """Offer nothing any more. A transfer under way keeps its own view of the memory, which
+        nobody writes again."""
+        if self._offered is not None:
+            for blob in self._offered.blobs.values():
+                self._blobs.withdraw(blob)
+        self._offered = None
+
+
+def _saved(snapshot: _Snapshot, segment: int) -> SegmentSaved:
+    return SegmentSaved(
+        stamp=snapshot.stamp,
+        step=snapshot.step,
+        segment=segment,
+        blob=snapshot.blobs[segment],
+        blob_bytes=len(snapshot.images[segment].content),
+        state=snapshot.states[segment],
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeeperStatistics:
+    """What a keeper has to fetch, and how that went."""
+
+    waiting_count: int
+    stored_count: int
+    fetched_bytes: int
+    failed_count: int
+    """Fetches that ended without a replica; those that are still wanted are tried again."""
+    refusal: str | None
+    """Why the newest replica could not be stored here; None since the last that could."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    device: DeviceId
+    saved: SegmentSaved
+
+
+class ReplicaKeeper:
+    """Stores the replicas that this device keeps of other members' stages, one at a time."""
+
+    def __init__(
+        self,
+        *,
+        store: ReplicaStore,
+        manifest: Manifest,
+        state_names: tuple[str, ...],
+        blobs: BlobExchange,
+        on_stored: Callable[[SegmentSaved], None],
+    ) -> None:
+        """Nothing is fetched before `run`.
+
+        Args:
+            store: Opened and scanned.
+            manifest: Of the model.
+            state_names: The optimizer's state vectors.
+            blobs: To fetch from.
+            on_stored: Called when a replica is durable, so that everybody can be told.
+        """
+        self._store, self._manifest, self._state_names = store, manifest, state_names
+        self._blobs, self._on_stored = blobs, on_stored
+        self._wanted: dict[int, _Wanted] = {}
+        self._signal = Signal()
+        self._stored_count = self._fetched_bytes = self._failed_count = 0
+        self._refusal: str | None = None
+
+    def announce(self, device: DeviceId, saved: SegmentSaved) -> None:
+        """The owner of a segment has a snapshot to fetch; it replaces an older one.
+
+        The caller has checked that the stamp is the view's and that the device owns the segment.
+
+        Raises:
+            RemoteProtocolError: no segment has that size, or the step is older than one before.
+        """
+        if not 0 <= saved.segment < len(self._manifest.segments):
+            raise RemoteProtocolError(f"a snapshot of segment {saved.segment} was announced")
+        size_max = saved_bytes_max(self._manifest, saved.segment, self._state_names)
+        before = self._wanted.get(saved.segment)
+        if not 0 < saved.blob_bytes <= size_max or (before and before.saved.step > saved.step):
+            raise RemoteProtocolError(f"segment {saved.segment} was saved against the plan")
+        self._wanted[saved.segment] = _Wanted(device, saved)
+        self._signal.notify()
+
+    def peer_down(self, device: DeviceId) -> None:
+        """What a member that is gone had announced is not fetched any more."""
+        self._wanted = {s: each for s, each in self._wanted.items() if each.device != device}
+
+    async def run(self) -> None:
+        """Fetch and store until cancelled, which leaves no half replica.
+
+        A device that goes away, and a disk that refuses, cost only the replica; what is still
+        wanted is tried again after a while.
+        """
+        while True:
+            await self._signal.wait_until(lambda: bool(self._wanted))
+            for wanted in sorted(self._wanted.values(), key=_order):
+                if self._is_wanted(wanted) and await self._keep(wanted):
+                    self._drop(wanted)
+                    self._on_stored(wanted.saved)
+            if self._wanted:
+                await self._pause()
+
+    def statistics(self) -> KeeperStatistics:
+        """What waits now and what was done."""
+        return KeeperStatistics(
+            waiting_count=len(self._wanted),
+            stored_count=self._stored_count,
+            fetched_bytes=self._fetched_bytes,
+            failed_count=self._failed_count,
+            refusal=self._refusal,
+        )
+
+    def _is_wanted(self, wanted: _Wanted) -> bool:
+        return self._wanted.get(wanted.saved.segment) is wanted
+
+    def _drop(self, wanted: _Wanted) -> None:
+        if self._is_wanted(wanted):
+            del self._wanted[wanted.saved.segment]
+
+    async def _pause(self) -> None:
+        """Let some time pass, or until something else is announced."""
+        before = dict(self._wanted)
+        with trio.move_on_after(limits.REPLICA_RETRY_S):
+            await self._signal.wait_until(lambda: self._wanted != before)
+
+    async def _keep(self, wanted: _Wanted) -> bool:
+        """Whether a replica is durable now; it may have been here before."""
+        saved = wanted.saved
+        place = ReplicaPlace(lineage=saved.stamp.lineage, step=saved.step, segment=saved.segment)
+        known = self._store.replica(place)
+        if known is not None and known.state == saved.state:
+            await trio.lowlevel.checkpoint()
+            return True
+        try:
+            await self._fetch(wanted.device, place, saved)
+        except PeerLost:
+            self._failed_count += 1
+            return False
+        except RemoteProtocolError:
+            self._failed_count += 1
+            self._drop(wanted)  # it is not what was announced, and never will be
+            return False
+        except CheckpointError as error:
+            self._failed_count += 1
+            self._refusal = error.message
+            return False
+        self._stored_count += 1
+        self._fetched_bytes += saved.blob_bytes
+        self._refusal = None
+        return True
+
+    async def _fetch(self, device: DeviceId, place: ReplicaPlace, saved: SegmentSaved) -> None:
+        size = saved.blob_bytes
+        writer = await trio.to_thread.run_sync(
+            lambda: self._store.writer(place, saved.state, size=size)
+        )
+        try:
+            await self._blobs.fetch_into(device, saved.blob, size=size, write=writer.write)
+            await trio.to_thread.run_sync(writer.commit)
+        except OSError as error:
+            raise CheckpointError(f"a replica cannot be stored: {error.strerror}") from error
+        finally:
+            writer.discard()
+
+
+def _order(wanted: _Wanted) -> tuple[int, int]:
+    return wanted.saved.step, wanted.saved.segment

@@ -1,0 +1,65 @@
+"""The file of one segment's state in one buffer, whose values are filled in place.
+
+A snapshot is then one copy of the stage's memory: nothing is gathered, serialised or joined
+afterwards, and what is hashed, sent and stored is the buffer itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.ids import Digest
+from p2ptrain.training.safetensors import encode_head, read_layout
+from p2ptrain.training.segment_state import (
+    SegmentState,
+    StateHeader,
+    metadata_of,
+    saved_shapes,
+    state_view,
+)
+
+
+class SegmentImage:
+    """One segment's file: the header is complete, `state` holds anything until it is filled."""
+
+    def __init__(
+        self, manifest: Manifest, header: StateHeader, state_names: tuple[str, ...]
+    ) -> None:
+        shapes = saved_shapes(manifest, header.segment, state_names)
+        dtype = np.dtype("<f4")
+        head = encode_head(
+            {name: (dtype, shape) for name, shape in shapes.items()}, metadata_of(header)
+        )
+        values = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
+        self._buffer = np.empty(len(head) + values, np.uint8)
+        self._buffer[: len(head)] = np.frombuffer(head, np.uint8)
+        self._start = len(head)
+        self.header = header
+        places = read_layout(self._buffer.data).places
+        self.state: SegmentState = state_view(
+            {
+                name: self._buffer[place.start : place.start + place.nbytes]
+                .view(dtype)
+                .reshape(place.shape)
+                for name, place in places.items()
+            },
+            step=header.step,
+            state_names=state_names,
+        )
+        """Writable views into the buffer."""
+
+    @property
+    def content(self) -> memoryview:
+        """The whole file, read only; it must not be filled again once it is handed out."""
+        return self._buffer.data.toreadonly()
+
+    def state_digest(self) -> Digest:
+        """As `SegmentState.digest`: the values lie in its order, without gaps."""
+        return Digest(hashlib.sha256(self._buffer[self._start :].data).hexdigest())
+
+    def file_digest(self) -> Digest:
+        """sha256 of the whole file: the name of its blob."""
+        return Digest(hashlib.sha256(self._buffer.data).hexdigest())
