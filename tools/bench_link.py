@@ -23,10 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import trio
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from p2ptrain.net.tls_link import TlsLink, client_context, server_context, tune_socket
-from p2ptrain.store.groups import NewMember, load_group, store_member
+from p2ptrain.store.groups import first_member, load_group, store_member
 from p2ptrain.store.home import open_home
 from p2ptrain.trust import certificates as certs
 from p2ptrain.trust.credentials import Credentials
@@ -185,13 +184,7 @@ def mint(home: str) -> Credentials:
     """A throwaway group with one member, for both processes."""
     now = time.time()
     fresh = certs.create_group(GROUP_NAME, now=now)
-    issuer = certs.issue_first_issuer(fresh, Ed25519PrivateKey.generate(), name="bench", now=now)
-    member = NewMember(
-        root=fresh.root,
-        issuer=issuer,
-        device_key=Ed25519PrivateKey.generate(),
-        device_name="bench",
-    )
+    member = first_member(fresh, "bench", now=now)
     return store_member(open_home(Path(home)), GROUP_NAME, member).credentials
 
 

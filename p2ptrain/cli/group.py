@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from p2ptrain.cli.members import members, revoke
 from p2ptrain.cli.options import Address, report_options
 from p2ptrain.cli.speech import print_json, say
 from p2ptrain.errors import ConfigError, PeerNotRunning
@@ -22,7 +23,7 @@ INVITE_MINUTES: Final = 60
 @click.group(invoke_without_command=True)
 @click.pass_context
 def group(context: click.Context) -> None:
-    """Make a group, or invite a device into one."""
+    """Make a group, invite devices into it, and put them out of it."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -176,3 +177,7 @@ def _write_private(path: Path, content: bytes) -> None:
             file.write(content)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+for _command in (members, revoke):
+    group.add_command(_command)

@@ -26,7 +26,7 @@ PHASES = ("compute", "communicate", "wait", "idle")
 
 def plan_table(plan: PlanReport) -> Table:
     """One row per stage: who runs what, and what it is expected to cost there."""
-    table = _table(f"plan {short(plan.plan)} of run {short(plan.run)}, view {plan.view}")
+    table = new_table(f"plan {short(plan.plan)} of run {short(plan.run)}, view {plan.view}")
     for heading in ("peer", "stage", "segments"):
         table.add_column(heading)
     for heading in ("parameters", "memory", "share of the step"):
@@ -82,7 +82,7 @@ def activity_lines(step: StepReport) -> list[str]:
 
 def result_table(result: TrainResult) -> Table:
     """The end of a run: losses, speed, bytes."""
-    table = _table(f"run {short(result.run)}: {result.stages} stages on {result.peers} peers")
+    table = new_table(f"run {short(result.run)}: {result.stages} stages on {result.peers} peers")
     table.add_column("result")
     table.add_column("", justify="right")
     for name, value in _result_rows(result):
@@ -108,7 +108,7 @@ def _result_rows(result: TrainResult) -> Iterable[tuple[str, str]]:
 
 def energy_table(report: EnergyReport) -> Table:
     """Joules per peer, split by phase; a meter that peers share is counted once in the sum."""
-    table = _table("energy, total joules by phase")
+    table = new_table("energy, total joules by phase")
     table.add_column("peer")
     for heading in (*PHASES, "total", "above idle"):
         table.add_column(heading, justify="right")
@@ -148,7 +148,7 @@ def _shared_meters(report: EnergyReport) -> str:
 
 def status_table(status: PeerStatus) -> Table:
     """One row per device of the group that this one knows."""
-    table = _table(f"group {status.group_name} ({short(status.group)})")
+    table = new_table(f"group {status.group_name} ({short(status.group)})")
     for heading in ("device", "name", "state", "address", "runtime", "doing"):
         table.add_column(heading)
     for member in status.members:
@@ -182,7 +182,7 @@ def status_lines(status: PeerStatus) -> list[str]:
 
 def bundle_table(report: BundleReport) -> Table:
     """One row per kind of segment; sizes and operations of one sample."""
-    table = _table(f"bundle {report.name} ({short(report.digest)})")
+    table = new_table(f"bundle {report.name} ({short(report.digest)})")
     table.add_column("kind")
     table.add_column("segments")
     for heading in ("parameters", "FLOPs", "backward", "stash", "boundary"):
@@ -235,7 +235,7 @@ def _data_details(report: BundleReport) -> str:
 
 def verification_table(report: Verification) -> Table:
     """One row per check."""
-    table = _table(f"{report.directory}: {'sound' if report.sound else 'not sound'}")
+    table = new_table(f"{report.directory}: {'sound' if report.sound else 'not sound'}")
     for heading in ("checked", "", "found"):
         table.add_column(heading)
     for finding in report.findings:
@@ -253,7 +253,8 @@ def add_row(table: Table, *cells: str) -> None:
     table.add_row(*(Text(printable(cell)) for cell in cells))
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """An empty table with a title, as all reports have it."""
     return Table(
         title=Text(printable(title), style="bold"), title_justify="left", box=None, pad_edge=False
     )

@@ -23,6 +23,7 @@ from p2ptrain.store.groups import (
 )
 from p2ptrain.store.home import Home
 from p2ptrain.trust import certificates as certs
+from p2ptrain.trust.chains import check_issuers
 from p2ptrain.trust.enrolment import (
     PREFIX,
     EnrolFrame,
@@ -143,12 +144,13 @@ async def _admit(stream: trio.abc.Stream, group: Group) -> None:
 
 
 def _grant(group: Group, request: EnrolmentRequest) -> EnrolmentGrant:
-    certs.requested_key(certs.request_from_der(request.device_csr))
+    device_key = certs.requested_key(certs.request_from_der(request.device_csr))
     issuer = load_issuer(group)
     now = time.time()
     admitted = certs.issue_issuer(
         issuer,
         certs.request_from_der(request.issuer_csr),
+        device=certs.device_id(device_key),
         gid=group.id,
         name=request.name,
         now=now,
@@ -213,7 +215,7 @@ def _checked_member(
     root = certs.certificate_from_der(grant.root)
     chain = tuple(certs.certificate_from_der(der) for der in grant.issuers)
     certs.check_root(root, now=now)
-    certs.check_chain(root, chain, now=now)
+    check_issuers(root, chain, now=now)
     if certs.device_id(issuer_key.public_key()) != certs.certificate_device(chain[0]):
         raise TrustError("the sponsor certified another key than ours")
     issuer = certs.Issuer(key=issuer_key, certificate=chain[0], above=chain[1:])

@@ -11,6 +11,7 @@ from p2ptrain.errors import ConfigError, RemoteProtocolError
 from p2ptrain.net.control_socket import serve_control
 from p2ptrain.runtime.peer import Peer
 from p2ptrain.runtime.reports import TrainRequest
+from p2ptrain.runtime.revoking import RevokeRequest
 from p2ptrain.store.home import control_socket_path
 from p2ptrain.wire.codec import from_plain, to_plain
 
@@ -59,6 +60,14 @@ async def _invite(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
     return {"invite": peer.invite(ttl_s=ttl_s, addresses=addresses).decode()}
 
 
+async def _revoke(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
+    try:
+        request = from_plain(RevokeRequest, arguments)
+    except RemoteProtocolError as error:
+        raise ConfigError(f"cannot revoke: {error.message}") from error
+    return plain(await peer.trust.revoke(request))
+
+
 async def _train(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
     try:
         request = from_plain(TrainRequest, arguments)
@@ -84,6 +93,7 @@ _HANDLERS: dict[str, Callable[[Peer, Fields, Emit], Awaitable[Fields]]] = {
     "status": _status,
     "energy": _energy,
     "invite": _invite,
+    "revoke": _revoke,
     "train": _train,
     "stop": _stop,
 }

@@ -40,6 +40,7 @@ from p2ptrain.runtime.reports import EnergyReport, PeerStatus, TrainRequest, Tra
 from p2ptrain.runtime.run_service import RunService
 from p2ptrain.runtime.services import Emit, Services
 from p2ptrain.runtime.status import status_report
+from p2ptrain.runtime.trust_service import TRUST_MESSAGES, TrustHooks, TrustService
 from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
 from p2ptrain.store.groups import Group, create_invite, load_addresses, save_addresses
 from p2ptrain.store.home import Home, read_config
@@ -69,6 +70,7 @@ class Peer:
         self._threads_max = config.threads or self._cores
         self._to_self, self._from_self = trio.open_memory_channel[object](SELF_QUEUE_MAX)
         self._addresses = load_addresses(group)
+        self.trust = TrustService(group, self._trust_hooks(), rng=self._rng)
         self.links = Links(
             credentials=group.credentials,
             build=self._build,
@@ -77,6 +79,7 @@ class Peer:
             enrolment=EnrolmentServer(group),
             on_tensor=self._tensor_arrived,
             on_bulk=self._bulk_arrived,
+            objection=self.trust.objection,
         )
         self.meter = PeerMeter(
             device=group.device,
@@ -115,6 +118,7 @@ class Peer:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         journal = Journal(self.group.folder / "agreement.jsonl")
         async with trio.open_nursery() as nursery:
+            await nursery.start(self.trust.run)
             await nursery.start(self.links.run)
             self._open_machines(journal)
             await nursery.start(self.membership.run)
@@ -217,9 +221,11 @@ class Peer:
             now = trio.current_time()
             match event:
                 case LinkUp(device=device, address=address):
+                    self.trust.link_up(device, now)
                     self.membership.call(Membership.link_up, device, now)
                     self._remember(device, address)
                 case LinkDown(device=device, reason=reason, refused=refused):
+                    self.trust.link_down(device)
                     self.membership.call(Membership.link_down, device, refused, now)
                     self.runs.peer_down(device, reason)
                     self.agreement.call(Agreement.member_down, device, now)
@@ -238,6 +244,8 @@ class Peer:
                 await self.membership.deliver(device, message)
             case Propose() | Accept() | Refuse() | Decided() | Withdraw():
                 await self.agreement.deliver(device, message)
+            case _ if isinstance(message, TRUST_MESSAGES):
+                await self.trust.deliver(device, message)
             case _:
                 self.runs.receive(device, message)
 
@@ -296,6 +304,20 @@ class Peer:
 
     def _violation(self, device: DeviceId, error: RemoteProtocolError) -> None:
         self.links.close(device, error.message)
+
+    def _trust_hooks(self) -> TrustHooks:
+        return TrustHooks(
+            send=self._send_or_drop,
+            use=lambda credentials: self.links.use(credentials),
+            expel=self._expel,
+            violation=self._violation,
+        )
+
+    def _expel(self, device: DeviceId, reason: str) -> None:
+        """A member is out: what it had here ends now, without waiting for suspicion."""
+        self.links.close(device, reason)
+        self.runs.peer_down(device, reason)
+        self.membership.call(Membership.link_down, device, True, trio.current_time())
 
     # Finding others.
 

@@ -1,7 +1,8 @@
 """The groups of a home: keys, certificates, pending invites and remembered addresses.
 
 `groups/<gid>/` holds name, group.crt, chain.pem (0644), device.key, issuer.key, issuer.crt,
-addresses.json, invites/<id>.json and, until its owner takes it away, recovery.pem.
+addresses.json, invites/<id>.json, the files of store/trust_log.py and, until its owner takes it
+away, recovery.pem.
 """
 
 from __future__ import annotations
@@ -32,7 +33,16 @@ from p2ptrain.store.home import (
     read_bounded,
     write_secret,
 )
+from p2ptrain.store.trust_log import (
+    REVOKED_FILE,
+    ROTATIONS_FILE,
+    append_statements,
+    read_revoked,
+    read_roots,
+    read_roster,
+)
 from p2ptrain.trust import certificates as certs
+from p2ptrain.trust.chains import check_in_date, key_fingerprint, member_chain, root_of
 from p2ptrain.trust.credentials import Credentials
 from p2ptrain.trust.invite import (
     Invite,
@@ -41,10 +51,11 @@ from p2ptrain.trust.invite import (
     write_invite,
 )
 from p2ptrain.trust.recovery import seal_root_key
+from p2ptrain.trust.rotation import Roots, Rotation
 
 REMEMBERED_MAX: Final = 64
 _FILE_BYTES_MAX: Final = 256 * 1024
-_SECRET_FILES: Final = ("device.key", "issuer.key")
+_SECRET_FILES: Final = ("device.key", "issuer.key", REVOKED_FILE, ROTATIONS_FILE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +69,9 @@ class Group:
     device_name: str
     folder: Path
     root: x509.Certificate
+    """The one that the group began with: its id follows from it."""
+    trusted: tuple[x509.Certificate, ...]
+    """The roots that links trust now, the newest first; one, except while a root is rotated."""
     chain: tuple[x509.Certificate, ...]
     """Our leaf, then its issuers; without the root."""
 
@@ -67,7 +81,7 @@ class Group:
         return Credentials(
             group=self.id,
             device=self.device,
-            root_pem=certs.to_pem(self.root).decode(),
+            root_pem=certs.to_pem(*self.trusted).decode(),
             chain_file=str(self.folder / "chain.pem"),
             key_file=str(self.folder / "device.key"),
         )
@@ -83,9 +97,16 @@ class NewMember:
     """Keys and certificates of a device that becomes a member, before they are stored."""
 
     root: x509.Certificate
-    issuer: certs.Issuer
+    """The one that the group began with."""
     device_key: Ed25519PrivateKey
     device_name: str
+    issuer: certs.Issuer | None = None
+    """Its right to admit others; it then signs its own leaf."""
+    chain: tuple[x509.Certificate, ...] = ()
+    """Without an issuer of its own: its leaf and the sponsor's issuers."""
+    rotations: tuple[Rotation, ...] = ()
+    now_s: float | None = None
+    """The time that a sponsor vouched for; None: this device's clock."""
 
 
 def create_group(home: Home, name: str, passphrase: str, device_name: str) -> Group:
@@ -103,14 +124,21 @@ def create_group(home: Home, name: str, passphrase: str, device_name: str) -> Gr
     now = time.time()
     made = certs.create_group(name, now=now)
     sealed = seal_root_key(made.root_key, passphrase)
-    issuer = certs.issue_first_issuer(made, Ed25519PrivateKey.generate(), name=device_name, now=now)
-    member = NewMember(
-        root=made.root,
-        issuer=issuer,
-        device_key=Ed25519PrivateKey.generate(),
-        device_name=device_name,
-    )
+    member = first_member(made, device_name, now=now)
     return store_member(home, name, member, recovery=sealed)
+
+
+def first_member(made: certs.NewGroup, device_name: str, *, now: float) -> NewMember:
+    """A member with fresh keys whose issuer the root itself signs."""
+    device_key = Ed25519PrivateKey.generate()
+    issuer = certs.issue_first_issuer(
+        made,
+        Ed25519PrivateKey.generate(),
+        device=certs.device_id(device_key.public_key()),
+        name=device_name,
+        now=now,
+    )
+    return NewMember(root=made.root, issuer=issuer, device_key=device_key, device_name=device_name)
 
 
 def store_member(
@@ -143,7 +171,7 @@ def store_member(
 
 
 def load_group(home: Home, name_or_gid: str) -> Group:
-    """Load a group by alias or id and renew our leaf when two thirds of its life are over.
+    """Load a group by alias or id, with our certificates brought up to date; see `refresh`.
 
     Raises:
         NotFound: lists the groups that this home has.
@@ -154,11 +182,69 @@ def load_group(home: Home, name_or_gid: str) -> Group:
     _check_modes(folder)
     try:
         group = _read_group(folder, gid)
+        return refresh(group, now=time.time())
     except FileNotFoundError as error:
         raise TrustError(f"{error.filename} is missing", hint="join the group again") from error
-    if certs.needs_renewal(group.chain[0], now=time.time()):
-        return _renew_leaf(group)
-    return group
+
+
+def refresh(group: Group, *, now: float) -> Group:
+    """Bring our certificates up to date with what is known and can be done here alone.
+
+    They are led around revoked issuers that somebody kept us below, moved below the newest root,
+    and the leaf is renewed when two thirds of its life are over. One that is out of date already
+    is left alone: either this device was away or its clock is wrong, which others can tell.
+    """
+    roots = read_roots(group.folder, group.root, group.id)
+    revoked = read_revoked(group.folder, roots, group.id)
+    chain = roots.mended(revoked.mended(group.chain))
+    if chain != group.chain:
+        install_chain(group, chain)
+    leaf = chain[0]
+    if certs.needs_renewal(leaf, now=now) and now < leaf.not_valid_after_utc.timestamp():
+        renew_leaf(group, now=now)
+    trusted = _trusted(group.folder, roots, chain, group.id)
+    if chain == group.chain and trusted == group.trusted and _chain(group.folder) == chain:
+        return group
+    return _read_group(group.folder, group.id)
+
+
+def install_chain(group: Group, chain: Sequence[x509.Certificate]) -> None:
+    """Replace the certificates that this device shows; keys stay as they are.
+
+    Raises:
+        TrustError: they are not for this device's keys; nothing was changed.
+    """
+    roots = read_roots(group.folder, group.root, group.id)
+    read = member_chain(chain, gid=group.id, roots=roots.ever)
+    if read.device != group.device:
+        raise TrustError("what was certified is another device's key")
+    issuer = find_issuer(group)
+    if issuer is not None and read.may_admit:
+        if key_fingerprint(chain[1]) != key_fingerprint(issuer.certificate):
+            raise TrustError("what was certified is another issuer's key")
+        write_atomic(group.folder / "issuer.crt", [certs.to_pem(*chain[1:])])
+    write_atomic(group.folder / "chain.pem", [certs.to_pem(*chain)])
+
+
+def renew_leaf(group: Group, *, now: float) -> bool:
+    """Sign a fresh leaf for ourselves; False when we may not, or our issuer is out of date."""
+    issuer = find_issuer(group)
+    if issuer is None:
+        return False
+    key = certs.key_from_pem(read_bounded(group.folder / "device.key", _FILE_BYTES_MAX))
+    request = certs.request_certificate(key, name=group.device_name)
+    try:
+        check_in_date(issuer.chain, now=now)
+    except TrustError:
+        return False
+    leaf = certs.issue_leaf(issuer, request, gid=group.id, name=group.device_name, now=now)
+    write_atomic(group.folder / "chain.pem", [certs.to_pem(leaf, *issuer.chain)])
+    return True
+
+
+def reload(group: Group) -> Group:
+    """The group as it is on disk now."""
+    return _read_group(group.folder, group.id)
 
 
 def known_groups(home: Home) -> tuple[str, ...]:
@@ -168,11 +254,19 @@ def known_groups(home: Home) -> tuple[str, ...]:
 
 def load_issuer(group: Group) -> certs.Issuer:
     """Our right to admit others; TrustError when this member has none."""
-    key_file = group.folder / "issuer.key"
-    if not key_file.exists():
+    issuer = find_issuer(group)
+    if issuer is None:
         raise TrustError(
             "this member may not admit others", hint="run the command on another member"
         )
+    return issuer
+
+
+def find_issuer(group: Group) -> certs.Issuer | None:
+    """Our right to admit others, or None."""
+    key_file = group.folder / "issuer.key"
+    if not key_file.exists():
+        return None
     key = certs.key_from_pem(read_bounded(key_file, _FILE_BYTES_MAX))
     own, *above = certs.certificates_from_pem(
         read_bounded(group.folder / "issuer.crt", _FILE_BYTES_MAX)
@@ -245,47 +339,64 @@ def save_addresses(group: Group, addresses: dict[str, str]) -> None:
 
 
 def _write_member(folder: Path, alias: str, member: NewMember) -> None:
-    request = certs.request_certificate(member.device_key, name=member.device_name)
-    gid = certs.group_id(member.root)
-    leaf = certs.issue_leaf(
-        member.issuer, request, gid=gid, name=member.device_name, now=time.time()
-    )
     write_secret(folder / "device.key", certs.key_to_pem(member.device_key))
-    write_secret(folder / "issuer.key", certs.key_to_pem(member.issuer.key))
-    write_atomic(folder / "issuer.crt", [certs.to_pem(*member.issuer.chain)])
+    if member.issuer is not None:
+        write_secret(folder / "issuer.key", certs.key_to_pem(member.issuer.key))
+        write_atomic(folder / "issuer.crt", [certs.to_pem(*member.issuer.chain)])
     write_atomic(folder / "group.crt", [certs.to_pem(member.root)])
-    write_atomic(folder / "chain.pem", [certs.to_pem(leaf, *member.issuer.chain)])
+    write_atomic(folder / "chain.pem", [certs.to_pem(*_first_chain(member))])
     write_atomic(folder / "name", [f"{alias}\n".encode()])
+    append_statements(folder, member.rotations)
     (folder / "invites").mkdir(mode=DIRECTORY_MODE)
 
 
+def _first_chain(member: NewMember) -> tuple[x509.Certificate, ...]:
+    if member.issuer is None:
+        return member.chain
+    now = time.time() if member.now_s is None else member.now_s
+    request = certs.request_certificate(member.device_key, name=member.device_name)
+    gid = certs.group_id(member.root)
+    leaf = certs.issue_leaf(member.issuer, request, gid=gid, name=member.device_name, now=now)
+    return (leaf, *member.issuer.chain)
+
+
 def _read_group(folder: Path, gid: GroupId) -> Group:
-    roots = certs.certificates_from_pem(read_bounded(folder / "group.crt", _FILE_BYTES_MAX))
-    chain = certs.certificates_from_pem(read_bounded(folder / "chain.pem", _FILE_BYTES_MAX))
+    found = certs.certificates_from_pem(read_bounded(folder / "group.crt", _FILE_BYTES_MAX))
+    chain = _chain(folder)
     key = certs.key_from_pem(read_bounded(folder / "device.key", _FILE_BYTES_MAX))
     device = certs.device_id(key.public_key())
-    if len(roots) != 1 or certs.check_root(roots[0], now=time.time()) != gid:
+    if len(found) != 1 or certs.group_id(found[0]) != gid:
         raise TrustError(f"{folder / 'group.crt'} is not the root of group {gid}")
     if certs.peer_identity(certs.to_der(chain[0]), gid=gid) != device:
         raise TrustError(f"{folder / 'chain.pem'} does not belong to {folder / 'device.key'}")
+    roots = read_roots(folder, found[0], gid)
     return Group(
         id=gid,
         name=_alias(folder),
         device=device,
         device_name=certs.common_name(chain[0]),
         folder=folder,
-        root=roots[0],
+        root=found[0],
+        trusted=_trusted(folder, roots, chain, gid),
         chain=chain,
     )
 
 
-def _renew_leaf(group: Group) -> Group:
-    key = certs.key_from_pem(read_bounded(group.folder / "device.key", _FILE_BYTES_MAX))
-    issuer = load_issuer(group)
-    request = certs.request_certificate(key, name=group.device_name)
-    leaf = certs.issue_leaf(issuer, request, gid=group.id, name=group.device_name, now=time.time())
-    write_atomic(group.folder / "chain.pem", [certs.to_pem(leaf, *issuer.chain)])
-    return _read_group(group.folder, group.id)
+def _chain(folder: Path) -> tuple[x509.Certificate, ...]:
+    return certs.certificates_from_pem(read_bounded(folder / "chain.pem", _FILE_BYTES_MAX))
+
+
+def _trusted(
+    folder: Path, roots: Roots, chain: Sequence[x509.Certificate], gid: GroupId
+) -> tuple[x509.Certificate, ...]:
+    if not roots.rotations:
+        return roots.ever
+    own = root_of(chain[1:], roots.ever)
+    roster = read_roster(folder, roots, gid)
+    revoked = read_revoked(folder, roots, gid)
+    now = time.time()
+    others = [c.root for c in roster.chains if c.ends_s > now and revoked.against(c.keys) is None]
+    return roots.trusted(in_use=[own, *others], now=now)
 
 
 def _check_modes(folder: Path) -> None:

@@ -19,12 +19,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from p2ptrain.errors import TrustError
-from p2ptrain.ids import DeviceId, GroupId
+from p2ptrain.ids import DeviceId, GroupId, is_base32
 
 ROOT_LIFE_S: Final = 10 * 365 * 86_400
 ISSUER_LIFE_S: Final = 365 * 86_400
+"""Of an issuer that another issuer signed. One that the root signed lives as long as the root:
+only the root could renew it, and the root's key is locked away."""
 LEAF_LIFE_S: Final = 30 * 86_400
-LEAF_RENEW_AFTER_S: Final = LEAF_LIFE_S * 2 // 3
 BACKDATE_S: Final = 300
 """Certificates begin this long before they are made: clocks of devices differ a little."""
 ISSUERS_MAX: Final = 16
@@ -106,16 +107,35 @@ def create_group(name: str, *, now: float) -> NewGroup:
     return NewGroup(id=group_id(root), root_key=key, root=root)
 
 
-def issue_first_issuer(group: NewGroup, key: Ed25519PrivateKey, *, name: str, now: float) -> Issuer:
-    """The founder's issuer, signed by the root."""
-    certificate = _sign_issuer(group.root_key, group.root, group.id, key.public_key(), name, now)
+def issue_first_issuer(
+    group: NewGroup, key: Ed25519PrivateKey, *, device: DeviceId, name: str, now: float
+) -> Issuer:
+    """An issuer for `device` signed by the root: the founder's, or one made in a recovery."""
+    signer = _Signer(key=group.root_key, certificate=group.root, gid=group.id, life_s=ROOT_LIFE_S)
+    certificate = _sign_issuer(signer, key.public_key(), issuer_name(name, key), device, now)
     return Issuer(key=key, certificate=certificate, above=())
 
 
+def issuer_name(name: str, key: Ed25519PrivateKey | Ed25519PublicKey) -> x509.Name:
+    """The subject of an issuer's certificate.
+
+    The key's hash keeps every issuer's name different from its signer's: certificates with equal
+    subject and issuer count as self-issued, which exempts them from name constraints.
+    """
+    public = key if isinstance(key, Ed25519PublicKey) else key.public_key()
+    return _name(f"{check_name(name)} issuer {_key_hash(public)[:8]}")
+
+
 def issue_issuer(
-    sponsor: Issuer, request: x509.CertificateSigningRequest, *, gid: GroupId, name: str, now: float
+    sponsor: Issuer,
+    request: x509.CertificateSigningRequest,
+    *,
+    device: DeviceId,
+    gid: GroupId,
+    name: str,
+    now: float,
 ) -> x509.Certificate:
-    """Let a new member admit others: certify the issuer key that it made.
+    """Let `device` admit others: certify the issuer key that it made.
 
     Raises:
         TrustError: the request does not prove its key, or the sponsor's chain is at its limit.
@@ -126,18 +146,71 @@ def issue_issuer(
             hint="ask a member that joined earlier for the invite",
         )
     public = requested_key(request)
-    return _sign_issuer(sponsor.key, sponsor.certificate, gid, public, name, now)
+    signer = _Signer(
+        key=sponsor.key, certificate=sponsor.certificate, gid=gid, life_s=ISSUER_LIFE_S
+    )
+    return _sign_issuer(signer, public, issuer_name(name, public), device, now)
+
+
+def reissue(
+    signer_key: Ed25519PrivateKey,
+    signer: x509.Certificate,
+    former: x509.Certificate,
+    *,
+    gid: GroupId,
+    now: float,
+) -> x509.Certificate:
+    """Certify the key, name and kind of a member's certificate anew, below another signer.
+
+    What the former certificate's key has signed hangs below the new one as it did below it.
+
+    Raises:
+        TrustError: the former certificate is not one of a member of this group.
+    """
+    constraints = former.extensions.get_extension_for_class(x509.BasicConstraints).value
+    if not constraints.ca:
+        request = _Asked(key=_ed25519(former), subject=former.subject)
+        above = Issuer(key=signer_key, certificate=signer, above=())
+        return _sign_leaf(above, request, gid=gid, now=now)
+    device = certified_device(former)
+    if device is None:
+        raise TrustError("an issuer's certificate does not say whose it is")
+    life_s = ROOT_LIFE_S if signer.subject == signer.issuer else ISSUER_LIFE_S
+    above_it = _Signer(key=signer_key, certificate=signer, gid=gid, life_s=life_s)
+    return _sign_issuer(above_it, _ed25519(former), former.subject, device, now)
+
+
+def certified_device(certificate: x509.Certificate) -> DeviceId | None:
+    """The device that a certificate names: of a leaf its own, of an issuer its owner's."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return None
+    for uri in names.get_values_for_type(x509.UniformResourceIdentifier):
+        device = uri.removeprefix("p2ptrain://").partition(".")[0]
+        if is_base32(device, 26):
+            return DeviceId(device)
+    return None
 
 
 def issue_leaf(
     issuer: Issuer, request: x509.CertificateSigningRequest, *, gid: GroupId, name: str, now: float
 ) -> x509.Certificate:
     """Certify a device key for 30 days; TrustError when the request does not prove its key."""
-    key = requested_key(request)
-    uri = x509.UniformResourceIdentifier(leaf_uri(device_id(key), gid))
-    subject = _name(check_name(name))
+    asked = _Asked(key=requested_key(request), subject=_name(check_name(name)))
+    return _sign_leaf(issuer, asked, gid=gid, now=now)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    key: Ed25519PublicKey
+    subject: x509.Name
+
+
+def _sign_leaf(issuer: Issuer, asked: _Asked, *, gid: GroupId, now: float) -> x509.Certificate:
+    uri = x509.UniformResourceIdentifier(leaf_uri(device_id(asked.key), gid))
     life_s = min(LEAF_LIFE_S, _seconds_left(issuer.certificate, now))
-    builder = _builder(subject, issuer.certificate.subject, key, now=now, life_s=life_s)
+    builder = _builder(asked.subject, issuer.certificate.subject, asked.key, now=now, life_s=life_s)
     builder = (
         builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
@@ -186,35 +259,16 @@ def peer_identity(leaf_der: bytes, *, gid: GroupId) -> DeviceId:
     except (ValueError, x509.ExtensionNotFound) as error:
         raise TrustError("the peer's certificate is not a device's") from error
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    if constraints.ca or uris != [leaf_uri(device, gid)]:
+    if constraints.ca:
+        raise TrustError("the peer's certificate is not a device's")
+    if uris != [leaf_uri(device, gid)]:
         raise TrustError("the peer's certificate does not name its key in this group")
     return device
 
 
-def check_chain(
-    root: x509.Certificate, issuers: tuple[x509.Certificate, ...], *, now: float
-) -> None:
-    """Check issuers, nearest to the leaf first, up to the root: signatures and dates.
-
-    For a joiner, before it keeps them; on a link OpenSSL does this.
-
-    Raises:
-        TrustError: a link of the chain does not hold; nothing of it may be used.
-    """
-    if not 1 <= len(issuers) <= ISSUERS_MAX:
-        raise TrustError(f"a chain has 1 to {ISSUERS_MAX} issuers")
-    _check_dates(root, now)
-    for certificate, signer in zip(issuers, (*issuers[1:], root), strict=True):
-        _check_dates(certificate, now)
-        try:
-            certificate.verify_directly_issued_by(signer)
-        except (InvalidSignature, ValueError, TypeError) as error:
-            raise TrustError("the chain of issuers does not lead to the group's root") from error
-
-
 def check_root(root: x509.Certificate, *, now: float) -> GroupId:
     """Check that a root signed itself and is in date; gives its group's id."""
-    _check_dates(root, now)
+    check_dates(root, now)
     try:
         root.verify_directly_issued_by(root)
     except (InvalidSignature, ValueError, TypeError) as error:
@@ -222,9 +276,15 @@ def check_root(root: x509.Certificate, *, now: float) -> GroupId:
     return group_id(root)
 
 
-def needs_renewal(leaf: x509.Certificate, *, now: float) -> bool:
-    """Whether two thirds of a leaf's life are over."""
-    return now >= leaf.not_valid_before_utc.timestamp() + LEAF_RENEW_AFTER_S
+def renew_at_s(certificate: x509.Certificate) -> float:
+    """When two thirds of a certificate's life are over, seconds since 1970."""
+    begins_s = certificate.not_valid_before_utc.timestamp()
+    return begins_s + (certificate.not_valid_after_utc.timestamp() - begins_s) * 2 / 3
+
+
+def needs_renewal(certificate: x509.Certificate, *, now: float) -> bool:
+    """Whether two thirds of a certificate's life are over."""
+    return now >= renew_at_s(certificate)
 
 
 def to_pem(*certificates: x509.Certificate) -> bytes:
@@ -288,27 +348,31 @@ def request_to_der(request: x509.CertificateSigningRequest) -> bytes:
     return request.public_bytes(serialization.Encoding.DER)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Signer:
+    key: Ed25519PrivateKey
+    certificate: x509.Certificate
+    gid: GroupId
+    life_s: float
+    """The most that it gives to what it signs."""
+
+
 def _sign_issuer(
-    signer_key: Ed25519PrivateKey,
-    signer: x509.Certificate,
-    gid: GroupId,
-    public: Ed25519PublicKey,
-    name: str,
-    now: float,
+    signer: _Signer, public: Ed25519PublicKey, subject: x509.Name, device: DeviceId, now: float
 ) -> x509.Certificate:
-    # The key's hash keeps every issuer's name different from its signer's: certificates with
-    # equal subject and issuer count as self-issued, which exempts them from name constraints.
-    subject = _name(f"{check_name(name)} issuer {_key_hash(public)[:8]}")
-    life_s = min(ISSUER_LIFE_S, _seconds_left(signer, now))
-    builder = _as_authority(_builder(subject, signer.subject, public, now=now, life_s=life_s))
-    inside = x509.UniformResourceIdentifier(f".g-{gid}.p2ptrain.internal")
+    above = signer.certificate
+    life_s = min(signer.life_s, _seconds_left(above, now))
+    builder = _as_authority(_builder(subject, above.subject, public, now=now, life_s=life_s))
+    inside = x509.UniformResourceIdentifier(f".g-{signer.gid}.p2ptrain.internal")
+    owner = x509.UniformResourceIdentifier(leaf_uri(device, signer.gid))
     return (
         builder.add_extension(
             x509.NameConstraints(permitted_subtrees=[inside], excluded_subtrees=None),
             critical=True,
         )
-        .add_extension(_authority_key(signer), critical=False)
-        .sign(signer_key, algorithm=None)
+        .add_extension(x509.SubjectAlternativeName([owner]), critical=False)
+        .add_extension(_authority_key(above), critical=False)
+        .sign(signer.key, algorithm=None)
     )
 
 
@@ -353,6 +417,11 @@ def _authority_key(signer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
     return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
 
 
+def as_ed25519(certificate: x509.Certificate) -> Ed25519PublicKey:
+    """The key of a certificate; ValueError when it is of another kind."""
+    return _ed25519(certificate)
+
+
 def _seconds_left(certificate: x509.Certificate, now: float) -> float:
     left = certificate.not_valid_after_utc.timestamp() - now
     if left <= 0:
@@ -363,7 +432,8 @@ def _seconds_left(certificate: x509.Certificate, now: float) -> float:
     return left
 
 
-def _check_dates(certificate: x509.Certificate, now: float) -> None:
+def check_dates(certificate: x509.Certificate, now: float) -> None:
+    """TrustError, which says what to do, when a certificate is not valid at `now`."""
     if now < certificate.not_valid_before_utc.timestamp():
         raise TrustError(
             f"the certificate of {common_name(certificate)!r} is not yet valid",

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from p2ptrain.cli.main import run
+from p2ptrain.store.groups import create_group
+from p2ptrain.store.home import open_home
 
 
 @pytest.fixture
@@ -92,3 +94,61 @@ def test_invite_file_is_never_overwritten(
     (tmp_path / "card").write_text("precious")
     assert run(["group", "invite", member, "--out", "card"]) == 2
     assert (tmp_path / "card").read_text() == "precious"
+
+
+def test_members_lists_this_device_without_a_peer(
+    member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["group", "members", member]) == 0
+    printed = capsys.readouterr().out
+    assert "attic (this one)" in printed
+    assert "the group's root certificate ends on " in printed
+    assert run(["group", "members", member, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (line,) = document["members"]
+    assert (line["name"], line["state"], line["may_admit"]) == ("attic", "member", True)
+    assert (document["version"], document["roots_trusted"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        (["attik", "--reason", "lost"], 2, "no member is called 'attik'; this device knows: attic"),
+        (["attic"], 2, "missing option '--reason'"),
+        (["attic", "--reason", "x", "--keep-all", "--keep-none"], 2, "exclude each other"),
+        (["attic", "--reason", "a\nb"], 3, "one line"),
+        (["attic", "--reason", "x", "--group", "work"], 2, "no group called 'work'"),
+    ],
+)
+def test_revocation_that_makes_no_sense_is_refused(
+    line: list[str], code: int, said: str, member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["group", "revoke", *line]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_revoke_without_a_peer_is_written_down_and_says_that_nobody_knows(
+    home: Path, member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["group", "revoke", "attic", "--reason", "sold", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["name"], document["told"], document["peer_running"]) == ("attic", 0, False)
+    (log,) = home.glob("groups/*/revoked.jsonl")
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    assert run(["group", "members", member]) == 0
+    assert "revoked: sold" in capsys.readouterr().out
+    assert run(["group", "revoke", "attic", "--reason", "sold"]) == 2
+    assert "revoked already" in capsys.readouterr().err
+
+
+def test_group_must_be_named_when_there_are_several(
+    home: Path, member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_group(open_home(home), "work", "a passphrase long enough", "desk")
+    assert run(["group", "revoke", "attic", "--reason", "lost"]) == 2
+    assert "several groups: family, work" in capsys.readouterr().err
+
+
+def test_revoke_without_any_group_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["group", "revoke", "attic", "--reason", "lost"]) == 2
+    assert "this device is in no group" in capsys.readouterr().err

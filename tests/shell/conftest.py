@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from p2ptrain.store.groups import Group, NewMember, store_member
+from p2ptrain.store.groups import Group, first_member, store_member
 from p2ptrain.store.home import Home, open_home
 from p2ptrain.trust import certificates as certs
 
@@ -34,15 +34,8 @@ def mint_group(make_home: Callable[[str], Home]) -> MintGroup:
         fresh = certs.create_group(f"group-{made}", now=at)
         members = []
         for index in range(count):
-            issuer = certs.issue_first_issuer(
-                fresh, Ed25519PrivateKey.generate(), name=f"peer-{index}", now=at
-            )
-            member = NewMember(
-                root=fresh.root,
-                issuer=issuer,
-                device_key=Ed25519PrivateKey.generate(),
-                device_name=f"peer-{index}",
-            )
+            member = first_member(fresh, f"peer-{index}", now=at)
+            member = dataclasses.replace(member, now_s=at)
             home = make_home(f"home-{made}-{index}")
             members.append(store_member(home, f"group-{made}", member))
         return sorted(members, key=lambda group: group.device)

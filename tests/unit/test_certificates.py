@@ -11,10 +11,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from p2ptrain.errors import TrustError
-from p2ptrain.ids import is_base32
+from p2ptrain.ids import DeviceId, is_base32
 from p2ptrain.trust import certificates as certs
+from p2ptrain.trust.chains import check_issuers
 
 NOW = 1_800_000_000.0
+ANYBODY = DeviceId("a" * 26)
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,14 @@ class Minted:
 @pytest.fixture
 def minted() -> Minted:
     group = certs.create_group("home", now=NOW)
-    issuer = certs.issue_first_issuer(group, Ed25519PrivateKey.generate(), name="a", now=NOW)
     key = Ed25519PrivateKey.generate()
+    issuer = certs.issue_first_issuer(
+        group,
+        Ed25519PrivateKey.generate(),
+        device=certs.device_id(key.public_key()),
+        name="a",
+        now=NOW,
+    )
     request = certs.request_certificate(key, name="a")
     leaf = certs.issue_leaf(issuer, request, gid=group.id, name="a", now=NOW)
     return Minted(group=group, issuer=issuer, device_key=key, leaf=leaf)
@@ -38,7 +46,7 @@ def minted() -> Minted:
 def admit(sponsor: certs.Issuer, group: certs.NewGroup) -> certs.Issuer:
     key = Ed25519PrivateKey.generate()
     request = certs.request_certificate(key, name="b")
-    made = certs.issue_issuer(sponsor, request, gid=group.id, name="b", now=NOW)
+    made = certs.issue_issuer(sponsor, request, device=ANYBODY, gid=group.id, name="b", now=NOW)
     return certs.Issuer(key=key, certificate=made, above=sponsor.chain)
 
 
@@ -85,7 +93,7 @@ def test_peer_identity_refuses_another_group_a_ca_and_garbage(minted: Minted) ->
 def test_chain_over_three_sponsors_leads_to_the_root(minted: Minted) -> None:
     second = admit(minted.issuer, minted.group)
     third = admit(second, minted.group)
-    certs.check_chain(minted.group.root, third.chain, now=NOW)
+    check_issuers(minted.group.root, third.chain, now=NOW)
 
 
 def test_chain_without_its_middle_or_from_elsewhere_is_refused(minted: Minted) -> None:
@@ -94,18 +102,18 @@ def test_chain_without_its_middle_or_from_elsewhere_is_refused(minted: Minted) -
     broken = (third.chain[0], third.chain[2])
     for root, chain in ((minted.group.root, broken), (stranger.root, third.chain)):
         with pytest.raises(TrustError, match="does not lead"):
-            certs.check_chain(root, chain, now=NOW)
+            check_issuers(root, chain, now=NOW)
     with pytest.raises(TrustError, match="1 to"):
-        certs.check_chain(minted.group.root, (), now=NOW)
+        check_issuers(minted.group.root, (), now=NOW)
 
 
 @pytest.mark.parametrize(
     ("offset_s", "problem"),
-    [(-certs.BACKDATE_S - 1, "not yet valid"), (certs.ISSUER_LIFE_S + 1, "expired")],
+    [(-certs.BACKDATE_S - 1, "not yet valid"), (certs.ROOT_LIFE_S + 1, "expired")],
 )
 def test_chain_out_of_date_is_refused(minted: Minted, offset_s: float, problem: str) -> None:
     with pytest.raises(TrustError, match=problem):
-        certs.check_chain(minted.group.root, minted.issuer.chain, now=NOW + offset_s)
+        check_issuers(minted.group.root, minted.issuer.chain, now=NOW + offset_s)
 
 
 def test_chain_of_issuers_is_bounded(minted: Minted) -> None:
@@ -117,23 +125,26 @@ def test_chain_of_issuers_is_bounded(minted: Minted) -> None:
 
 
 def test_certificates_do_not_outlive_their_issuer(minted: Minted) -> None:
+    second = admit(minted.issuer, minted.group)
+    assert lifetime_s(second.certificate) == certs.ISSUER_LIFE_S + certs.BACKDATE_S
+    assert lifetime_s(minted.issuer.certificate) == lifetime_s(minted.group.root)
     late = NOW + certs.ISSUER_LIFE_S - 86_400
     request = certs.request_certificate(minted.device_key, name="a")
-    leaf = certs.issue_leaf(minted.issuer, request, gid=minted.group.id, name="a", now=late)
-    assert leaf.not_valid_after_utc == minted.issuer.certificate.not_valid_after_utc
+    leaf = certs.issue_leaf(second, request, gid=minted.group.id, name="a", now=late)
+    assert leaf.not_valid_after_utc == second.certificate.not_valid_after_utc
     with pytest.raises(TrustError, match="expired"):
-        certs.issue_leaf(
-            minted.issuer, request, gid=minted.group.id, name="a", now=late + 2 * 86_400
-        )
+        certs.issue_leaf(second, request, gid=minted.group.id, name="a", now=late + 2 * 86_400)
+
+
+def lifetime_s(certificate: x509.Certificate) -> float:
+    return (certificate.not_valid_after_utc - certificate.not_valid_before_utc).total_seconds()
 
 
 def test_request_of_another_key_type_is_refused(minted: Minted) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     with pytest.raises(TrustError, match="prove"):
-        certs.issue_issuer(
-            minted.issuer, request.sign(key, SHA256()), gid=minted.group.id, name="b", now=NOW
-        )
+        certs.requested_key(request.sign(key, SHA256()))
 
 
 def test_request_whose_proof_was_changed_is_refused(minted: Minted) -> None:
@@ -144,9 +155,10 @@ def test_request_whose_proof_was_changed_is_refused(minted: Minted) -> None:
 
 
 def test_leaf_is_due_for_renewal_after_two_thirds(minted: Minted) -> None:
-    begins = minted.leaf.not_valid_before_utc.timestamp()
-    assert not certs.needs_renewal(minted.leaf, now=begins + certs.LEAF_RENEW_AFTER_S - 1)
-    assert certs.needs_renewal(minted.leaf, now=begins + certs.LEAF_RENEW_AFTER_S)
+    due = certs.renew_at_s(minted.leaf)
+    assert due == pytest.approx(NOW + 20 * 86_400, abs=certs.BACKDATE_S)
+    assert not certs.needs_renewal(minted.leaf, now=due - 1)
+    assert certs.needs_renewal(minted.leaf, now=due)
 
 
 @pytest.mark.parametrize("name", ["", "a" * 41, "a\nb", "\x1b[2J", " a", "../a", "-rf", ".ssh"])

@@ -107,7 +107,7 @@ def test_damaged_or_mixed_up_files_are_refused(home: Home, group: Group) -> None
 def test_leaf_is_renewed_after_two_thirds_of_its_life(
     home: Home, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    later = time.time() + certs.LEAF_RENEW_AFTER_S + 1
+    later = certs.renew_at_s(group.chain[0]) + 1
     monkeypatch.setattr(groups.time, "time", lambda: later)
     renewed = load_group(home, "home")
     assert renewed.device == group.device

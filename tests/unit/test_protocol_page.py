@@ -12,6 +12,7 @@ import p2ptrain.agreement.messages
 import p2ptrain.agreement.run_messages
 import p2ptrain.membership.messages
 import p2ptrain.training.messages
+import p2ptrain.trust.gossip
 from p2ptrain.wire.codec import registered
 
 PAGE = Path(p2ptrain.__file__).parent / "wire" / "PROTOCOL.md"

@@ -1,0 +1,157 @@
+"""Trust among running peers in one process: revocation takes effect at once, and stays."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+import trio
+
+from p2ptrain.errors import ConfigError, NotFound, TrustError
+from p2ptrain.membership.states import State
+from p2ptrain.runtime.peer import Peer
+from p2ptrain.runtime.revoking import RevokeRequest
+from p2ptrain.runtime.trust_reports import trust_report
+from p2ptrain.store.groups import Group, load_group
+from p2ptrain.store.home import open_home
+from p2ptrain.store.trust_log import REVOKED_FILE
+from tests.memory_group import until
+from tests.shell.conftest import MintGroup
+from tests.shell.test_peer import opened, until_alive
+
+CLOSED_S = 5.0
+
+
+@contextlib.asynccontextmanager
+async def together(*groups: Group) -> AsyncIterator[list[Peer]]:
+    """Peers of these groups that all see each other."""
+    async with contextlib.AsyncExitStack() as stack:
+        peers: list[Peer] = []
+        for group in groups:
+            addresses = peers[0].addresses() if peers else ()
+            peers.append(await stack.enter_async_context(opened(group, peers=addresses)))
+        for peer in peers:
+            await until_alive(peer, len(groups))
+            await until(lambda peer=peer: len(known(peer)) >= len(groups))  # type: ignore[misc]  # bound now
+        yield peers
+
+
+def known(peer: Peer) -> tuple[object, ...]:
+    return peer.trust._machine.machine.roster.chains
+
+
+def request(group: Group, **changes: object) -> RevokeRequest:
+    return RevokeRequest(device=group.device, reason="stolen", **changes)  # type: ignore[arg-type]  # fields by name
+
+
+def again(group: Group) -> Group:
+    return load_group(open_home(group.folder.parents[1]), group.id)
+
+
+async def test_revoked_member_is_cut_off_everywhere_at_once_and_not_let_in_again(
+    mint_group: MintGroup,
+) -> None:
+    one, two, three = mint_group(3)
+    async with together(one, two, three) as (first, second, third):
+        with trio.fail_after(CLOSED_S):
+            report = await first.trust.revoke(request(three))
+            await until(lambda: three.device not in first.links.devices())
+            await until(lambda: three.device not in second.links.devices())
+        assert (report.told, report.kept, report.void) == (2, (), ())
+        states = {view.device: view for view in second.membership.machine.members(0.0)}
+        assert states[three.device].state is State.DEAD
+        await until(lambda: "was revoked" in str(third.links.refusals()))
+        await until(lambda: "stolen" in str(second.links.statistics().last_refusal))
+        assert first.links.devices() == (two.device,)
+        assert third.links.devices() == ()
+    # It comes back later, and so do the others, from what is on disk.
+    async with opened(again(one)) as first, opened(again(three), peers=first.addresses()) as third:
+        await until(lambda: "was revoked" in str(third.links.refusals()))
+        assert first.links.devices() == third.links.devices() == ()
+        assert "was revoked" in str(third.status().alone_because)
+    states = {member.device: member.state for member in trust_report(again(two)).members}
+    assert states == {one.device: "member", two.device: "member", three.device: "revoked"}
+
+
+async def test_member_that_was_away_hears_of_it_from_others(mint_group: MintGroup) -> None:
+    one, two, three = mint_group(3)
+    async with together(one, two, three):
+        pass
+    async with together(one, three) as (first, _):
+        await first.trust.revoke(request(three))
+    async with together(one, two) as (_, second):
+        await until(lambda: len(second.trust._effective) == 1)
+    async with opened(again(two)) as second, opened(again(three), peers=second.addresses()) as out:
+        await until(lambda: "was revoked" in str(out.links.refusals()))
+        assert second.links.devices() == ()
+
+
+async def test_run_of_a_revoked_member_hears_that_it_is_gone(
+    mint_group: MintGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = mint_group(2)
+    async with together(one, two) as (first, _):
+        gone: list[tuple[str, str]] = []
+        monkeypatch.setattr(first.runs, "peer_down", lambda *args: gone.append(args))
+        await first.trust.revoke(request(two))
+        await until(lambda: any(device == two.device for device, _ in gone))
+        assert "stolen" in gone[0][1]
+
+
+async def test_revocations_that_make_no_sense_are_refused(mint_group: MintGroup) -> None:
+    one, two = mint_group(2)
+    async with together(one, two) as (first, second):
+        with pytest.raises(NotFound, match="no member is called"):
+            await first.trust.revoke(RevokeRequest(device="nobody", reason="x"))
+        with pytest.raises(TrustError, match="one line"):
+            await first.trust.revoke(RevokeRequest(device=two.device, reason="\n"))
+        (two.folder / "issuer.key").rename(two.folder / "hidden")
+        with pytest.raises(TrustError, match="may not admit"):
+            await second.trust.revoke(request(one))
+        await first.trust.revoke(request(two))
+        with pytest.raises(ConfigError, match="revoked already"):
+            await first.trust.revoke(request(two))
+
+
+async def test_statement_is_on_disk_before_it_takes_effect(
+    mint_group: MintGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = mint_group(2)
+    async with together(one, two) as (first, _):
+        seen: list[bool] = []
+        expel = first._expel
+
+        def look(device: str, reason: str) -> None:
+            log = one.folder / REVOKED_FILE
+            seen.append(log.exists() and two.device in log.read_text())
+            expel(two.device, reason)
+
+        monkeypatch.setattr(
+            first.trust,
+            "_hooks",
+            first.trust._hooks.__class__(
+                send=first.trust._hooks.send,
+                use=first.trust._hooks.use,
+                expel=look,
+                violation=first.trust._hooks.violation,
+            ),
+        )
+        await first.trust.revoke(request(two))
+        assert seen == [True]
+
+
+async def test_peer_with_a_damaged_log_of_revocations_does_not_start(
+    mint_group: MintGroup,
+) -> None:
+    (group,) = mint_group(1)
+    log = group.folder / REVOKED_FILE
+    log.write_bytes(b'{"version": 1}\n')
+    log.chmod(0o600)
+    with pytest.raises(TrustError, match="damaged"):
+        again(group)
+    log.write_bytes(b'{"cut sho')  # by a crash: never took effect
+    assert again(group).device == group.device
+    log.chmod(0o644)
+    with pytest.raises(TrustError, match="too open"):
+        again(group)
