@@ -16,7 +16,7 @@ from p2ptrain.net.tls_link import LinkBroken, TlsLink
 from p2ptrain.wire import frames
 from p2ptrain.wire.codec import decode
 from p2ptrain.wire.frames import BulkHeader, FrameType, Prefix, TensorHeader
-from p2ptrain.wire.hello import Hello, encode_hello, parse_hello
+from p2ptrain.wire.hello import Agreement, Hello, encode_hello, parse_hello
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -68,6 +68,8 @@ class Connection:
         self.dialled_here = dialled_here
         self.hello: Hello | None = None
         """What the peer said."""
+        self.agreement: Agreement | None = None
+        """What both sides speak."""
         self.clock_ahead_s = 0.0
         """How far the peer's wall clock was ahead of ours at HELLO."""
         self.address = ""
@@ -117,6 +119,11 @@ class Connection:
             return False
         self._queued_bytes += len(body)
         return True
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes held here for a peer that has not taken them."""
+        return self._queued_bytes + self.link.statistics().unsent_bytes
 
     async def write_control(self) -> None:
         """Send queued messages until the link breaks (LinkBroken)."""

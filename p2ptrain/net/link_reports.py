@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from p2ptrain.ids import DeviceId
 from p2ptrain.net.connection import Connection
-from p2ptrain.wire.hello import Hello
+from p2ptrain.wire.hello import Agreement, Hello
 
 Totals = dict[tuple[DeviceId, str], tuple[int, int]]
 """(device, kind) -> bytes sent and received at the socket."""
@@ -20,6 +20,8 @@ class LinkUp:
     address: str
     """host:port where the peer listens, as far as we know; worth remembering."""
     hello: Hello
+    agreement: Agreement
+    """What both sides speak."""
     clock_ahead_s: float
     """How far the peer's wall clock is ahead of ours."""
 
@@ -37,12 +39,15 @@ class LinkDown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerLinkStatistics:
-    """Bytes at the socket, encrypted, with one peer since this process started."""
+    """Bytes with one peer; sent and received at the socket, encrypted, since we started."""
 
     control_bytes_sent: int
     control_bytes_received: int
     data_bytes_sent: int
     data_bytes_received: int
+    queued_bytes: int
+    """Control messages that wait and ciphertext that the kernel has not taken, now; at most
+    LINK_QUEUED_BYTES_MAX. Tensors and chunks that wait stay in their owner's memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +80,7 @@ def add_bytes(totals: Totals, connection: Connection) -> None:
     )
 
 
-def peer_statistics(device: DeviceId, totals: Totals) -> PeerLinkStatistics:
+def peer_statistics(device: DeviceId, totals: Totals, queued_bytes: int) -> PeerLinkStatistics:
     """One peer's share of the totals."""
     control = totals.get((device, "control"), (0, 0))
     data = totals.get((device, "data"), (0, 0))
@@ -84,4 +89,5 @@ def peer_statistics(device: DeviceId, totals: Totals) -> PeerLinkStatistics:
         control_bytes_received=control[1],
         data_bytes_sent=data[0],
         data_bytes_received=data[1],
+        queued_bytes=queued_bytes,
     )

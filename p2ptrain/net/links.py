@@ -7,9 +7,9 @@ again. Which of two simultaneous connections stays is decided in wire/arbitratio
 from __future__ import annotations
 
 import contextlib
-import errno
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +19,7 @@ from p2ptrain import limits
 from p2ptrain.errors import InvariantBroken, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, short
 from p2ptrain.net.connection import BodyReader, Connection, OnBulk, OnTensor
+from p2ptrain.net.dial_outcomes import failed, is_refused, refused_by_hello
 from p2ptrain.net.dialler import Attempt, Dialler
 from p2ptrain.net.link_reports import (
     LinkDown,
@@ -30,6 +31,7 @@ from p2ptrain.net.link_reports import (
     peer_statistics,
 )
 from p2ptrain.net.listener import Handler, Listener, connect, join_address, listen
+from p2ptrain.net.session import Session
 from p2ptrain.net.tls_link import (
     LinkBroken,
     LinkRefused,
@@ -43,7 +45,7 @@ from p2ptrain.wire import codec
 from p2ptrain.wire import hello as wire_hello
 from p2ptrain.wire.arbitration import Standing, may_accept, may_offer
 from p2ptrain.wire.frames import BulkHeader, TensorHeader
-from p2ptrain.wire.hello import LINK_KINDS, Hello, negotiate
+from p2ptrain.wire.hello import LINK_KINDS, Hello, Spoken, negotiate
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -51,27 +53,6 @@ if TYPE_CHECKING:
 __all__ = ["BodyReader", "LinkDown", "LinkUp", "Links", "LinksStatistics", "PeerLinkStatistics"]
 
 _INSTANCE_BITS: Final = 62
-_PROBES: Final = 3
-_PROBE_PAUSE_S: Final = 0.03
-
-
-class _Session:
-    """The links with one process of one peer, from the first connection to the end."""
-
-    def __init__(self, device: DeviceId, after: trio.Event | None) -> None:
-        self.device = device
-        self.after = after
-        """Set when the previous session's LinkDown was reported."""
-        self.slots: dict[str, Connection] = {}
-        self.instance: int | None = None
-        self.up = trio.Event()
-        self.was_announced = False
-        self.over: LinkBroken | None = None
-        self.finished = trio.Event()
-
-    @property
-    def complete(self) -> bool:
-        return all(k in self.slots and self.slots[k].ready for k in LINK_KINDS)
 
 
 class Links:
@@ -92,14 +73,17 @@ class Links:
         on_bulk: OnBulk,
         enrolment: Handler | None = None,
         objection: FindObjection = no_objection,
+        spoken: Spoken | None = None,
     ) -> None:
         """Raises TrustError when our own key and certificates do not fit together.
 
         Args:
             objection: Asked about every chain that TLS has verified; what it says against one
                 keeps that peer out.
+            spoken: Protocol versions and features; None: those of this version.
         """
         self._objection = objection
+        self._spoken = Spoken() if spoken is None else spoken
         self._build = build
         self._listen_at = (listen_host, listen_port)
         self._on_tensor = on_tensor
@@ -109,7 +93,7 @@ class Links:
         self._instance = random.SystemRandom().getrandbits(_INSTANCE_BITS)
         self._listener: Listener | None = None
         self._nursery: trio.Nursery | None = None
-        self._sessions: dict[DeviceId, _Session] = {}
+        self._sessions: dict[DeviceId, Session] = {}
         self._finished: dict[DeviceId, trio.Event] = {}
         self._changed = trio.Event()
         self._undecided = 0
@@ -217,13 +201,15 @@ class Links:
 
     def statistics(self) -> LinksStatistics:
         """Bytes per peer and refused connections so far."""
-        totals = dict(self._past)
+        totals, queued = dict(self._past), Counter[DeviceId]()
         for session in self._sessions.values():
             for connection in session.slots.values():
                 add_bytes(totals, connection)
+                queued[session.device] += connection.queued_bytes
         devices = sorted({device for device, _ in totals})
+        peers = {device: peer_statistics(device, totals, queued[device]) for device in devices}
         return LinksStatistics(
-            peers={device: peer_statistics(device, totals) for device in devices},
+            peers=peers,
             refused_count=self._refused_count,
             last_refusal=self._last_refusal,
         )
@@ -283,9 +269,11 @@ class Links:
         if device == self._credentials.device:
             return wire_hello.REFUSE_DUPLICATE
         ours = self._hello(theirs.kind)
-        if theirs.protocol_min > ours.protocol_max or theirs.protocol_max < ours.protocol_min:
+        if (gap := wire_hello.version_gap(ours, theirs)) is not None:
+            self._refused_count += 1
+            self._last_refusal = f"{short(device)}: {gap}"
             return wire_hello.REFUSE_VERSION
-        negotiate(ours, theirs, device=device)
+        connection.agreement = negotiate(ours, theirs, device=device)
         if device not in self._sessions and len(self._sessions) >= limits.LINK_PEERS_MAX:
             return wire_hello.REFUSE_FULL
         standing = self._standing(device, theirs.kind, theirs.instance)
@@ -325,7 +313,7 @@ class Links:
             return await self._offer(connection)
         except (LinkBroken, RemoteProtocolError) as error:
             await link.aclose()
-            return _failed(error, None if connection is None else connection.device)
+            return failed(error, None if connection is None else connection.device)
         except BaseException:
             link.close()
             raise
@@ -351,7 +339,7 @@ class Links:
             if session is not None:
                 self._drop_reservation(session, connection, LinkBroken("refused"))
             await connection.link.aclose()
-            return _refused_by_hello(theirs)
+            return refused_by_hello(self._hello(kind), theirs)
         self._admit(connection, session or self._reserve(connection, theirs))
         return Attempt(device=device)
 
@@ -360,7 +348,7 @@ class Links:
         await connection.send_hello(ours)
         theirs = await connection.receive_hello()
         if theirs.refusal is None:
-            negotiate(ours, theirs, device=connection.device)
+            connection.agreement = negotiate(ours, theirs, device=connection.device)
         return theirs
 
     # Sessions.
@@ -373,7 +361,7 @@ class Links:
             return Standing.OTHER_INSTANCE
         return Standing.SAME_INSTANCE if kind in session.slots else Standing.NONE
 
-    def _reserve(self, connection: Connection, theirs: Hello | None) -> _Session:
+    def _reserve(self, connection: Connection, theirs: Hello | None) -> Session:
         """Give a connection its place; whatever had it, or another process, is over."""
         device = connection.device
         session = self._sessions.get(device)
@@ -385,19 +373,19 @@ class Links:
             self._end(session, LinkBroken(reason, closed_by_peer=True))
             session = None
         if session is None:
-            session = _Session(device, self._finished.get(device))
+            session = Session(device, self._finished.get(device))
             self._sessions[device] = session
         session.slots[connection.kind] = connection
         return session
 
     def _drop_reservation(
-        self, session: _Session, connection: Connection, error: BaseException
+        self, session: Session, connection: Connection, error: BaseException
     ) -> None:
         if session.over is None and session.slots.get(connection.kind) is connection:
             broken = error if isinstance(error, LinkBroken) else LinkBroken("the dial failed")
             self._end(session, broken)
 
-    def _admit(self, connection: Connection, session: _Session) -> None:
+    def _admit(self, connection: Connection, session: Session) -> None:
         """HELLO was agreed: start the connection's task; announce the peer if it is complete."""
         hello = connection.hello
         if hello is None or self._nursery is None:
@@ -413,27 +401,28 @@ class Links:
         if session.complete:
             self._nursery.start_soon(self._announce, session)
 
-    async def _announce(self, session: _Session) -> None:
+    async def _announce(self, session: Session) -> None:
         if session.after is not None:
             await session.after.wait()
         if session.over is not None:
             return
         session.was_announced = True
         control = session.slots["control"]
-        hello = control.hello
-        if hello is None:
-            raise InvariantBroken("a ready connection has a HELLO")
+        hello, agreement = control.hello, control.agreement
+        if hello is None or agreement is None:
+            raise InvariantBroken("a ready connection has a HELLO that was agreed")
         await self._events_in.send(
             LinkUp(
                 device=session.device,
                 address=control.address,
                 hello=hello,
+                agreement=agreement,
                 clock_ahead_s=control.clock_ahead_s,
             )
         )
         session.up.set()
 
-    async def _serve(self, connection: Connection, session: _Session) -> None:
+    async def _serve(self, connection: Connection, session: Session) -> None:
         """Read one connection until it ends, then end its session; never raises for the peer."""
         try:
             with connection.scope:
@@ -468,7 +457,7 @@ class Links:
     async def _deliver(self, device: DeviceId, message: object) -> None:
         await self._inbox_in.send((device, message))
 
-    def _end(self, session: _Session, why: LinkBroken) -> None:
+    def _end(self, session: Session, why: LinkBroken) -> None:
         """Forget a session and close its links; LinkDown follows if it was announced."""
         if session.over is not None:
             return
@@ -487,12 +476,12 @@ class Links:
             raise InvariantBroken("a session ends while links run")
         self._nursery.start_soon(self._report_down, session, why)
 
-    async def _report_down(self, session: _Session, why: LinkBroken) -> None:
+    async def _report_down(self, session: Session, why: LinkBroken) -> None:
         try:
             if session.was_announced:
                 await session.up.wait()
                 address = session.slots["control"].address
-                refused = why.closed_by_peer and await _is_refused(address)
+                refused = why.closed_by_peer and await is_refused(address)
                 await self._events_in.send(
                     LinkDown(
                         device=session.device,
@@ -521,7 +510,7 @@ class Links:
             await self._changed.wait()
         return waited
 
-    def _live_session(self, device: DeviceId) -> _Session:
+    def _live_session(self, device: DeviceId) -> Session:
         session = self._sessions.get(device)
         if session is None or not session.was_announced or session.over is not None:
             raise PeerLost(f"there is no link with peer {short(device)}")
@@ -529,9 +518,9 @@ class Links:
 
     def _hello(self, kind: str, *, refusal: str | None = None) -> Hello:
         return Hello(
-            protocol_min=wire_hello.PROTOCOL_MIN,
-            protocol_max=wire_hello.PROTOCOL_MAX,
-            features=wire_hello.FEATURES,
+            protocol_min=self._spoken.protocol_min,
+            protocol_max=self._spoken.protocol_max,
+            features=self._spoken.features,
             group=self._credentials.group,
             device=self._credentials.device,
             instance=self._instance,
@@ -553,21 +542,6 @@ async def _write_control(
         scope.cancel()
 
 
-async def _is_refused(address: str) -> bool:
-    """Whether nothing listens at an address; False when that cannot be told at once.
-
-    A process that dies closes its sockets one after the other, so one answer is not enough.
-    """
-    try:
-        with trio.move_on_after(limits.REFUSED_PROBE_TIMEOUT_S):
-            for _ in range(_PROBES):
-                (await connect(address)).close()
-                await trio.sleep(_PROBE_PAUSE_S)
-    except OSError as error:
-        return error.errno == errno.ECONNREFUSED
-    return False
-
-
 @contextlib.contextmanager
 def _as_peer_lost(device: DeviceId) -> Iterator[None]:
     try:
@@ -580,21 +554,3 @@ def _as_broken(error: LinkBroken | RemoteProtocolError) -> LinkBroken:
     if isinstance(error, LinkBroken):
         return error
     return LinkBroken(f"the peer broke the protocol: {error.message}")
-
-
-def _failed(error: LinkBroken | RemoteProtocolError, device: DeviceId | None) -> Attempt:
-    if isinstance(error, LinkRefused):
-        return Attempt(device=device, refusal=error.reason)
-    return Attempt(device=device, failure=str(error))
-
-
-def _refused_by_hello(theirs: Hello) -> Attempt:
-    if theirs.refusal == wire_hello.REFUSE_VERSION:
-        spoken = f"{theirs.protocol_min} to {theirs.protocol_max}"
-        reason = f"it speaks protocol {spoken}; update p2ptrain on both devices"
-        return Attempt(device=theirs.device, refusal=reason)
-    if theirs.refusal in wire_hello.REFUSED_FOR_GOOD:
-        return Attempt(device=theirs.device, refusal=wire_hello.REFUSED_FOR_GOOD[theirs.refusal])
-    if theirs.refusal == wire_hello.REFUSE_DUPLICATE:
-        return Attempt(device=theirs.device)  # the other connection is on its way
-    return Attempt(device=theirs.device, failure=f"the peer refused: {theirs.refusal:.40}")

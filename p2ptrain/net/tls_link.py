@@ -57,6 +57,8 @@ class LinkStatistics:
     socket_bytes_sent: int
     """Ciphertext with all of TLS's own messages."""
     socket_bytes_received: int
+    unsent_bytes: int
+    """Ciphertext that the kernel has not taken, now; at most LINK_UNSENT_BYTES_MAX."""
 
 
 def server_context(credentials: Credentials) -> ssl.SSLContext:
@@ -110,6 +112,7 @@ class TlsLink:
         self._plaintext_received = 0
         self._socket_sent = 0
         self._socket_received = 0
+        self._unsent_bytes = 0
 
     async def handshake(self) -> None:
         """Authenticate both sides; on an error or a cancellation the link is closed.
@@ -209,6 +212,7 @@ class TlsLink:
             plaintext_bytes_received=self._plaintext_received,
             socket_bytes_sent=self._socket_sent,
             socket_bytes_received=self._socket_received,
+            unsent_bytes=self._outgoing.pending + self._unsent_bytes,
         )
 
     async def _handshake(self) -> None:
@@ -249,6 +253,7 @@ class TlsLink:
         """Send pending ciphertext; `scope` is the caller's, whose deadline progress moves."""
         while self._outgoing.pending:
             left = memoryview(self._outgoing.read())
+            self._unsent_bytes = len(left)
             while left:
                 try:
                     sent = await self._sock.send(left)
@@ -256,6 +261,7 @@ class TlsLink:
                     raise self._socket_ended(error) from error
                 self._socket_sent += sent
                 left = left[sent:]
+                self._unsent_bytes = len(left)
                 if scope is not None:
                     scope.deadline = _stall_deadline()
 

@@ -68,6 +68,7 @@ class BlobExchange:
         self._offers: Counter[Digest] = Counter()
         self._fetches: dict[int, _Fetch] = {}
         self._requests = itertools.count(1)
+        self._serving: Counter[DeviceId] = Counter()
 
     def publish(self, content: Content, *, digest: Digest | None = None) -> Digest:
         """Offer a blob to every member until it is withdrawn as often as it was published.
@@ -142,13 +143,22 @@ class BlobExchange:
             raise RemoteProtocolError(f"a blob from {device[:8]} does not match its digest")
 
     async def serve(self, device: DeviceId, request: BlobRequest) -> None:
-        """Answer a request; the caller runs this in a task of its own."""
+        """Answer a request; the caller runs this in a task of its own.
+
+        A member that takes nothing while it asks for more gets a refusal beyond BLOBS_SERVED_MAX.
+        """
         content = self._published.get(request.digest)
-        if content is None:
+        if content is None or self._serving[device] >= limits.BLOBS_SERVED_MAX:
             self._send(device, BlobMissing(request=request.request))
             await trio.lowlevel.checkpoint()
             return
-        view = memoryview(content)
+        self._serving[device] += 1
+        try:
+            await self._serve_chunks(device, request, memoryview(content))
+        finally:
+            self._serving[device] -= 1
+
+    async def _serve_chunks(self, device: DeviceId, request: BlobRequest, view: memoryview) -> None:
         step = limits.BULK_CHUNK_BYTES_MAX
         for offset in range(0, max(len(view), 1), step):
             chunk = view[offset : offset + step]

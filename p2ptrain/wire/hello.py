@@ -34,6 +34,15 @@ REFUSED_FOR_GOOD: Final = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spoken:
+    """Which protocol versions one implementation speaks, and its optional abilities."""
+
+    protocol_min: int = PROTOCOL_MIN
+    protocol_max: int = PROTOCOL_MAX
+    features: tuple[str, ...] = FEATURES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """What one side of a link says about itself."""
 
@@ -89,15 +98,27 @@ def negotiate(ours: Hello, theirs: Hello, *, device: DeviceId) -> Agreement:
         raise RemoteProtocolError("a peer's HELLO contradicts its certificate")
     if theirs.kind != ours.kind:
         raise RemoteProtocolError("the two sides of a link disagree on its kind")
+    if (gap := version_gap(ours, theirs)) is not None:
+        raise RemoteProtocolError(gap)
     protocol = min(ours.protocol_max, theirs.protocol_max)
-    if protocol < max(ours.protocol_min, theirs.protocol_min):
-        raise RemoteProtocolError(
-            f"the peer speaks protocol {theirs.protocol_min} to {theirs.protocol_max}, "
-            f"this one {ours.protocol_min} to {ours.protocol_max}"
-        )
     features = tuple(sorted(set(ours.features) & set(theirs.features)))
     ahead_s = theirs.clock_s - ours.clock_s
     return Agreement(protocol=protocol, features=features, clock_ahead_s=ahead_s)
+
+
+def version_gap(ours: Hello, theirs: Hello) -> str | None:
+    """The sentence for two peers without a common version; None when there is one."""
+    if theirs.protocol_min <= ours.protocol_max and ours.protocol_min <= theirs.protocol_max:
+        return None
+    older = "this device" if ours.protocol_max < theirs.protocol_min else "the other device"
+    spoken = f"it speaks protocol {_range(theirs)}, this device {_range(ours)}"
+    return f"{spoken}; update p2ptrain on {older}"
+
+
+def _range(hello: Hello) -> str:
+    if hello.protocol_min == hello.protocol_max:
+        return str(hello.protocol_min)
+    return f"{hello.protocol_min} to {hello.protocol_max}"
 
 
 def encode_hello(hello: Hello) -> bytes:

@@ -20,9 +20,9 @@ from p2ptrain.store.groups import Group, load_issuer
 from p2ptrain.trust import certificates as certs
 from p2ptrain.trust.credentials import FindObjection, Objection, no_objection
 from p2ptrain.wire import hello as wire_hello
+from tests.linked_peers import hello_of
 from tests.shell.conftest import MintGroup
 from tests.shell.test_enrol import BUILD, no_bulk, no_tensor
-from tests.shell.test_links import hello_of
 
 REVOKED = Objection(refusal=wire_hello.REFUSE_REVOKED, reason="it was revoked")
 

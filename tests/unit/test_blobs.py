@@ -283,3 +283,29 @@ async def test_wild_size_is_refused_before_anything_is_allocated(size: int) -> N
     with pytest.raises(RemoteProtocolError, match="announced a blob"):
         await wire.blobs.fetch(OTHER, blob_digest(b""), size=size)
     assert wire.sent == []
+
+
+async def test_member_that_asks_without_taking_is_refused_beyond_a_bound(
+    mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "BLOBS_SERVED_MAX", 2)
+    wire, held = Wire(), trio.Event()
+
+    async def send_bulk(to: DeviceId, header: BulkHeader, chunk: memoryview) -> None:
+        await held.wait()
+        wire.chunks.append((header, bytes(chunk)))
+
+    wire.blobs = BlobExchange(send=wire.send, send_bulk=send_bulk)
+    digest = wire.blobs.publish(b"content")
+    async with trio.open_nursery() as nursery:
+        for request in (1, 2, 3):
+            asked = BlobRequest(request=request, digest=digest)
+            nursery.start_soon(wire.blobs.serve, OTHER, asked)
+            await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(wire.blobs.serve, THIRD, BlobRequest(request=4, digest=digest))
+        await trio.testing.wait_all_tasks_blocked()
+        assert wire.sent == [(OTHER, BlobMissing(request=3))]
+        held.set()
+    assert sorted(header.request for header, _ in wire.chunks) == [1, 2, 4]
+    await wire.blobs.serve(OTHER, BlobRequest(request=5, digest=digest))
+    assert wire.chunks[-1][0].request == 5

@@ -9,7 +9,7 @@ import pytest
 from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId, GroupId
 from p2ptrain.training.contract import RuntimeBuild
-from p2ptrain.wire.hello import Hello, encode_hello, negotiate, parse_hello
+from p2ptrain.wire.hello import Hello, encode_hello, negotiate, parse_hello, version_gap
 
 BUILD = RuntimeBuild(
     runtime="onnxruntime", version="1.20", numpy="2.1", machine="aarch64", isa="neon"
@@ -42,6 +42,22 @@ def test_highest_common_version_and_common_features_are_agreed() -> None:
     agreement = negotiate(HELLO, THEIRS, device=THEM)
     assert agreement.features == ("bf16",)
     assert agreement.clock_ahead_s == 60.0
+
+
+@pytest.mark.parametrize(
+    ("spoken", "sentence"),
+    [
+        ((1, 9), None),
+        ((3, 3), None),
+        ((4, 5), "it speaks protocol 4 to 5, this device 1 to 3; update p2ptrain on this device"),
+        ((0, 0), "it speaks protocol 0, this device 1 to 3; update p2ptrain on the other device"),
+    ],
+)
+def test_version_gap_says_which_device_to_update(
+    spoken: tuple[int, int], sentence: str | None
+) -> None:
+    theirs = dataclasses.replace(THEIRS, protocol_min=spoken[0], protocol_max=spoken[1])
+    assert version_gap(HELLO, theirs) == sentence
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""How a dial ended, and what that says about whoever should be there."""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+import trio
+
+from p2ptrain import limits
+from p2ptrain.errors import RemoteProtocolError
+from p2ptrain.ids import DeviceId
+from p2ptrain.net.dialler import Attempt
+from p2ptrain.net.listener import connect
+from p2ptrain.net.tls_link import LinkBroken, LinkRefused
+from p2ptrain.wire import hello as wire_hello
+from p2ptrain.wire.hello import Hello
+
+_PROBES: Final = 3
+_PROBE_PAUSE_S: Final = 0.03
+
+
+async def is_refused(address: str) -> bool:
+    """Whether nothing listens at an address; False when that cannot be told at once.
+
+    A process that dies closes its sockets one after the other, so one answer is not enough.
+    """
+    try:
+        with trio.move_on_after(limits.REFUSED_PROBE_TIMEOUT_S):
+            for _ in range(_PROBES):
+                (await connect(address)).close()
+                await trio.sleep(_PROBE_PAUSE_S)
+    except OSError as error:
+        return error.errno == errno.ECONNREFUSED
+    return False
+
+
+def failed(error: LinkBroken | RemoteProtocolError, device: DeviceId | None) -> Attempt:
+    """A dial that broke: pointless to repeat when a certificate was not accepted."""
+    if isinstance(error, LinkRefused):
+        return Attempt(device=device, refusal=error.reason)
+    return Attempt(device=device, failure=str(error))
+
+
+def refused_by_hello(ours: Hello, theirs: Hello) -> Attempt:
+    """A dial that the other side answered with a refusal."""
+    if theirs.refusal == wire_hello.REFUSE_VERSION:
+        reason = wire_hello.version_gap(ours, theirs) or "it refuses our protocol version"
+        return Attempt(device=theirs.device, refusal=reason)
+    if theirs.refusal in wire_hello.REFUSED_FOR_GOOD:
+        return Attempt(device=theirs.device, refusal=wire_hello.REFUSED_FOR_GOOD[theirs.refusal])
+    if theirs.refusal == wire_hello.REFUSE_DUPLICATE:
+        return Attempt(device=theirs.device)  # the other connection is on its way
+    return Attempt(device=theirs.device, failure=f"the peer refused: {theirs.refusal:.40}")
