@@ -111,6 +111,11 @@ class RunMachine:
         return self._acceptor.promised is not None
 
     @property
+    def replicated_step(self) -> int:
+        """The newest step whose record another member of this view holds, too; 0: not known."""
+        return self._steps.replicated
+
+    @property
     def wanted(self) -> tuple[str, ...]:
         """Why a next view is wanted here; empty: it is not."""
         return self._wishes.reasons

@@ -19,6 +19,7 @@ class StepLedger:
         self._records: list[StepRecord] = []
         self._acks: dict[int, dict[DeviceId, StepRecord]] = {}
         self._resumed = 0
+        self._newest_elsewhere = 0
         self.committed = 0
         """The newest step that a quorum is known to hold, in this life of the process."""
 
@@ -37,10 +38,16 @@ class StepLedger:
         """The oldest step whose record is held; the next step's when none is."""
         return self._records[0].step if self._records else self._resumed + 1
 
+    @property
+    def replicated(self) -> int:
+        """The newest step that is held here and known to be held by another member, too."""
+        return min(self.newest, self._newest_elsewhere)
+
     def begin(self, view: View) -> None:
         """A view counts from now: what it gives comes first, what it leaves out never happened."""
         self._records = _succeed(self._records, view)
         self._acks.clear()
+        self._newest_elsewhere = 0
         self._resumed = self.committed = view.resume_step
 
     def restore(self, records: Iterable[StepRecord]) -> None:
@@ -79,6 +86,8 @@ class StepLedger:
             known = [*acks.values(), *([] if held is None else [held])]
             if any(other != record for other in known):
                 raise RemoteProtocolError(f"step {record.step} is recorded differently here")
+            if held is not None:
+                self._newest_elsewhere = max(self._newest_elsewhere, record.step)
             if self.committed < record.step <= self.committed + limits.STEP_RECORDS_MAX:
                 self._acks.setdefault(record.step, {})[device] = record
 
@@ -94,7 +103,8 @@ class StepLedger:
         if record.step != self.committed + 1 or record.step > self.newest:
             raise InvariantBroken(f"step {record.step} is committed out of order")
         self.committed = record.step
-        self._acks.pop(record.step, None)
+        if self._acks.pop(record.step, {}).keys() - {self._device}:
+            self._newest_elsewhere = max(self._newest_elsewhere, record.step)
 
     def skip_to(self, since: int) -> bool:
         """Others forgot everything before `since`, so it is replicated; whether that is news."""

@@ -112,19 +112,8 @@ class _Chosen:
         )
 
     def _stage(self, index: int) -> StagePlan:
-        costs, manifest = self._best.costs, self._planning.manifest
         first, end = self._bounds(index)
-        tensors = [t for i in range(first, end) for t in manifest.segment_tensors(i)]
-        compute_ns = costs.compute_ns(index, first, end)
-        return StagePlan(
-            device=costs.peers[index].device,
-            first_segment=first,
-            segment_count=end - first,
-            in_flight_max=costs.in_flight[index],
-            step_compute_ns=compute_ns * self._planning.contract.microbatches,
-            memory_bytes=self._model.memory_bytes(first, end, costs.in_flight[index]),
-            parameter_count=sum(tensor.elements for tensor in tensors),
-        )
+        return self._model.stage_plan(self._best.costs, index, first, end)
 
     def _bounds(self, index: int) -> tuple[int, int]:
         cuts = self._best.cuts

@@ -15,6 +15,7 @@ from p2ptrain.planner.input import (
     LinkEstimate,
     PlanningInput,
 )
+from p2ptrain.planner.plan import StagePlan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.schedule.actions import Action, all_actions, in_flight_max
 from p2ptrain.schedule.simulator import Timeline, simulate
@@ -97,6 +98,20 @@ class CostModel:
         """Whether this stage's memory holds these segments."""
         needed = self.memory_bytes(first, end, costs.in_flight[stage])
         return needed <= costs.peers[stage].memory_bytes
+
+    def stage_plan(self, costs: OrderCosts, stage: int, first: int, end: int) -> StagePlan:
+        """Segments first..end-1 on this stage, with what they are expected to cost there."""
+        planning = self._planning
+        tensors = [t for i in range(first, end) for t in planning.manifest.segment_tensors(i)]
+        return StagePlan(
+            device=costs.peers[stage].device,
+            first_segment=first,
+            segment_count=end - first,
+            in_flight_max=costs.in_flight[stage],
+            step_compute_ns=costs.compute_ns(stage, first, end) * planning.contract.microbatches,
+            memory_bytes=self.memory_bytes(first, end, costs.in_flight[stage]),
+            parameter_count=sum(tensor.elements for tensor in tensors),
+        )
 
     def play(self, costs: OrderCosts, cuts: Cuts) -> Timeline:
         """Simulate one step of a complete placement."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from p2ptrain import limits
 from p2ptrain.energy.combine import PeerBooking
-from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
+from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber, is_digest
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.wire.codec import message
@@ -135,6 +136,27 @@ class SegmentSaved:
     blob_bytes: int
     state: Digest
     """Digest of parameters and optimizer state alone, equal wherever they were computed."""
+
+
+@message("replica_stored")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStored:
+    """Keeper to all members: this segment's state at this step is durable here, and checked.
+
+    Said again after each decided view, for everything that is still kept.
+    """
+
+    stamp: Stamp
+    step: int
+    segment: int
+    state: Digest
+    """Digest of parameters and optimizer state alone, as the stage that made it said."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step <= limits.STEPS_MAX or not 0 <= self.segment < limits.SEGMENTS_MAX:
+            raise ValueError("a replica is of a segment at a step")
+        if not is_digest(self.state):
+            raise ValueError("a state is named by its digest")
 
 
 @message("checkpoint_stored")

@@ -1,0 +1,272 @@
+"""Work out, from the promises, how a new view gets every segment's state (DESIGN 7, rules 4 to 6).
+
+A segment is live where its stage's memory has it at the step where the view resumes. What is live
+nowhere is lost: each gap-free range of lost segments is loaded from the newest replicas from which
+its inputs are logged up to that step, and replayed by whoever runs its first segment next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from p2ptrain.agreement.view import View
+from p2ptrain.ids import DeviceId, short
+from p2ptrain.planner.plan import Plan
+from p2ptrain.recovery.inventory import Inventory, LiveStage, LogKind, SegmentSpan
+from p2ptrain.recovery.restoration import Replay, Restoration, SpanAt, TiedAt
+from p2ptrain.training.step_record import StepRecord
+
+Promises = Mapping[DeviceId, Inventory]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unrecoverable:
+    """The state cannot be had from those that promised; the run pauses and says so."""
+
+    devices_needed: tuple[DeviceId, ...]
+    """Whose return suffices; empty: only going back to a whole replica set helps."""
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """What a restoration is worked out for."""
+
+    base: View
+    """The view before."""
+    plan: Plan
+    """Of the view to propose."""
+    promises: Promises
+    records: Sequence[StepRecord]
+    """Consecutive, up to `resume_step`: a replay needs each step's clip scale."""
+    resume_step: int
+    tie_segments: Sequence[Collection[int]] = ()
+    """Groups of segments that hold copies of one tensor."""
+
+
+def restoration(losses: Losses) -> Restoration | Unrecoverable:
+    """Sources of all segments and the replays that some need first; deterministic."""
+    sources: dict[int, DeviceId] = {}
+    for segment, owner in _owners(losses.plan):
+        live = _live(losses, segment, owner)
+        if live is not None:
+            sources[segment] = live
+    lost = [segment for segment, _ in _owners(losses.plan) if segment not in sources]
+    replays, hopeless = [], []
+    for span in _ranges(lost):
+        found = _replay(losses, span)
+        if found is None:
+            hopeless.append(span)
+        else:
+            replays.append(found)
+            sources |= dict.fromkeys(span, found.replayer)
+    if hopeless:
+        return _unrecoverable(losses, hopeless)
+    return Restoration(replays=tuple(replays), sources=_merged(sources))
+
+
+def last_whole_set(promises: Promises, segment_count: int) -> int:
+    """The newest step of which these members keep every segment's state; 0: draw again.
+
+    What `--force-view` falls back to.
+    """
+    segments = range(segment_count)
+    steps = {held.step for each in promises.values() for held in each.states}
+    return max(
+        (step for step in steps if all(_keepers(promises, s, step) for s in segments)), default=0
+    )
+
+
+def _owners(plan: Plan) -> Iterator[tuple[int, DeviceId]]:
+    return ((segment, stage.device) for stage in plan.stages for segment in stage.segments)
+
+
+def _live(losses: Losses, segment: int, owner: DeviceId) -> DeviceId | None:
+    """Who has the segment at the resumed step, or can apply that step's update to it."""
+    found = [
+        device
+        for device, held in sorted(losses.promises.items())
+        if held.live is not None
+        and segment in held.live.span.segments
+        and _reaches(held.live, losses.resume_step)
+    ]
+    return _preferred(losses.promises, found, owner)
+
+
+def _reaches(live: LiveStage, step: int) -> bool:
+    return live.step == step or (live.step == step - 1 and live.gradients_complete)
+
+
+def _preferred(
+    promises: Promises, devices: Iterable[DeviceId], receiver: DeviceId
+) -> DeviceId | None:
+    """The receiver itself, else the first that is linked to it, as far as it has told."""
+    told = promises.get(receiver)
+    usable = [d for d in devices if told is None or d == receiver or d in told.linked]
+    return receiver if receiver in usable else next(iter(usable), None)
+
+
+def _ranges(segments: Sequence[int]) -> Iterator[range]:
+    """Gap-free ranges of ascending segments."""
+    first = 0
+    for index in range(1, len(segments) + 1):
+        if index == len(segments) or segments[index] != segments[index - 1] + 1:
+            yield range(segments[first], segments[index - 1] + 1)
+            first = index
+
+
+def _replay(losses: Losses, span: range) -> Replay | None:
+    """From the newest replicas whose inputs since are all there; None: there are none."""
+    steps = {held.step for each in losses.promises.values() for held in each.states} | {0}
+    for step in sorted(steps, reverse=True):
+        if step <= losses.resume_step:
+            found = _replay_from(losses, span, step)
+            if found is not None:
+                return found
+    return None
+
+
+def _replay_from(losses: Losses, span: range, step: int) -> Replay | None:
+    replayer = losses.plan.stages[losses.plan.stage_of_segment(span.start)].device
+    replicas = _replicas(losses.promises, span, step, replayer)
+    if replicas is None or not _recorded(losses, step):
+        return None
+    ends = _ends(losses, span)
+    if step == losses.resume_step:
+        return Replay(
+            span=_span(span), step=step, replayer=replayer, replicas=replicas,
+            activations_from=None, cotangents_from=None, tied_from=(), data_from=None,
+        )  # fmt: skip
+    before = None if ends.begins else _giver(losses, "activation", span.start - 1, step, replayer)
+    after = None if ends.ends else _giver(losses, "cotangent", span.stop - 1, step, replayer)
+    ties = _tied(losses, span, step, replayer)
+    data = _data_giver(losses, replayer) if ends.begins or ends.ends else None
+    complete = (before is not None or ends.begins) and (after is not None or ends.ends)
+    if not complete or ties is None or (data is None and (ends.begins or ends.ends)):
+        return None
+    return Replay(
+        span=_span(span), step=step, replayer=replayer, replicas=replicas, activations_from=before,
+        cotangents_from=after, tied_from=ties, data_from=data,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ends:
+    """Whether a range begins or ends the model."""
+
+    begins: bool
+    ends: bool
+
+
+def _ends(losses: Losses, span: range) -> _Ends:
+    count = losses.plan.stages[-1].segments.stop
+    return _Ends(begins=span.start == 0, ends=span.stop == count)
+
+
+def _span(segments: range) -> SegmentSpan:
+    return SegmentSpan(first=segments.start, count=len(segments))
+
+
+def _recorded(losses: Losses, step: int) -> bool:
+    """Whether every step after `step` has its record."""
+    if step == losses.resume_step:
+        return True
+    return bool(losses.records) and losses.records[0].step <= step + 1
+
+
+def _keepers(promises: Promises, segment: int, step: int) -> list[DeviceId]:
+    return [
+        device
+        for device, held in sorted(promises.items())
+        if any(s.step == step and segment in s.span.segments for s in held.states)
+    ]
+
+
+def _replicas(
+    promises: Promises, span: range, step: int, replayer: DeviceId
+) -> tuple[SpanAt, ...] | None:
+    """Who gives each segment's replica; empty at step 0, where states are drawn."""
+    if step == 0:
+        return ()
+    givers: dict[int, DeviceId] = {}
+    for segment in span:
+        giver = _preferred(promises, _keepers(promises, segment, step), replayer)
+        if giver is None:
+            return None
+        givers[segment] = giver
+    return _merged(givers)
+
+
+def _merged(givers: Mapping[int, DeviceId]) -> tuple[SpanAt, ...]:
+    """Consecutive segments of one device as one span."""
+    found: list[SpanAt] = []
+    for segment, device in sorted(givers.items()):
+        last = found[-1] if found else None
+        if last is not None and last.device == device and last.span.segments.stop == segment:
+            span = SegmentSpan(first=last.span.first, count=last.span.count + 1)
+            found[-1] = SpanAt(span=span, device=device)
+        else:
+            found.append(SpanAt(span=SegmentSpan(first=segment, count=1), device=device))
+    return tuple(found)
+
+
+def _giver(
+    losses: Losses, kind: LogKind, segment: int, step: int, replayer: DeviceId
+) -> DeviceId | None:
+    """Who logged this boundary in every step after `step`."""
+    found = [
+        device
+        for device, held in sorted(losses.promises.items())
+        if any(
+            (log.kind, log.segment) == (kind, segment)
+            and log.first_step <= step + 1
+            and log.last_step >= losses.resume_step
+            for log in held.logs
+        )
+    ]
+    return _preferred(losses.promises, found, replayer)
+
+
+def _tied(losses: Losses, span: range, step: int, replayer: DeviceId) -> tuple[TiedAt, ...] | None:
+    """Who logged the gradients of copies outside the range whose tensor it shares."""
+    outside = {
+        segment
+        for group in losses.tie_segments
+        if any(segment in span for segment in group)
+        for segment in group
+        if segment not in span
+    }
+    found = []
+    for segment in sorted(outside):
+        giver = _giver(losses, "tied", segment, step, replayer)
+        if giver is None:
+            return None
+        found.append(TiedAt(segment=segment, device=giver))
+    return tuple(found)
+
+
+def _data_giver(losses: Losses, replayer: DeviceId) -> DeviceId | None:
+    found = [device for device, held in sorted(losses.promises.items()) if held.has_data]
+    home_first = sorted(found, key=lambda device: device != losses.plan.home)
+    return _preferred(losses.promises, home_first, replayer)
+
+
+def _unrecoverable(losses: Losses, spans: Sequence[range]) -> Unrecoverable:
+    """Name devices whose return suffices: with the stages, or with the replicas they keep."""
+    base, promises = losses.base.plan, losses.promises
+    needed: set[DeviceId] = set()
+    for segment in (segment for span in spans for segment in span):
+        stage = base.stage_of_segment(segment)
+        owner = base.stages[stage].device
+        keeper = base.replicas[stage] if base.replicas else None
+        needed |= {owner if owner not in promises or keeper is None else keeper}
+    devices = tuple(sorted(needed - set(promises) or set(base.members) - set(promises)))
+    where = ", ".join(f"{span.start} to {span[-1]}" for span in spans)
+    back = last_whole_set(promises, losses.plan.stages[-1].segments.stop)
+    return_ = f"{', '.join(map(short, devices))} back, or " if devices else ""
+    return Unrecoverable(
+        devices_needed=devices,
+        sentence=f"the state of segments {where} is lost: it takes {return_}"
+        f"--force-view to go back to step {back}",
+    )

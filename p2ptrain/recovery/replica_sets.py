@@ -1,0 +1,111 @@
+"""Which replica sets are whole: every segment's state of one step, durable away from its owner.
+
+Knowledge comes from `ReplicaStored` only. A decided view starts it anew: owners and members have
+changed, and every keeper says again what it still keeps, so a copy that vanished with a disk is
+not counted for long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from p2ptrain.agreement.view import View
+from p2ptrain.errors import RemoteProtocolError
+from p2ptrain.ids import DeviceId, Digest
+from p2ptrain.planner.plan import Plan
+from p2ptrain.training.messages import ReplicaStored
+
+
+class ReplicaSets:
+    """What one member has heard; the same messages give the same answers everywhere."""
+
+    def __init__(self) -> None:
+        self._plan: Plan | None = None
+        self._logs_from = 0
+        self._keepers: dict[int, dict[int, set[DeviceId]]] = {}
+        self._digests: dict[tuple[int, int], Digest] = {}
+
+    @property
+    def logs_from(self) -> int:
+        """The step since which the logs of all stages are complete on their devices."""
+        return self._logs_from
+
+    def begin(self, view: View) -> None:
+        """A view counts from now; keepers say again what they keep.
+
+        Where stages moved or were replayed, what had been logged before may have gone with a
+        device, so only a set of a later step protects again.
+        """
+        if not _stays(view, self._plan):
+            self._logs_from = view.resume_step
+        self._plan = view.plan
+        self._keepers.clear()
+        self._digests.clear()
+
+    def stored(self, message: ReplicaStored, sender: DeviceId) -> None:
+        """A keeper has checked a copy and made it durable.
+
+        Raises:
+            RemoteProtocolError: it kept another state than others of that segment and step, or
+                there is no such segment.
+        """
+        plan = self._plan
+        if plan is None or sender not in plan.members:
+            return
+        if message.segment not in range(_segment_count(plan)):
+            raise RemoteProtocolError(f"a replica of segment {message.segment}, which is not there")
+        known = self._digests.setdefault((message.step, message.segment), message.state)
+        if known != message.state:
+            raise RemoteProtocolError(f"two states of segment {message.segment} at one step")
+        self._keepers.setdefault(message.step, {}).setdefault(message.segment, set()).add(sender)
+
+    def keepers(self, step: int, segment: int) -> tuple[DeviceId, ...]:
+        """Who is known to keep this segment's state of that step."""
+        return tuple(sorted(self._keepers.get(step, {}).get(segment, ())))
+
+    def whole_step(self, present: Collection[DeviceId]) -> int | None:
+        """The newest step from which any one lost stage of the present plan can be replayed.
+
+        Every segment is kept by a present member other than the one that runs it, and all logs
+        since are complete. Step 0 needs no copies: its states are drawn. None: there is none.
+        """
+        plan = self._plan
+        if plan is None:
+            return None
+        steps = [step for step in self._keepers if step >= self._logs_from]
+        whole = [step for step in steps if self._is_whole(plan, step, present)]
+        drawn = [0] if self._logs_from == 0 else []
+        return max([*drawn, *whole], default=None)
+
+    def releasable_step(self) -> int | None:
+        """Logs, records and replicas of earlier steps (logs of it, too) may go; None: nothing.
+
+        All members count, also those that cannot be reached now: what is durable stays so. A set
+        is only let go for a newer one that is whole.
+        """
+        return None if self._plan is None else self.whole_step(self._plan.members)
+
+    def forget_before(self, step: int) -> None:
+        """Drop what is known of older sets."""
+        self._keepers = {at: known for at, known in self._keepers.items() if at >= step}
+        self._digests = {key: state for key, state in self._digests.items() if key[0] >= step}
+
+    def _is_whole(self, plan: Plan, step: int, present: Collection[DeviceId]) -> bool:
+        kept = self._keepers[step]
+        return all(
+            kept.get(segment, set()) & set(present) - {stage.device}
+            for stage in plan.stages
+            for segment in stage.segments
+        )
+
+
+def _segment_count(plan: Plan) -> int:
+    return plan.stages[-1].first_segment + plan.stages[-1].segment_count
+
+
+def _stays(view: View, before: Plan | None) -> bool:
+    """Whether every segment is where it was, with its state and its logs."""
+    if view.restoration is None or before is None or view.restoration.replays:
+        return False
+    owners = [(stage.device, stage.segments) for stage in view.plan.stages]
+    return owners == [(stage.device, stage.segments) for stage in before.stages]

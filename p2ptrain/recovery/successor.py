@@ -1,0 +1,140 @@
+"""Plans that could follow when members are lost, leave or join, with as little moved as can be.
+
+Stages whose device stays keep their segments. A lost stage goes whole to a member in reserve, or
+to the device of the stage before or after it. Which candidate is taken follows from the predicted
+step time, and from whether the states can be restored for it (`recovery.planning`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from p2ptrain.ids import DeviceId, ViewNumber, short
+from p2ptrain.planner.keepers import data_holders, replica_keepers
+from p2ptrain.planner.plan import Plan, StagePlan
+
+CANDIDATES_MAX: Final = 256
+"""Placements that are priced; with more losses at once than that allows, the first ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Stages that fit their devices, with the predicted time of a step."""
+
+    stages: tuple[StagePlan, ...]
+    step_ns: int
+
+
+Place = Callable[[Sequence[tuple[DeviceId, range]]], Placement | None]
+"""Prices stages given as (device, segments) in order; None: they do not fit, or a device's costs
+are unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Succession:
+    """Who can take part in the next view, and what is known of the data."""
+
+    base: Plan
+    usable: Collection[DeviceId]
+    """Members of the next view: those that stay, and those that join (without a stage unless one
+    is lost). Whoever leaves is not among them, even if it still answers."""
+    holding: Collection[DeviceId]
+    """Devices with a copy of the run's data."""
+    reason: str
+    """Why there is a new view, for the plan's reasons."""
+
+
+def successor_plans(succession: Succession, place: Place) -> tuple[Plan, ...]:
+    """Candidate next plans, the shortest step first; empty: none fits or the data is missing.
+
+    Ties go to the lower devices, so equal inputs give equal plans.
+    """
+    home = _home(succession)
+    if home is None:
+        return ()
+    found = []
+    for owners in itertools.islice(_assignments(succession), CANDIDATES_MAX):
+        placement = place(_spans(succession.base, owners))
+        if placement is not None:
+            devices = tuple(stage.device for stage in placement.stages)
+            found.append((placement.step_ns, devices, placement))
+    found.sort(key=lambda each: each[:2])
+    return tuple(_plan(succession, home, placement) for _, _, placement in found)
+
+
+def _home(succession: Succession) -> DeviceId | None:
+    """Who feeds the next view: as before if it can, else another holder unless the data stays."""
+    base, usable = succession.base, set(succession.usable)
+    if base.home in usable:
+        return base.home
+    if base.keep_data_here:
+        return None
+    holding = usable & set(succession.holding)
+    known = [device for device in base.holders if device in holding]
+    return next(iter([*known, *sorted(holding)]), None)
+
+
+def _assignments(succession: Succession) -> Iterator[tuple[DeviceId, ...]]:
+    """For every stage of the base, the device that takes its segments; each device one range."""
+    base, usable = succession.base, set(succession.usable)
+    kept = [stage.device if stage.device in usable else None for stage in base.stages]
+    reserves = sorted(usable - {device for device in kept if device is not None})
+    yield from _extended((), kept, reserves)
+
+
+def _extended(
+    taken: tuple[DeviceId, ...], kept: Sequence[DeviceId | None], reserves: Sequence[DeviceId]
+) -> Iterator[tuple[DeviceId, ...]]:
+    index = len(taken)
+    if index == len(kept):
+        yield taken
+        return
+    own = kept[index]
+    following = next((device for device in kept[index:] if device is not None), None)
+    options = [*taken[-1:], following, *reserves] if own is None else [own]
+    for device in dict.fromkeys(options):
+        broken = device in taken and device != taken[-1]
+        if device is not None and not broken:
+            yield from _extended((*taken, device), kept, reserves)
+
+
+def _spans(base: Plan, owners: Sequence[DeviceId]) -> list[tuple[DeviceId, range]]:
+    """Consecutive stages of one device as one."""
+    spans: list[tuple[DeviceId, range]] = []
+    for stage, device in zip(base.stages, owners, strict=True):
+        if spans and spans[-1][0] == device:
+            spans[-1] = (device, range(spans[-1][1].start, stage.segments.stop))
+        else:
+            spans.append((device, stage.segments))
+    return spans
+
+
+def _plan(succession: Succession, home: DeviceId, placement: Placement) -> Plan:
+    base, members = succession.base, tuple(sorted(set(succession.usable)))
+    holders = data_holders(
+        home, placement.stages, members, keep_data_here=base.keep_data_here,
+        holding=succession.holding,
+    )  # fmt: skip
+    return replace(
+        base,
+        view=ViewNumber(base.view + 1),
+        members=members,
+        home=home,
+        holders=holders,
+        stages=placement.stages,
+        replicas=replica_keepers(placement.stages, members),
+        step_ns=placement.step_ns,
+        reasons=(succession.reason, *_changes(base, placement.stages)),
+    )
+
+
+def _changes(base: Plan, stages: Sequence[StagePlan]) -> Iterator[str]:
+    """One sentence for each stage that is not as it was."""
+    before = {(stage.device, stage.segments) for stage in base.stages}
+    for index, stage in enumerate(stages):
+        if (stage.device, stage.segments) not in before:
+            first, last = stage.first_segment, stage.segments[-1]
+            yield f"stage {index} on {short(stage.device)} now runs segments {first} to {last}"

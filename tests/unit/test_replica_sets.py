@@ -1,0 +1,132 @@
+"""Whole replica sets and what they protect, on three stages of two segments."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from p2ptrain import limits
+from p2ptrain.agreement.view import View
+from p2ptrain.errors import RemoteProtocolError
+from p2ptrain.ids import DeviceId
+from p2ptrain.recovery.protection import Protected, Provisional, Safeguards, protection
+from p2ptrain.recovery.replica_sets import ReplicaSets
+from p2ptrain.training.messages import ReplicaStored, stamp_of
+from tests.sim.plans import device, digest_of
+from tests.sim.run_views import followed, staged_view
+
+A, B, C, D = (device(index) for index in range(4))
+VIEW = staged_view((A, 2), (B, 2), (C, 2))
+SEGMENTS = range(6)
+KEEPERS = {A: (4, 5), B: (0, 1), C: (2, 3)}
+
+
+def stored(step: int, segment: int, view: View = VIEW, text: str = "") -> ReplicaStored:
+    state = digest_of(text or f"{segment} at {step}")
+    return ReplicaStored(stamp=stamp_of(view.plan), step=step, segment=segment, state=state)
+
+
+def told(sets: ReplicaSets, step: int, keepers: dict[DeviceId, tuple[int, ...]] = KEEPERS) -> None:
+    for keeper, segments in keepers.items():
+        for segment in segments:
+            sets.stored(stored(step, segment), keeper)
+
+
+def begun(view: View = VIEW) -> ReplicaSets:
+    sets = ReplicaSets()
+    sets.begin(view)
+    return sets
+
+
+def test_set_is_whole_once_every_segment_is_elsewhere() -> None:
+    sets = begun()
+    assert (sets.whole_step(VIEW.members), sets.releasable_step()) == (0, 0)  # drawn
+    told(sets, 10, {A: (4, 5), B: (0, 1), C: (2,)})
+    assert sets.releasable_step() == 0
+    sets.stored(stored(10, 3), B)  # its owner: not elsewhere
+    assert sets.releasable_step() == 0
+    sets.stored(stored(10, 3), C)
+    assert (sets.releasable_step(), sets.keepers(10, 3)) == (10, (B, C))
+    told(sets, 20, {A: (4, 5)})
+    assert sets.releasable_step() == 10  # the previous one until the next is whole
+    sets.forget_before(10)
+    assert sets.keepers(10, 3) == (B, C)
+
+
+def test_copy_on_a_member_that_is_away_does_not_protect() -> None:
+    sets = begun()
+    told(sets, 10)
+    assert sets.whole_step({A, B}) == 0
+    assert sets.releasable_step() == 10
+
+
+def test_copies_of_strangers_and_of_other_states_do_not_count() -> None:
+    sets = begun()
+    told(sets, 10)
+    sets.stored(stored(20, 0), D)
+    assert sets.keepers(20, 0) == ()
+    with pytest.raises(RemoteProtocolError, match="two states"):
+        sets.stored(stored(10, 0, text="other bits"), C)
+    with pytest.raises(RemoteProtocolError, match="not there"):
+        sets.stored(stored(10, 6), C)
+
+
+def test_resumed_session_is_whole_only_with_its_first_set() -> None:
+    sets = begun(replace(VIEW, resume_step=40))
+    assert sets.releasable_step() is None
+    told(sets, 40)
+    assert sets.releasable_step() == 40
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_view_change_counts_older_sets_only_if_nothing_moved(moved: bool) -> None:
+    sets = begun()
+    told(sets, 10)
+    stages = ((A, 2), (B, 4)) if moved else ((A, 2), (B, 2), (C, 2))
+    view = followed(VIEW, *stages, resume_step=15)
+    sets.begin(view)
+    assert sets.whole_step(view.members) == (None if moved else 0)
+    keepers = {A: (2, 3, 4, 5), B: (0, 1)} if moved else KEEPERS
+    told(sets, 10, keepers)  # keepers say again what they keep
+    assert sets.whole_step(view.members) == (None if moved else 10)
+    told(sets, 20, keepers)
+    assert sets.whole_step(view.members) == 20
+
+
+def known(**changes: object) -> Safeguards:
+    good = Safeguards(
+        present=(A, B, C), whole_step=10, data_copies=(A, C), log_full=False, record_count=10,
+        newest_step=15, replicated_step=15,
+    )  # fmt: skip
+    return replace(good, **changes)  # type: ignore[arg-type]  # by field name
+
+
+PLAN = replace(VIEW.plan, replicas=(C, A, B))
+
+
+def test_everything_in_place_protects() -> None:
+    assert protection(PLAN, known()) == Protected(replica_step=10)
+    alone = replace(PLAN, keep_data_here=True, holders=(PLAN.home,))
+    assert protection(alone, known(data_copies=())) == Protected(replica_step=10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"present": (A,)}, "this device trains alone"),
+        ({"whole_step": None}, "the next replica set is not yet whole"),
+        ({"data_copies": (A, D)}, "the run's data has no second copy yet"),
+        ({"log_full": True}, "a log of sent tensors has reached its bound"),
+        ({"record_count": limits.STEP_RECORDS_MAX + 1}, "more steps since the last replica set "
+         "than can be replayed"),
+        ({"replicated_step": 14}, "step 15 is recorded on one device only"),
+    ],
+)  # fmt: skip
+def test_each_weakness_makes_steps_provisional(changes: dict[str, object], reason: str) -> None:
+    assert protection(PLAN, known(**changes)) == Provisional(reason=reason)
+
+
+def test_stage_without_a_keeper_makes_steps_provisional() -> None:
+    lone = replace(PLAN, replicas=(C, None, B))
+    assert protection(lone, known()) == Provisional(reason="no other device keeps a replica")

@@ -1,0 +1,253 @@
+"""What is restored from where: tables of inventories over a chain of four stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.plan import Plan
+from p2ptrain.recovery.inventory import (
+    HeldLog,
+    HeldState,
+    Inventory,
+    LiveStage,
+    LogKind,
+    SegmentSpan,
+)
+from p2ptrain.recovery.planning import Losses, Unrecoverable, last_whole_set, restoration
+from p2ptrain.recovery.restoration import Replay, Restoration, SpanAt, TiedAt
+from tests.sim.plans import device
+from tests.sim.run_views import make_step, staged_plan, staged_view
+
+A, B, C, D, E = (device(index) for index in range(5))
+BASE = staged_view((A, 2), (B, 2), (C, 2), (D, 2), reserves=(E,))
+BASE = replace(BASE, plan=replace(BASE.plan, replicas=(C, D, A, B)))
+ALL = (A, B, C, D, E)
+STEP, REPLICA = 15, 10
+RECORDS = tuple(make_step(step) for step in range(1, STEP + 1))
+
+
+def span(first: int, count: int = 2) -> SegmentSpan:
+    return SegmentSpan(first=first, count=count)
+
+
+def log(kind: LogKind, segment: int, first: int = 1, last: int = STEP) -> HeldLog:
+    return HeldLog(kind=kind, segment=segment, first_step=first, last_step=last)
+
+
+def member(
+    first: int | None, *, keeps: tuple[int, ...] = (), step: int = STEP, data: bool = False
+) -> Inventory:
+    """A stage of two segments with its logs since the replicas, which it keeps of others."""
+    logs = () if first is None else (
+        log("activation", first + 1, REPLICA + 1), log("cotangent", first - 1, REPLICA + 1),
+        log("tied", first, REPLICA + 1),
+    )  # fmt: skip
+    return Inventory(
+        live=None if first is None else LiveStage(
+            span=span(first), step=step, gradients_complete=step < STEP
+        ),
+        states=tuple(HeldState(span=span(at), step=REPLICA) for at in keeps),
+        logs=logs, has_data=data, linked=ALL,
+    )  # fmt: skip
+
+
+WHOLE: Mapping[DeviceId, Inventory] = {
+    A: member(0, keeps=(4,), data=True), B: member(2, keeps=(6,)), C: member(4, keeps=(0,)),
+    D: member(6, keeps=(2,), data=True), E: member(None),
+}  # fmt: skip
+
+
+def without(*gone: DeviceId, **changes: Inventory) -> dict[DeviceId, Inventory]:
+    changed = {device("abcde".index(name)): held for name, held in changes.items()}
+    return {each: held for each, held in {**WHOLE, **changed}.items() if each not in gone}
+
+
+def plan_of(*stages: tuple[DeviceId, int]) -> Plan:
+    return staged_plan(BASE.plan, *stages, replicas=())
+
+
+def restored(
+    promises: Mapping[DeviceId, Inventory], *stages: tuple[DeviceId, int],
+    ties: tuple[tuple[int, ...], ...] = (), resume_step: int = STEP, first_record: int = 1,
+) -> Restoration | Unrecoverable:  # fmt: skip
+    return restoration(
+        Losses(
+            base=BASE, plan=plan_of(*stages), promises=promises, resume_step=resume_step,
+            records=RECORDS[first_record - 1 : resume_step], tie_segments=ties,
+        )
+    )  # fmt: skip
+
+
+def at(first: int, count: int, owner: DeviceId) -> SpanAt:
+    return SpanAt(span=span(first, count), device=owner)
+
+
+def test_nothing_lost_needs_no_replay() -> None:
+    found = restored(WHOLE, (A, 2), (B, 2), (C, 2), (D, 2))
+    assert found == Restoration(
+        replays=(), sources=(at(0, 2, A), at(2, 2, B), at(4, 2, C), at(6, 2, D))
+    )
+
+
+def test_stage_that_has_not_applied_the_step_is_live_if_its_gradients_are_complete() -> None:
+    late = member(4, keeps=(0,), step=STEP - 1)
+    found = restored(without(c=late), (A, 2), (B, 2), (C, 2), (D, 2))
+    assert isinstance(found, Restoration)
+    assert found.replays == ()
+    assert late.live is not None
+    torn = replace(late, live=replace(late.live, gradients_complete=False))
+    found = restored(without(c=torn), (A, 2), (B, 2), (C, 2), (D, 2))
+    assert isinstance(found, Restoration)
+    assert [replay.span for replay in found.replays] == [span(4)]
+
+
+def test_moved_segments_come_from_whoever_has_them() -> None:
+    found = restored(WHOLE, (A, 4), (C, 2), (D, 2))  # b leaves and still answers
+    assert isinstance(found, Restoration)
+    assert found.replays == ()
+    assert found.sources == (at(0, 2, A), at(2, 2, B), at(4, 2, C), at(6, 2, D))
+
+
+def test_lost_middle_stage_is_replayed_whole_by_its_successor() -> None:
+    found = restored(without(B), (A, 2), (E, 2), (C, 2), (D, 2), ties=((0, 3), (1, 5)))
+    assert isinstance(found, Restoration)
+    assert found.replays == (
+        Replay(
+            span=span(2), step=REPLICA, replayer=E, replicas=(at(2, 2, D),), activations_from=A,
+            cotangents_from=C, tied_from=(TiedAt(segment=0, device=A),), data_from=None,
+        ),
+    )  # fmt: skip
+    assert found.sources == (at(0, 2, A), at(2, 2, E), at(4, 2, C), at(6, 2, D))
+
+
+@pytest.mark.parametrize(
+    ("gone", "stages", "expected"),
+    [
+        (A, ((E, 2), (B, 2), (C, 2), (D, 2)), (0, E, None, B, D)),
+        (D, ((A, 2), (B, 2), (C, 4)), (6, C, C, None, A)),
+    ],
+    ids=["first", "last"],
+)
+def test_ends_of_the_model_are_fed_by_a_data_holder(
+    gone: DeviceId, stages: tuple[tuple[DeviceId, int], ...],
+    expected: tuple[int, DeviceId, DeviceId | None, DeviceId | None, DeviceId],
+) -> None:  # fmt: skip
+    found = restored(without(gone), *stages)
+    assert isinstance(found, Restoration)
+    (replay,) = found.replays
+    first, replayer, activations, cotangents, data = expected
+    assert (replay.span.first, replay.replayer) == (first, replayer)
+    assert (replay.activations_from, replay.cotangents_from) == (activations, cotangents)
+    assert replay.data_from == data
+
+
+def test_neighbouring_losses_are_one_replay_and_others_are_two() -> None:
+    kept = member(None, keeps=(2, 4))
+    found = restored(without(B, C, e=kept), (A, 2), (E, 4), (D, 2))
+    assert isinstance(found, Restoration)
+    assert [replay.span for replay in found.replays] == [span(2, 4)]
+    assert found.replays[0].replicas == (at(2, 4, E),)  # its own copies before others'
+    found = restored(without(A, C, e=member(None, keeps=(0, 4))), (E, 2), (B, 4), (D, 2))
+    assert isinstance(found, Restoration)
+    assert [(r.span, r.replayer) for r in found.replays] == [(span(0), E), (span(4), B)]
+
+
+def test_young_run_is_drawn_and_replayed_from_its_beginning() -> None:
+    young = {
+        each: replace(
+            held, states=(), live=None if held.live is None else replace(held.live, step=3),
+            logs=tuple(replace(each_log, first_step=1, last_step=3) for each_log in held.logs),
+        )
+        for each, held in without(B).items()
+    }  # fmt: skip
+    found = restored(young, (A, 2), (E, 2), (C, 2), (D, 2), resume_step=3)
+    assert isinstance(found, Restoration)
+    assert (found.replays[0].step, found.replays[0].replicas) == (0, ())
+    begun = restored(without(*ALL), (A, 8), resume_step=0)
+    assert isinstance(begun, Restoration)
+    assert (begun.replays[0].span, begun.replays[0].data_from) == (span(0, 8), None)
+
+
+def test_replica_of_the_very_step_needs_no_logs() -> None:
+    bare = {
+        each: replace(held, logs=(), states=tuple(replace(s, step=STEP) for s in held.states))
+        for each, held in without(B).items()
+    }
+    found = restored(bare, (A, 2), (E, 2), (C, 2), (D, 2))
+    assert isinstance(found, Restoration)
+    assert found.replays[0].activations_from is None
+
+
+def test_older_replica_is_taken_where_the_newer_one_is_not_whole_or_not_logged() -> None:
+    older = HeldState(span=span(2), step=8)
+    newer = HeldState(span=span(2, 1), step=14)
+    deep = tuple(replace(each, first_step=9) for each in WHOLE[A].logs)
+    promises = without(
+        B, a=replace(WHOLE[A], logs=deep), d=replace(WHOLE[D], states=(older, newer)),
+        c=replace(WHOLE[C], logs=(log("cotangent", 3, 9),)),
+    )  # fmt: skip
+    found = restored(promises, (A, 2), (E, 2), (C, 2), (D, 2))
+    assert isinstance(found, Restoration)
+    assert found.replays[0].step == 8
+
+
+MIDDLE = ((A, 2), (E, 2), (C, 2), (D, 2))
+LACKING: dict[
+    str,
+    tuple[Mapping[DeviceId, Inventory], tuple[tuple[DeviceId, int], ...], tuple[DeviceId, ...]],
+] = {
+    "its only replica": (without(B, D), ((A, 2), (E, 2), (C, 4)), (B, D)),
+    "the activations": (without(B, a=replace(WHOLE[A], logs=())), MIDDLE, (B,)),
+    "a step of the cotangents": (
+        without(B, c=replace(WHOLE[C], logs=(log("cotangent", 3, REPLICA + 2),))), MIDDLE, (B,),
+    ),
+    "a link to its replica": (without(B, e=replace(WHOLE[E], linked=(A, C))), MIDDLE, (B,)),
+    "both replicas of two neighbours": (
+        without(B, C, a=replace(WHOLE[A], states=()), d=replace(WHOLE[D], states=())),
+        ((A, 2), (E, 4), (D, 2)), (B, C),
+    ),
+    "replicas here and there": (
+        without(B, D, c=replace(WHOLE[C], logs=())), ((A, 2), (E, 2), (C, 4)), (B, D),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LACKING)
+def test_run_pauses_and_names_who_would_help(what: str) -> None:
+    promises, stages, needed = LACKING[what]
+    found = restored(promises, *stages)
+    assert isinstance(found, Unrecoverable)
+    assert found.devices_needed == needed
+    names = ", ".join(each[:8] for each in needed)
+    assert f"is lost: it takes {names} back, or --force-view to go back to step" in found.sentence
+
+
+def test_missing_records_and_missing_data_stop_a_replay() -> None:
+    stages = ((A, 2), (E, 2), (C, 2), (D, 2))
+    assert isinstance(restored(without(B), *stages, first_record=12), Unrecoverable)
+    assert isinstance(restored(without(B), *stages, first_record=11), Restoration)
+    dry = without(A, d=replace(WHOLE[D], has_data=False))
+    assert isinstance(restored(dry, (E, 2), (B, 2), (C, 2), (D, 2)), Unrecoverable)
+
+
+def test_missing_tied_gradients_stop_a_replay() -> None:
+    silent = replace(WHOLE[D], logs=tuple(x for x in WHOLE[D].logs if x.kind != "tied"))
+    stages = ((A, 2), (E, 2), (C, 2), (D, 2))
+    assert isinstance(restored(without(B, d=silent), *stages, ties=((2, 6),)), Unrecoverable)
+    assert isinstance(restored(without(B, d=silent), *stages), Restoration)
+
+
+def test_restarted_owner_names_the_keeper_of_its_replica() -> None:
+    promises = without(D, b=replace(WHOLE[B], live=None, logs=()))
+    found = restored(promises, (A, 2), (B, 2), (C, 4))
+    assert isinstance(found, Unrecoverable)
+    assert D in found.devices_needed
+
+
+def test_last_whole_set_is_what_forcing_goes_back_to() -> None:
+    assert last_whole_set(WHOLE, 8) == REPLICA
+    assert last_whole_set(without(D), 8) == 0
