@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -12,16 +12,24 @@ import trio
 from p2ptrain import limits
 from p2ptrain.errors import InvariantBroken, RemoteProtocolError
 from p2ptrain.ids import DeviceId
-from p2ptrain.net.tls_link import LinkBroken, TlsLink
+from p2ptrain.net.tls_link import LinkBroken, LinkStatistics, TlsLink
 from p2ptrain.wire import frames
 from p2ptrain.wire.codec import decode
 from p2ptrain.wire.frames import BulkHeader, FrameType, Prefix, TensorHeader
-from p2ptrain.wire.hello import Agreement, Hello, encode_hello, parse_hello
+from p2ptrain.wire.hello import RENEW, Agreement, Hello, encode_hello, parse_hello
+from p2ptrain.wire.renewal import Wear, wear
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 _DISCARD_BYTES: Final = 64 * 1024
+_NOTHING: Final = LinkStatistics(
+    plaintext_bytes_sent=0,
+    plaintext_bytes_received=0,
+    socket_bytes_sent=0,
+    socket_bytes_received=0,
+    unsent_bytes=0,
+)
 
 
 class BodyReader:
@@ -56,6 +64,7 @@ class BodyReader:
 OnTensor = Callable[[DeviceId, TensorHeader, int, BodyReader], Awaitable[None]]
 OnBulk = Callable[[DeviceId, BulkHeader, bytes], Awaitable[None]]
 OnMessage = Callable[[DeviceId, object], Awaitable[None]]
+Work = Callable[[], Awaitable[None]]
 
 
 class Connection:
@@ -75,6 +84,11 @@ class Connection:
         self.address = ""
         """host:port where the peer listens, as far as we know."""
         self.ready = False
+        self._reading = link
+        self._successor: TlsLink | None = None
+        self._past = _NOTHING
+        self._send_lock = trio.Lock()
+        self._stirred = trio.Event()
         self.scope = trio.CancelScope()
         """Of the task that reads; cancelling it closes the link."""
         self._queue_in, self._queue_out = trio.open_memory_channel[bytes](limits.CONTROL_QUEUE_MAX)
@@ -123,14 +137,28 @@ class Connection:
     @property
     def queued_bytes(self) -> int:
         """Bytes held here for a peer that has not taken them."""
-        return self._queued_bytes + self.link.statistics().unsent_bytes
+        return self._queued_bytes + self.statistics().unsent_bytes
+
+    def statistics(self) -> LinkStatistics:
+        """Bytes over all links that this connection has had."""
+        return _sum([self._past, *(link.statistics() for link in self._alive())])
+
+    def close(self) -> None:
+        """Close every link at once."""
+        for link in self._alive():
+            link.close()
+
+    async def aclose(self) -> None:
+        """Close every link with a goodbye."""
+        for link in self._alive():
+            await link.aclose()
 
     async def write_control(self) -> None:
         """Send queued messages until the link breaks (LinkBroken)."""
         async for body in self._queue_out:
             self._queued_bytes -= len(body)
             head = frames.encode_frame_head(FrameType.CONTROL, b"", len(body))
-            await self.link.send_all(head, body)
+            await self._send_frame(head, body)
 
     async def send_tensor(self, header: TensorHeader, buffers: tuple[ReadableBuffer, ...]) -> None:
         """Send one tensor, before any bulk chunk that waits; cancelling breaks the link."""
@@ -140,7 +168,7 @@ class Connection:
         if self._no_tensor_waits.is_set():
             self._no_tensor_waits = trio.Event()
         try:
-            await self.link.send_all(head, *buffers)
+            await self._send_frame(head, *buffers)
         finally:
             self._tensors_waiting -= 1
             if self._tensors_waiting == 0:
@@ -153,7 +181,7 @@ class Connection:
         async with self._bulk_lock:
             while not self._no_tensor_waits.is_set():
                 await self._no_tensor_waits.wait()
-            await self.link.send_all(head, chunk)
+            await self._send_frame(head, chunk)
 
     async def read_control(self, on_message: OnMessage) -> None:
         """Decode messages for `on_message` until the peer closes the link.
@@ -184,7 +212,7 @@ class Connection:
     async def _receive_tensor(self, prefix: Prefix, on_tensor: OnTensor) -> None:
         encoded = await self._receive(prefix.header_length)
         header = frames.parse_tensor_header(encoded, body_length=prefix.body_length)
-        reader = BodyReader(self.link, prefix.body_length)
+        reader = BodyReader(self._reading, prefix.body_length)
         await on_tensor(self.device, header, prefix.body_length, reader)
         if reader.remaining:
             raise InvariantBroken("a tensor handler left part of the body unread")
@@ -198,14 +226,138 @@ class Connection:
 
     async def _receive_prefix(self) -> Prefix | None:
         buffer = memoryview(bytearray(frames.PREFIX_BYTES))
-        if not await self.link.recv_frame_start(buffer):
-            return None
-        return frames.parse_prefix(buffer)
+        while await self._reading.recv_frame_start(buffer):
+            self._stir_if_worn()
+            prefix = frames.parse_prefix(buffer)
+            if prefix.type is not FrameType.MOVED:
+                return prefix
+            await self._follow()
+        return None
 
     async def _receive(self, length: int) -> memoryview:
         buffer = memoryview(bytearray(length))
-        await self.link.recv_exactly(buffer)
+        await self._reading.recv_exactly(buffer)
         return buffer
+
+    async def _send_frame(self, *buffers: ReadableBuffer) -> None:
+        async with self._send_lock:
+            await self.link.send_all(*buffers)
+        self._stir_if_worn()
+
+    # Renewal, PROTOCOL.md section 3.3: each direction moves to the successor between two frames.
+
+    @property
+    def can_renew(self) -> bool:
+        """Whether both sides know how."""
+        return self.agreement is not None and RENEW in self.agreement.features
+
+    @property
+    def settled(self) -> bool:
+        """Whether one link carries both directions and no other waits."""
+        return self._successor is None
+
+    @property
+    def must_follow(self) -> bool:
+        """Whether the peer has moved and we have not."""
+        return self._reading is self._successor and self.link is not self._successor
+
+    def age_s(self, now: float) -> float:
+        """Of the link that is sent on."""
+        return now - self.link.made_at_s
+
+    def wear(self, now: float) -> Wear:
+        """How used up the link is that is sent on."""
+        counts = self.link.statistics()
+        carried = max(counts.socket_bytes_sent, counts.socket_bytes_received)
+        return wear(age_s=self.age_s(now), carried_bytes=carried)
+
+    def offer_successor(self, link: TlsLink) -> None:
+        """Hold ready the link that both sides move to; HELLO was agreed on it."""
+        if self._successor is not None:
+            raise InvariantBroken("a link is renewed twice at once")
+        self._successor = link
+
+    def withdraw_successor(self) -> None:
+        """The peer never heard that we took its link."""
+        self._successor = None
+
+    async def move(self) -> None:
+        """Send everything from here on over the successor, in order; LinkBroken as any send."""
+        successor = self._successor
+        if successor is None:
+            raise InvariantBroken("a link moves to nowhere")
+        async with self._send_lock:
+            before = self.link
+            await before.send_all(frames.encode_frame_head(FrameType.MOVED, b"", 0))
+            self.link = successor
+        await self._retire(before)
+
+    async def wait_stirred(self, longest_s: float) -> None:
+        """Wait until the link may be more worn, or the peer has moved."""
+        self._stirred = trio.Event()
+        with trio.move_on_after(longest_s):
+            await self._stirred.wait()
+
+    async def _follow(self) -> None:
+        """The peer has moved: read on in the successor."""
+        if self._successor is None or self._reading is self._successor:
+            raise RemoteProtocolError("a link that moved to nowhere")
+        before, self._reading = self._reading, self._successor
+        self._stirred.set()
+        await self._retire(before)
+
+    async def _retire(self, before: TlsLink) -> None:
+        """Close the old link once neither direction uses it."""
+        if self.link is self._reading is self._successor:
+            self._successor = None
+            self._past = _sum([self._past, before.statistics()])
+            self._stirred.set()
+            await before.aclose()
+
+    def _stir_if_worn(self) -> None:
+        if self.wear(trio.current_time()) is not Wear.FRESH:
+            self._stirred.set()
+
+    def _alive(self) -> list[TlsLink]:
+        links = (self.link, self._reading, self._successor)
+        return list({id(link): link for link in links if link is not None}.values())
+
+
+async def read_beside(read: Work, *others: Work) -> None:
+    """Read until the peer closes the link, and work beside it; whatever breaks first ends all.
+
+    Raises:
+        LinkBroken: the link broke, was not renewed in time, or the peer broke the protocol.
+    """
+    broken: list[LinkBroken] = []
+    async with trio.open_nursery() as nursery:
+        for work in others:
+            nursery.start_soon(_until_broken, work, nursery.cancel_scope, broken)
+        await _until_broken(read, nursery.cancel_scope, broken)
+        nursery.cancel_scope.cancel()
+    if broken:
+        raise broken[0]
+
+
+async def _until_broken(work: Work, scope: trio.CancelScope, broken: list[LinkBroken]) -> None:
+    try:
+        await work()
+    except LinkBroken as error:
+        broken.append(error)
+        scope.cancel()
+    except RemoteProtocolError as error:
+        broken.append(LinkBroken(f"the peer broke the protocol: {error.message}"))
+        scope.cancel()
+
+
+def _sum(counts: Sequence[LinkStatistics]) -> LinkStatistics:
+    return LinkStatistics(
+        plaintext_bytes_sent=sum(each.plaintext_bytes_sent for each in counts),
+        plaintext_bytes_received=sum(each.plaintext_bytes_received for each in counts),
+        socket_bytes_sent=sum(each.socket_bytes_sent for each in counts),
+        socket_bytes_received=sum(each.socket_bytes_received for each in counts),
+        unsent_bytes=sum(each.unsent_bytes for each in counts),
+    )
 
 
 @contextlib.contextmanager

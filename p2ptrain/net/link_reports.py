@@ -58,6 +58,8 @@ class LinksStatistics:
     refused_count: int
     """Connections that failed to authenticate here."""
     last_refusal: str | None
+    renewed_count: int
+    """Links that another took the place of because of their age or what they carried."""
 
     @property
     def bytes_sent(self) -> int:
@@ -72,7 +74,7 @@ class LinksStatistics:
 
 def add_bytes(totals: Totals, connection: Connection) -> None:
     """Add what went over a connection to the totals per device and kind."""
-    counts = connection.link.statistics()
+    counts = connection.statistics()
     sent, received = totals.get((connection.device, connection.kind), (0, 0))
     totals[connection.device, connection.kind] = (
         sent + counts.socket_bytes_sent,

@@ -11,6 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -18,7 +19,7 @@ import trio
 from p2ptrain import limits
 from p2ptrain.errors import InvariantBroken, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, short
-from p2ptrain.net.connection import BodyReader, Connection, OnBulk, OnTensor
+from p2ptrain.net.connection import BodyReader, Connection, OnBulk, OnTensor, read_beside
 from p2ptrain.net.dial_outcomes import failed, is_refused, refused_by_hello
 from p2ptrain.net.dialler import Attempt, Dialler
 from p2ptrain.net.link_reports import (
@@ -31,6 +32,7 @@ from p2ptrain.net.link_reports import (
     peer_statistics,
 )
 from p2ptrain.net.listener import Handler, Listener, connect, join_address, listen
+from p2ptrain.net.renewal import keep_fresh
 from p2ptrain.net.session import Session
 from p2ptrain.net.tls_link import (
     LinkBroken,
@@ -98,7 +100,7 @@ class Links:
         self._changed = trio.Event()
         self._undecided = 0
         self._past: Totals = {}
-        self._refused_count = 0
+        self._refused_count = self._renewed_count = 0
         self._last_refusal: str | None = None
         self._dialler = Dialler(attempt=self._attempt, wait_missing=self._wait_missing)
         self._events_in, self.events = trio.open_memory_channel[LinkUp | LinkDown](
@@ -212,6 +214,7 @@ class Links:
             peers=peers,
             refused_count=self._refused_count,
             last_refusal=self._last_refusal,
+            renewed_count=self._renewed_count,
         )
 
     # Connections that others dialled.
@@ -253,6 +256,9 @@ class Links:
             await connection.send_hello(self._hello(theirs.kind, refusal=refusal))
             await link.aclose()
             return
+        if theirs.renews:
+            await self._answer_renewal(connection, theirs)
+            return
         session = self._reserve(connection, theirs)
         try:
             await connection.send_hello(self._hello(theirs.kind))
@@ -262,6 +268,19 @@ class Links:
         if not self._dialler.knows(device):
             self.dial(connection.address, device=device)
         self._admit(connection, session)
+
+    async def _answer_renewal(self, fresh: Connection, theirs: Hello) -> None:
+        """Hold a link ready in whose favour the peer will move; `_judge` found what it renews."""
+        renewed = self._sessions[fresh.device].renewable(theirs)
+        if renewed is None:
+            raise InvariantBroken("a renewal was judged good without a connection to renew")
+        renewed.offer_successor(fresh.link)  # before the answer: the peer may move at once
+        try:
+            await fresh.send_hello(self._hello(theirs.kind, renews=True))
+        except BaseException:
+            renewed.withdraw_successor()
+            raise
+        self._renewed_count += 1
 
     def _judge(self, connection: Connection, theirs: Hello) -> str | None:
         """Why an incoming connection is not taken; None when it is."""
@@ -274,6 +293,10 @@ class Links:
             self._last_refusal = f"{short(device)}: {gap}"
             return wire_hello.REFUSE_VERSION
         connection.agreement = negotiate(ours, theirs, device=device)
+        if theirs.renews:
+            session = self._sessions.get(device)
+            renewed = None if session is None else session.renewable(theirs)
+            return wire_hello.REFUSE_DUPLICATE if renewed is None else None
         if device not in self._sessions and len(self._sessions) >= limits.LINK_PEERS_MAX:
             return wire_hello.REFUSE_FULL
         standing = self._standing(device, theirs.kind, theirs.instance)
@@ -303,12 +326,7 @@ class Links:
         link = TlsLink(sock, self._client, server_side=False)
         connection: Connection | None = None
         try:
-            await link.handshake()
-            device = link.peer_device(self._credentials)
-            objection = self._objection(link.peer_chain())
-            if objection is not None:
-                raise LinkRefused(objection.reason)
-            connection = Connection(link, device=device, kind=kind, dialled_here=True)
+            connection = await self._authenticated(link, kind)
             connection.address = address
             return await self._offer(connection)
         except (LinkBroken, RemoteProtocolError) as error:
@@ -317,6 +335,35 @@ class Links:
         except BaseException:
             link.close()
             raise
+
+    async def _authenticated(self, link: TlsLink, kind: str) -> Connection:
+        """Shake hands on a link that we dialled; LinkBroken when we do not want who answers."""
+        await link.handshake()
+        device = link.peer_device(self._credentials)
+        objection = self._objection(link.peer_chain())
+        if objection is not None:
+            raise LinkRefused(objection.reason)
+        return Connection(link, device=device, kind=kind, dialled_here=True)
+
+    async def _renew(self, worn: Connection, session: Session) -> TlsLink:
+        """Dial the link that takes the place of `worn`; used by `keep_fresh`."""
+        link = TlsLink(await connect(worn.address), self._client, server_side=False)
+        try:
+            fresh = await self._authenticated(link, worn.kind)
+            ours = self._hello(worn.kind, renews=True)
+            await fresh.send_hello(ours)
+            theirs = await fresh.receive_hello()
+            if theirs.refusal is not None or theirs.instance != session.instance:
+                raise LinkBroken("the peer does not renew this link")
+            negotiate(ours, theirs, device=worn.device)
+        except (LinkBroken, RemoteProtocolError):
+            await link.aclose()
+            raise
+        except BaseException:
+            link.close()
+            raise
+        self._renewed_count += 1
+        return link
 
     async def _offer(self, connection: Connection) -> Attempt:
         device, kind = connection.device, connection.kind
@@ -393,7 +440,7 @@ class Links:
         if session.over is None and session.instance not in (None, hello.instance):
             self._end(session, LinkBroken("the peer was restarted", closed_by_peer=True))
         if session.over is not None:
-            connection.link.close()
+            connection.close()
             return
         session.instance = hello.instance
         connection.ready = True
@@ -430,29 +477,25 @@ class Links:
                     await session.up.wait()
                 if not session.up.is_set():
                     raise LinkBroken("the peer's other link did not come")
-                await self._read(connection)
+                await self._read(connection, session)
                 raise LinkBroken("the peer closed the link", closed_by_peer=True)
         except LinkBroken as error:
             self._end(session, error)
         except RemoteProtocolError as error:
             self._end(session, LinkBroken(f"the peer broke the protocol: {error.message}"))
         finally:
-            await connection.link.aclose()
+            await connection.aclose()
 
-    async def _read(self, connection: Connection) -> None:
-        if connection.kind == "data":
-            await connection.read_data(self._on_tensor, self._on_bulk)
-            return
-        broken: list[LinkBroken] = []
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_write_control, connection, nursery.cancel_scope, broken)
-            try:
-                await connection.read_control(self._deliver)
-            except (LinkBroken, RemoteProtocolError) as error:
-                broken.append(_as_broken(error))
-            nursery.cancel_scope.cancel()
-        if broken:
-            raise broken[0]
+    async def _read(self, connection: Connection, session: Session) -> None:
+        """Read, write what is queued and renew the link in time, until one of them breaks."""
+        renews = connection.dialled_here and connection.can_renew
+        renew = partial(self._renew, connection, session) if renews else None
+        fresh = partial(keep_fresh, connection, renew)
+        if connection.kind == "control":
+            read = partial(connection.read_control, self._deliver)
+            await read_beside(read, fresh, connection.write_control)
+        else:
+            await read_beside(partial(connection.read_data, self._on_tensor, self._on_bulk), fresh)
 
     async def _deliver(self, device: DeviceId, message: object) -> None:
         await self._inbox_in.send((device, message))
@@ -469,7 +512,7 @@ class Links:
             add_bytes(self._past, connection)
             connection.scope.cancel()
             if not connection.ready:
-                connection.link.close()
+                connection.close()
         self._changed.set()
         self._changed = trio.Event()
         if self._nursery is None:
@@ -516,7 +559,7 @@ class Links:
             raise PeerLost(f"there is no link with peer {short(device)}")
         return session
 
-    def _hello(self, kind: str, *, refusal: str | None = None) -> Hello:
+    def _hello(self, kind: str, *, refusal: str | None = None, renews: bool = False) -> Hello:
         return Hello(
             protocol_min=self._spoken.protocol_min,
             protocol_max=self._spoken.protocol_max,
@@ -529,17 +572,8 @@ class Links:
             clock_s=time.time(),
             listen_port=self.address[1],
             refusal=refusal,
+            renews=renews,
         )
-
-
-async def _write_control(
-    connection: Connection, scope: trio.CancelScope, broken: list[LinkBroken]
-) -> None:
-    try:
-        await connection.write_control()
-    except LinkBroken as error:
-        broken.append(error)
-        scope.cancel()
 
 
 @contextlib.contextmanager
@@ -548,9 +582,3 @@ def _as_peer_lost(device: DeviceId) -> Iterator[None]:
         yield
     except LinkBroken as error:
         raise PeerLost(f"the link with peer {short(device)} broke: {error.reason}") from error
-
-
-def _as_broken(error: LinkBroken | RemoteProtocolError) -> LinkBroken:
-    if isinstance(error, LinkBroken):
-        return error
-    return LinkBroken(f"the peer broke the protocol: {error.message}")

@@ -7,7 +7,7 @@ import trio
 from p2ptrain.ids import DeviceId
 from p2ptrain.net.connection import Connection
 from p2ptrain.net.tls_link import LinkBroken
-from p2ptrain.wire.hello import LINK_KINDS
+from p2ptrain.wire.hello import LINK_KINDS, Hello
 
 
 class Session:
@@ -27,3 +27,11 @@ class Session:
     @property
     def complete(self) -> bool:
         return all(k in self.slots and self.slots[k].ready for k in LINK_KINDS)
+
+    def renewable(self, theirs: Hello) -> Connection | None:
+        """The connection that this HELLO may renew: up, dialled by the same process, settled."""
+        connection = self.slots.get(theirs.kind)
+        if connection is None or self.over is not None or not self.was_announced:
+            return None
+        same = self.instance == theirs.instance and not connection.dialled_here
+        return connection if same and connection.can_renew and connection.settled else None

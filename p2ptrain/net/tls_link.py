@@ -113,6 +113,7 @@ class TlsLink:
         self._socket_sent = 0
         self._socket_received = 0
         self._unsent_bytes = 0
+        self.made_at_s = trio.current_time()
 
     async def handshake(self) -> None:
         """Authenticate both sides; on an error or a cancellation the link is closed.

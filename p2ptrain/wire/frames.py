@@ -35,6 +35,8 @@ class FrameType(IntEnum):
     CONTROL = 2
     TENSOR = 3
     BULK = 4
+    MOVED = 5
+    """Nothing more comes on this link: read on in the one that renews it."""
 
 
 _BODY_MAX: Final = {
@@ -42,6 +44,7 @@ _BODY_MAX: Final = {
     FrameType.CONTROL: limits.CONTROL_BODY_BYTES_MAX,
     FrameType.TENSOR: limits.TENSOR_BODY_BYTES_MAX,
     FrameType.BULK: limits.BULK_CHUNK_BYTES_MAX,
+    FrameType.MOVED: 0,
 }
 _WITH_HEADER: Final = frozenset((FrameType.TENSOR, FrameType.BULK))
 

@@ -19,7 +19,9 @@ from p2ptrain.wire.codec import from_plain, to_plain, unpack_map
 
 PROTOCOL_MIN: Final = 2
 PROTOCOL_MAX: Final = 2
-FEATURES: Final[tuple[str, ...]] = ()
+RENEW: Final = "renew"
+"""Feature: a link may be renewed under way (PROTOCOL.md section 3.3)."""
+FEATURES: Final[tuple[str, ...]] = (RENEW,)
 LINK_KINDS: Final = ("control", "data")
 REFUSE_DUPLICATE: Final = "duplicate"
 REFUSE_FULL: Final = "full"
@@ -62,6 +64,8 @@ class Hello:
     listen_port: int
     refusal: str | None = None
     """Only in the answer: why this link is closed next. None: the link is up."""
+    renews: bool = False
+    """This connection takes the place of the one of its kind that is up; answered likewise."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.protocol_min <= self.protocol_max:
@@ -123,7 +127,10 @@ def _range(hello: Hello) -> str:
 
 def encode_hello(hello: Hello) -> bytes:
     """The body of a HELLO frame."""
-    body: bytes = msgpack.packb(to_plain(hello), use_bin_type=True)
+    fields = to_plain(hello)
+    if not hello.renews:
+        del fields["renews"]  # said by those only who found the feature on both sides
+    body: bytes = msgpack.packb(fields, use_bin_type=True)
     if len(body) > limits.HELLO_BODY_BYTES_MAX:
         raise LocalProtocolError("our HELLO is too large")
     return body
