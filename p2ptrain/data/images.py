@@ -119,6 +119,11 @@ def class_folders(root: Path) -> list[Path]:
     return [folder for folder in folders if any(_files([folder]))]
 
 
+def image_paths(root: Path) -> Iterator[Path]:
+    """The images of a folder of classes, in the order in which they are numbered."""
+    return _files(class_folders(root))
+
+
 def image_layout(manifest: Manifest) -> ImageLayout:
     """What the model's only data port wants; BundleError when it is no port for images."""
     ports = manifest.data_ports

@@ -13,7 +13,7 @@ from p2ptrain.data.arrays import ARRAY_SUFFIXES, open_arrays
 from p2ptrain.data.chats import is_chat, open_chats
 from p2ptrain.data.features import open_features
 from p2ptrain.data.files import digest_of, reading
-from p2ptrain.data.images import IMAGE_SUFFIXES, class_folders, open_images
+from p2ptrain.data.images import IMAGE_SUFFIXES, class_folders, image_paths, open_images
 from p2ptrain.data.options import DataOptions
 from p2ptrain.data.records import Records, Wanted
 from p2ptrain.data.samples import (
@@ -131,7 +131,7 @@ def open_records(path: Path, wanted: Wanted) -> Records:
 def _reader(path: Path, wanted: Wanted) -> Opener | None:
     """Who reads a path as records; None where the model wants windows of its text."""
     kind = wanted.manifest.data.kind
-    found = _content(path, kind)
+    found = content_of(path, kind)
     if found == "JSON lines" and kind == "windows" and is_chat(open_table(path, wanted.cache)):
         return open_chats
     if kind in ("windows", "masked-windows") and found in _STREAMED:
@@ -145,7 +145,24 @@ def _reader(path: Path, wanted: Wanted) -> Opener | None:
     return reader
 
 
-def _content(path: Path, kind: str) -> str:
+def data_files(path: Path, kind: str) -> list[Path]:
+    """Every file that opening a path reads; those of a folder in the order of their names.
+
+    Raises:
+        DataError: the path or a folder below it cannot be read.
+    """
+    if not path.is_dir():
+        return [path]
+    match content_of(path, kind):
+        case "arrays":
+            return sorted(path.glob("*.npy"))
+        case "a folder of images":
+            return list(image_paths(path))
+        case _:
+            return [file for file in text_paths(path) if file.stat().st_size]
+
+
+def content_of(path: Path, kind: str) -> str:
     """What a path holds, by its name and, for a folder, by the names in it: a folder of both text
     and images is what the model wants."""
     with reading(path):

@@ -24,6 +24,8 @@ def blob_digest(content: bytes | memoryview) -> Digest:
 
 Content = bytes | memoryview
 Write = Callable[[bytes], object]
+Source = Callable[[Digest], Awaitable[bytes | None]]
+"""Reads a blob that is in no memory when it is asked for; None: it is not one of its own."""
 
 
 @dataclass(slots=True)
@@ -66,6 +68,8 @@ class BlobExchange:
         self._send_bulk = send_bulk
         self._published: dict[Digest, Content] = {}
         self._offers: Counter[Digest] = Counter()
+        self._sources: list[Source] = []
+        self._reads = trio.CapacityLimiter(limits.BLOBS_READ_AT_ONCE_MAX)
         self._fetches: dict[int, _Fetch] = {}
         self._requests = itertools.count(1)
         self._serving: Counter[DeviceId] = Counter()
@@ -88,6 +92,14 @@ class BlobExchange:
         if self._offers[digest] <= 0:
             del self._offers[digest]
             self._published.pop(digest, None)
+
+    def add_source(self, source: Source) -> None:
+        """Offer blobs that are read when they are asked for, one at a time for each request."""
+        self._sources.append(source)
+
+    def remove_source(self, source: Source) -> None:
+        """Take back an `add_source`."""
+        self._sources.remove(source)
 
     def published(self, digest: Digest) -> Content | None:
         """A blob of ours."""
@@ -147,14 +159,17 @@ class BlobExchange:
 
         A member that takes nothing while it asks for more gets a refusal beyond BLOBS_SERVED_MAX.
         """
-        content = self._published.get(request.digest)
-        if content is None or self._serving[device] >= limits.BLOBS_SERVED_MAX:
+        await trio.lowlevel.checkpoint()
+        if self._serving[device] >= limits.BLOBS_SERVED_MAX:
             self._send(device, BlobMissing(request=request.request))
-            await trio.lowlevel.checkpoint()
             return
         self._serving[device] += 1
         try:
-            await self._serve_chunks(device, request, memoryview(content))
+            content = self._published.get(request.digest)
+            if content is not None:
+                await self._serve_chunks(device, request, memoryview(content))
+            else:
+                await self._serve_read(device, request)
         finally:
             self._serving[device] -= 1
 
@@ -171,6 +186,16 @@ class BlobExchange:
                 chunk=blob_digest(chunk),
             )
             await self._send_bulk(device, header, chunk)
+
+    async def _serve_read(self, device: DeviceId, request: BlobRequest) -> None:
+        """Serve what a source reads; few at a time, since it is in memory until it is sent."""
+        async with self._reads:
+            for source in tuple(self._sources):
+                content = await source(request.digest)
+                if content is not None:
+                    await self._serve_chunks(device, request, memoryview(content))
+                    return
+        self._send(device, BlobMissing(request=request.request))
 
     def missing(self, device: DeviceId, message: BlobMissing) -> None:
         """A member says that it does not have what we asked for."""

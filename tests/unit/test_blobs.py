@@ -123,6 +123,26 @@ async def test_view_is_served_under_the_digest_it_was_published_with() -> None:
     assert await wire.blobs.fetch(ME, digest, size=1_600_000) == content.tobytes()
 
 
+async def test_source_is_read_when_nothing_published_has_that_name() -> None:
+    content, wire, asked = b"from a file", Wire(), []
+
+    async def source(digest: Digest) -> bytes | None:
+        await trio.lowlevel.checkpoint()
+        asked.append(digest)
+        return content if digest == blob_digest(content) else None
+
+    wire.blobs.add_source(source)
+    wire.blobs.publish(b"in memory")
+    for name in (b"in memory", content, b"nowhere"):
+        await wire.blobs.serve(OTHER, BlobRequest(request=1, digest=blob_digest(name)))
+    assert [chunk for _, chunk in wire.chunks] == [b"in memory", content]
+    assert wire.sent == [(OTHER, BlobMissing(request=1))]
+    assert asked == [blob_digest(content), blob_digest(b"nowhere")]
+    wire.blobs.remove_source(source)
+    await wire.blobs.serve(OTHER, BlobRequest(request=2, digest=blob_digest(content)))
+    assert wire.sent[-1] == (OTHER, BlobMissing(request=2))
+
+
 async def test_chunks_are_written_as_they_come(mock_clock: MockClock) -> None:
     content = bytes(range(256)) * (3 << 12)
     wire, written, ended = Wire(), bytearray(), []
