@@ -25,13 +25,13 @@ class Listener:
 
     def __init__(self, sock: trio.socket.SocketType, host: str) -> None:
         self._sock = sock
-        self._host = host
+        self._address = host, int(sock.getsockname()[1])  # also known when it is closed
         self._pending = 0
 
     @property
     def address(self) -> tuple[str, int]:
         """Host as it was given, and the port that was bound."""
-        return self._host, int(self._sock.getsockname()[1])
+        return self._address
 
     def close(self) -> None:
         """Stop listening."""
