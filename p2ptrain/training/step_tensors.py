@@ -10,7 +10,7 @@
 
 Tensors come in the order of microbatch, then index. Which ones, and how long each is, follows from
 the manifest and the contract, so a receiver knows the size of the whole before it asks
-(`packed_bytes`) and takes nothing else. PROTOCOL.md section 6.5.
+(`packed_bytes`) and takes nothing else. PROTOCOL.md section 6.6.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from p2ptrain.errors import InvariantBroken, RemoteProtocolError
 from p2ptrain.training.arrivals import LOSS_WEIGHT_DTYPE
 from p2ptrain.training.boundaries import cotangent_values
 from p2ptrain.training.contract import Contract
+from p2ptrain.training.tensor_codec import decode, encoded_bytes
 from p2ptrain.training.ties import tie_groups
 
 Array = NDArray[Any]  # Any: float32, int64 and bool, as the manifest says
@@ -49,11 +50,12 @@ class Expected:
     """As in the tensor header on a data link (PROTOCOL.md section 2.1)."""
     shape: tuple[int, ...]
     dtype: str
+    codec: str = "fp32"
 
     @property
     def nbytes(self) -> int:
         """Of its encoded body."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return encoded_bytes(self.codec, dtype=self.dtype, elements=math.prod(self.shape))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +91,9 @@ def expected_tensors(
     one = [(manifest.shape(value, batch=batch), value.dtype) for value in values]
     if kind == "labels":
         one.append(((1,), LOSS_WEIGHT_DTYPE))
+    codec = contract.codec if kind in ("activation", "cotangent") else "fp32"
     return tuple(
-        Expected(microbatch=microbatch, index=index, shape=shape, dtype=dtype)
+        Expected(microbatch=microbatch, index=index, shape=shape, dtype=dtype, codec=codec)
         for microbatch in range(contract.microbatches)
         for index, (shape, dtype) in enumerate(one)
     )
@@ -111,6 +114,17 @@ def pack(tensors: Sequence[PackedTensor]) -> bytes:
         _ENTRY.pack(each.microbatch, each.index, memoryview(each.body).nbytes) for each in tensors
     ]
     return b"".join([*chunks, *(each.body for each in tensors)])
+
+
+def pack_bodies(expected: Sequence[Expected], bodies: Sequence[bytes | memoryview]) -> bytes | None:
+    """The packed form of a whole step's encoded tensors, as a log gives them, in their order; None
+    when they are not the expected ones: the log is of no use."""
+    if [memoryview(body).nbytes for body in bodies] != [each.nbytes for each in expected]:
+        return None
+    return pack([
+        PackedTensor(microbatch=each.microbatch, index=each.index, body=body)
+        for each, body in zip(expected, bodies, strict=True)
+    ])  # fmt: skip
 
 
 def unpack(content: bytes | memoryview, expected: Sequence[Expected]) -> tuple[PackedTensor, ...]:
@@ -137,11 +151,13 @@ def unpack(content: bytes | memoryview, expected: Sequence[Expected]) -> tuple[P
 def unpack_arrays(
     content: bytes | memoryview, expected: Sequence[Expected]
 ) -> tuple[tuple[Array, ...], ...]:
-    """The values of a packed step by microbatch, in index order, read only; errors as `unpack`."""
+    """The values of a packed step by microbatch, in index order, read only; errors as `unpack`.
+
+    Uncompressed values are views into `content`.
+    """
     values: dict[int, list[Array]] = {}
     for tensor, each in zip(unpack(content, expected), expected, strict=True):
-        dtype = np.dtype(each.dtype).newbyteorder("<")
-        array = np.frombuffer(tensor.body, dtype).reshape(each.shape)
+        array = _decoded(tensor.body, each)
         values.setdefault(each.microbatch, []).append(array)
     return tuple(tuple(values[microbatch]) for microbatch in sorted(values))
 
@@ -149,6 +165,16 @@ def unpack_arrays(
 def encoded(array: Array) -> bytes:
     """A copy of an array's bytes as they go over a link."""
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+
+
+def _decoded(body: bytes | memoryview, each: Expected) -> Array:
+    raw = np.frombuffer(body, np.uint8)
+    if each.codec == "fp32":
+        return raw.view(np.dtype(each.dtype).newbyteorder("<")).reshape(each.shape)
+    array = np.empty(each.shape, each.dtype)
+    decode(each.codec, raw, array)
+    array.flags.writeable = False
+    return array
 
 
 def _check_head(view: memoryview, expected: Sequence[Expected]) -> None:

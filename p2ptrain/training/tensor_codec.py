@@ -1,6 +1,6 @@
 """Boundary tensors as bytes: fp32, bf16, or int8 in blocks, the same bits on every machine.
 
-Only float32 tensors are compressed; of any other dtype the raw values go. PROTOCOL.md section 6.6
+Only float32 tensors are compressed; of any other dtype the raw values go. PROTOCOL.md section 6.7
 gives the bytes. Every step is one exact IEEE operation of numpy, so an encoder elsewhere can match
 them. int8 keeps what it lost of a cotangent and adds it to the next one (`ErrorFeedback`).
 """

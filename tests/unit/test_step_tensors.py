@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from p2ptrain.training.step_tensors import (
     encoded,
     expected_tensors,
     pack,
+    pack_bodies,
     packed_bytes,
     unpack,
     unpack_arrays,
 )
+from p2ptrain.training.tensor_codec import encode
 from tests.bundles import CONTEXT, VOCABULARY, WIDTH, contract_for, tiny_bundle
 from tests.varied_bundle import varied_bundle
 
@@ -113,6 +116,33 @@ def test_packed_step_of_another_length_is_refused(size: int) -> None:
     for wrong in (content[:size], content[:-1], content + b"\0"):
         with pytest.raises(RemoteProtocolError, match="bytes, not"):
             unpack(wrong, EXPECTED)
+
+
+@pytest.mark.parametrize(("codec", "size"), [("bf16", 2), ("int8", 1)])
+def test_boundary_tensors_are_packed_as_they_were_encoded(codec: str, size: int) -> None:
+    contract = SimpleNamespace(codec=codec, microbatch_size=3, microbatches=2)
+    expected = expected_tensors(MANIFEST, contract, "activation", 0)  # type: ignore[arg-type]  # the part that is read
+    elements = 3 * CONTEXT * WIDTH
+    scales = 4 * -(-elements // 256) if codec == "int8" else 0
+    assert [each.nbytes for each in expected] == [size * elements + scales, 3 * CONTEXT] * 2
+    values = [np.full(each.shape, index % 2, each.dtype) for index, each in enumerate(expected)]
+    bodies = [encode(each.codec, array).data for each, array in zip(expected, values, strict=True)]
+    content = pack_bodies(expected, bodies)
+    assert content is not None
+    found = [array for each in unpack_arrays(content, expected) for array in each]
+    for array, value in zip(found, values, strict=True):
+        np.testing.assert_array_equal(array, value)
+    assert not found[0].flags.writeable
+    assert expected_tensors(MANIFEST, contract, "input", 0)[0].codec == "fp32"  # type: ignore[arg-type]  # as above
+
+
+def test_bodies_of_a_log_are_packed_only_if_all_are_there() -> None:
+    bodies = [bytes(each.nbytes) for each in EXPECTED]
+    content = pack_bodies(EXPECTED, bodies)
+    assert content is not None
+    assert len(content) == packed_bytes(EXPECTED)
+    assert pack_bodies(EXPECTED, bodies[:-1]) is None
+    assert pack_bodies(EXPECTED, [*bodies[:-1], b""]) is None
 
 
 def test_pack_refuses_tensors_out_of_order() -> None:
