@@ -21,6 +21,7 @@ import msgpack
 
 from p2ptrain import limits
 from p2ptrain.errors import InvariantBroken, LocalProtocolError, RemoteProtocolError
+from p2ptrain.wire.structure import check_structure
 
 _T = TypeVar("_T")
 _by_name: dict[str, type] = {}
@@ -87,6 +88,7 @@ def unpack_map(body: bytes | memoryview, *, bytes_max: int) -> dict[str, Any]:
     """Unpack a hostile msgpack map with string keys (Any: not checked further here)."""
     if len(body) > bytes_max:
         raise RemoteProtocolError(f"{len(body)} bytes where at most {bytes_max} are allowed")
+    check_structure(body)
     try:
         value = msgpack.unpackb(
             body, raw=False, strict_map_key=True, max_ext_len=0,
