@@ -10,17 +10,22 @@ from p2ptrain.membership.record import MemberRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberUp:
-    """A peer answers, for the first time or again after it was down."""
+    """A peer answers over its link, for the first time or again after it was down."""
 
     record: MemberRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberDown:
-    """A peer is gone, or has restarted; `reason` is a phrase for people."""
+    """A peer is gone, has restarted, or cannot be talked to; `reason` is a phrase for people.
+
+    `kind` is one of `accusation.KINDS`: only `refused` is a sure death, `left` was announced, and
+    a peer that is `cut off` is alive for others.
+    """
 
     device: DeviceId
     reason: str
+    kind: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +38,7 @@ class MemberSuspected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuspicionCleared:
-    """A suspected peer answered in time."""
+    """A suspected peer answered in time, us or somebody we asked."""
 
     device: DeviceId
 
@@ -46,13 +51,27 @@ class RecordChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemberWasAway:
+    """A peer says that it was suspended: what looked like a death was a leave, and it is back."""
+
+    device: DeviceId
+    away_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AddressLearned:
-    """Somebody knows where a peer without a link to us may be reached: a hint to dial."""
+    """Where a peer without a link to us may be reached, while we want more links: dial it."""
 
     device: DeviceId
     addresses: tuple[str, ...]
 
 
 MembershipEvent = (
-    MemberUp | MemberDown | MemberSuspected | SuspicionCleared | RecordChanged | AddressLearned
+    MemberUp
+    | MemberDown
+    | MemberSuspected
+    | SuspicionCleared
+    | RecordChanged
+    | MemberWasAway
+    | AddressLearned
 )

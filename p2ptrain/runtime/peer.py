@@ -20,7 +20,7 @@ from p2ptrain.errors import ConfigError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, short
 from p2ptrain.membership.events import AddressLearned, MemberDown, MemberUp
 from p2ptrain.membership.machine import Membership
-from p2ptrain.membership.messages import Ack, Ping, Records
+from p2ptrain.membership.messages import MembershipMessage
 from p2ptrain.membership.record import MemberRecord
 from p2ptrain.net.addresses import reachable_addresses
 from p2ptrain.net.discovery import DiscoveryState, discover
@@ -240,7 +240,7 @@ class Peer:
 
     async def _dispatch(self, device: DeviceId, message: object) -> None:
         match message:
-            case Ping() | Ack() | Records():
+            case _ if isinstance(message, MembershipMessage):
                 await self.membership.deliver(device, message)
             case Propose() | Accept() | Refuse() | Decided() | Withdraw():
                 await self.agreement.deliver(device, message)
@@ -256,6 +256,7 @@ class Peer:
         await self.runs.receive_tensor(device, header, length, reader)
 
     async def _bulk_arrived(self, device: DeviceId, header: BulkHeader, chunk: bytes) -> None:
+        self.membership.call(Membership.heard, device, trio.current_time())
         self.blobs.chunk_received(device, header, chunk)
         await trio.lowlevel.checkpoint()
 

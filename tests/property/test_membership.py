@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 from p2ptrain.ids import DeviceId
 from p2ptrain.membership.machine import Membership
 from p2ptrain.membership.merge import is_newer
-from p2ptrain.membership.messages import Records
+from p2ptrain.membership.messages import Holdings
 from p2ptrain.membership.record import MemberRecord
 from p2ptrain.wire.codec import decode, encode
 from tests.sim.plans import device, make_record
@@ -99,7 +99,7 @@ class Gossip(RuleBasedStateMachine):
     def push(self, who: DeviceId, to: DeviceId) -> list[tuple[DeviceId, DeviceId, bytes]]:
         if who == to:
             return []
-        self.peers[who].receive(Records(records=(), reply_wanted=True), to, self.now)
+        self.peers[who].receive(Holdings(held=(), reply_wanted=True), to, self.now)
         return self._drain(who)
 
     @rule(batch=mails)

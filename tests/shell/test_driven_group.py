@@ -16,7 +16,7 @@ from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.membership.events import MemberDown, MemberUp
 from p2ptrain.membership.machine import Membership
-from p2ptrain.membership.messages import Ack, Ping, Records
+from p2ptrain.membership.messages import MembershipMessage
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.wire.codec import decode, encode
 from tests.sim.plans import device, make_contract, make_plan, make_record
@@ -71,7 +71,7 @@ class Peer:
             self.group.peers[to].take(self.device, decode(encode(message)))
 
     def take(self, sender: DeviceId, message: object) -> None:
-        if isinstance(message, Ping | Ack | Records):
+        if isinstance(message, MembershipMessage):
             self.membership.deliver_nowait(sender, message)
         else:
             self.agreement.deliver_nowait(sender, message)

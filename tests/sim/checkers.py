@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from p2ptrain.agreement.journal import AcceptedRecord, DecidedRecord, decode_record
 from p2ptrain.ids import DeviceId, Digest
-from p2ptrain.membership.events import MemberDown, MemberUp
+from p2ptrain.membership.events import MemberDown, MemberSuspected, MemberUp
 from p2ptrain.planner.plan import Plan
 
 Key = tuple[str, int, int]
@@ -63,10 +63,15 @@ class MembershipChecker:
 
     downs: list[tuple[float, DeviceId, DeviceId]] = field(default_factory=list)
     ups: list[tuple[float, DeviceId, DeviceId]] = field(default_factory=list)
+    kinds: list[tuple[float, DeviceId, DeviceId, str]] = field(default_factory=list)
+    suspected: list[tuple[float, DeviceId, DeviceId]] = field(default_factory=list)
 
     def on_event(self, now: float, observer: DeviceId, event: object) -> None:
         if isinstance(event, MemberDown):
             self.downs.append((now, observer, event.device))
+            self.kinds.append((now, observer, event.device, event.kind))
+        elif isinstance(event, MemberSuspected):
+            self.suspected.append((now, observer, event.device))
         elif isinstance(event, MemberUp):
             self.ups.append((now, observer, event.record.device))
 
@@ -81,12 +86,20 @@ class MembershipChecker:
     ) -> float:
         return self._require(self.ups, subject, observers, since, within_s, "back")
 
-    def require_no_down(self, *, since: float, but: DeviceId | None = None) -> None:
-        """Nobody was declared dead since, except `but`."""
-        false = [d for d in self.downs if d[0] >= since and d[2] != but]
+    def require_no_down(
+        self, *, since: float, but: DeviceId | None = None, deaf: DeviceId | None = None
+    ) -> None:
+        """Nobody was declared dead since, except `but`, and except by `deaf`."""
+        false = [d for d in self.downs if d[0] >= since and d[2] != but and d[1] != deaf]
         if false:
             at, observer, subject = false[0]
             raise Violation(f"{observer[:4]} declared {subject[:4]} dead at {at:.2f} s, wrongly")
+
+    def require_no_suspicion(self, *, since: float, by: DeviceId | None = None) -> None:
+        """Nobody was suspected since; `by`: only what that observer thinks counts."""
+        for at, observer, subject in self.suspected:
+            if at >= since and by in (None, observer):
+                raise Violation(f"{observer[:4]} suspected {subject[:4]} at {at:.2f} s, wrongly")
 
     def _require(
         self, seen: list[tuple[float, DeviceId, DeviceId]], subject: DeviceId,

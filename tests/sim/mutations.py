@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from p2ptrain.agreement.events import PlanDecided
 from p2ptrain.agreement.journal import AcceptedRecord, JournalRecord
 from p2ptrain.agreement.machine import Agreement
@@ -74,19 +76,80 @@ class IgnoreLag(Membership):
         pass
 
 
-class NeverAskTheDead(Membership):
-    """A dead peer's link is not probed and its answers are not heard."""
+class TrustForever(Membership):
+    """Silence is never death."""
+
+    def _accuse(self, device, peer, now):  # type: ignore[no-untyped-def]  # as in Detector
+        peer.answered()
+
+
+class NeverAskOthers(Membership):
+    """What does not answer us directly is judged at once."""
+
+    def _ask_through(self, target: DeviceId, count: int, now: float) -> None:
+        pass
+
+
+class IgnoreConfirmations(Membership):
+    """However many others confirm a suspicion, it takes its longest time."""
+
+    def _next_step(self, peer):  # type: ignore[no-untyped-def]  # as in Detector
+        if peer.suspicion is not None:
+            peer.suspicion.accusers.intersection_update({self._own.device})
+        return super()._next_step(peer)
+
+    def _believe_dead(self, accusation, peer, now):  # type: ignore[no-untyped-def]  # as above
+        pass
+
+
+class NeverContradict(Membership):
+    """Who is held dead does not raise its standing."""
+
+    def _contradict(self, accusation, sender):  # type: ignore[no-untyped-def]  # as in Exchange
+        pass
+
+
+class NeverHearTheDead(NeverContradict):
+    """A dead peer's answers are not heard, and it does not contradict."""
 
     def heard(self, device: DeviceId, now: float) -> None:
         if self._peers[device].state.value != "dead":
             super().heard(device, now)
 
 
-class TrustForever(Membership):
-    """Silence is never death."""
+class BelieveHearsay(Membership):
+    """What others say counts for more than what is heard over the own link."""
 
-    def _judge(self, device, peer, now):  # type: ignore[no-untyped-def]  # as in Membership
-        peer.silent_since_s = now
+    def _take_accusation(self, accusation, sender, now):  # type: ignore[no-untyped-def]  # as above
+        peer = self._peers.get(accusation.device)
+        if peer is None or peer.record is None:
+            super()._take_accusation(accusation, sender, now)
+        else:
+            self._believe_dead(accusation, peer, now)
+
+
+class BelieveOldWords(Membership):
+    """Any newer record brings the dead back, whatever its standing."""
+
+    def _outranks(self, record, peer):  # type: ignore[no-untyped-def]  # as in Exchange
+        return True
+
+
+class NeverPassOn(Membership):
+    """Nobody tells what others said."""
+
+    def _start_gossip(self, now: float) -> None:
+        pass
+
+
+class ForgetTheLeave(Membership):
+    """That a peer had said that it goes makes no difference."""
+
+    def _condemn(self, device, peer, sign, kind, now):  # type: ignore[no-untyped-def]  # as above
+        record = peer.record
+        peer.record = None if record is None else dataclasses.replace(record, leaving=False)
+        super()._condemn(device, peer, sign, kind, now)
+        peer.record = record
 
 
 MUTATIONS: dict[str, tuple[Rules, str]] = {
@@ -98,7 +161,19 @@ MUTATIONS: dict[str, tuple[Rules, str]] = {
     "nothing repeated": (Rules(agreement=NeverRepeat), "is not decided"),
     "refusal ignored": (Rules(membership=IgnoreRefusal), "dead"),
     "lag ignored": (Rules(membership=IgnoreLag), "wrongly"),
-    "the dead stay dead": (Rules(membership=NeverAskTheDead), "alive"),
+    "the dead stay dead": (Rules(membership=NeverHearTheDead), "alive"),
     "silence trusted": (Rules(membership=TrustForever), "dead never"),
+    "nobody asked for us": (Rules(membership=NeverAskOthers), "wrongly"),
+    "confirmations ignored": (Rules(membership=IgnoreConfirmations), "dead after"),
+    "hearsay believed": (Rules(membership=BelieveHearsay), "wrongly"),
 }
 """Name, broken rules, and what some seed's violation must say."""
+
+MESH_MUTATIONS: dict[str, tuple[Rules, str]] = {
+    "accusations not contradicted": (Rules(membership=NeverContradict), "holds .* alive"),
+    "old words believed": (Rules(membership=BelieveOldWords), "old words"),
+    "news not passed on": (Rules(membership=NeverPassOn), "knows everybody|holds"),
+    "nobody asked for the far ones": (Rules(membership=NeverAskOthers), "wrongly|holds|knows"),
+    "leave forgotten": (Rules(membership=ForgetTheLeave), "left"),
+}
+"""The same for groups in which links are few."""

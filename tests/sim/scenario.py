@@ -1,4 +1,4 @@
-"""One seed's story: chaos, healing, agreement, a death and a pause, checked throughout."""
+"""One seed's story: chaos, healing, agreement, a death, a pause, one-way cuts; all checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEAL_BOUND_S = 20.0
 # A round trip fails with probability 0.36 under 20 % loss and is tried every 5 s at the latest.
 DECIDE_BOUND_S = 60.0
 DEATH_BOUND_S = 2.0
-SILENCE_BOUND_S = 8.0
+SILENCE_BOUND_S = 6.0
 RETURN_BOUND_S = 3.0
 
 
@@ -39,6 +39,7 @@ def run_seed(seed: int, rules: Rules | None = None) -> Outcome:
     agree_afresh(world)
     death_s = kill_one(world)
     silence_s = stop_one(world)
+    deafen(world)
     return Outcome(
         seed=seed, count=len(world.nodes), messages=world.message_count,
         proposals=world.proposal_count, decided=len(world.agreement_checker.decided),
@@ -149,7 +150,28 @@ def stop_one(world: World) -> float:
     slowest = checker.require_down(victim.device, others, since=since, within_s=SILENCE_BOUND_S)
     resumed = world.now
     world.resume(victim)
-    world.run(RETURN_BOUND_S + 3.0)
+    world.run(1.0)
+    checker.require_no_suspicion(since=resumed, by=victim.device)
+    world.run(RETURN_BOUND_S + 2.0)
     checker.require_up(victim.device, others, since=resumed, within_s=RETURN_BOUND_S)
     checker.require_no_down(since=since, but=victim.device)
     return slowest
+
+
+def deafen(world: World) -> None:
+    """One way of one link is cut, then all ways to one peer: nobody else is blamed for it."""
+    if len(world.nodes) < 3:
+        return
+    checker, devices = world.membership_checker, list(world.nodes)
+    speaker, deaf = world.rng.sample(devices, 2)
+    world.loss, since = 0.0, world.now
+    world.mute = {(speaker, deaf)}
+    world.run(15.0)
+    checker.require_no_suspicion(since=since)  # others ask for the deaf one
+    world.mute = {(device, deaf) for device in devices if device != deaf}
+    since = world.now
+    world.run(15.0)
+    checker.require_no_down(since=since, but=deaf, deaf=deaf)
+    world.mute = set()
+    if not world.run(HEAL_BOUND_S, until=world.all_see_all):
+        raise Violation("after one-way cuts not everybody sees everybody alive")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from p2ptrain.ids import DeviceId
 from tests.sim.checkers import Violation
-from tests.sim.mutations import MUTATIONS
+from tests.sim.mesh_scenario import run_mesh
+from tests.sim.mutations import MESH_MUTATIONS, MUTATIONS
 from tests.sim.run import main, replay_command
 from tests.sim.scenario import run_seed
 from tests.sim.world import Rules, World
 
 SEEDS = 60
 MUTATION_SEEDS = 40
+MESH_MUTATION_SEEDS = 6
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, 6))
@@ -40,6 +44,24 @@ def test_broken_rule_is_noticed(name: str) -> None:
             if expected in str(violation):
                 return
     pytest.fail(f"{MUTATION_SEEDS} seeds did not notice: {name}")
+
+
+@pytest.mark.parametrize("first", range(0, 6, 3))
+def test_sparse_group_keeps_its_rules(first: int) -> None:
+    for seed in range(first, first + 3):
+        run_mesh(seed)
+
+
+@pytest.mark.parametrize("name", MESH_MUTATIONS)
+def test_broken_rule_is_noticed_in_a_sparse_group(name: str) -> None:
+    rules, expected = MESH_MUTATIONS[name]
+    for seed in range(MESH_MUTATION_SEEDS):
+        try:
+            run_mesh(seed, rules)
+        except Violation as violation:
+            if re.search(expected, str(violation)):
+                return
+    pytest.fail(f"{MESH_MUTATION_SEEDS} seeds did not notice: {name}")
 
 
 def test_same_seed_gives_the_same_story() -> None:

@@ -24,7 +24,7 @@ from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId, Lineage
 from p2ptrain.membership.events import MemberDown
 from p2ptrain.membership.machine import Membership
-from p2ptrain.membership.messages import Ack, Ping, Records
+from p2ptrain.membership.messages import MembershipMessage
 from p2ptrain.membership.states import State
 from p2ptrain.wire.codec import decode, encode
 from p2ptrain.wire.machine import Machine
@@ -62,7 +62,11 @@ class Node:
 class World:
     """The heap, the network and the nodes."""
 
-    def __init__(self, *, seed: int, count: int, rules: Rules, start_all: bool = True) -> None:
+    def __init__(
+        self, *, seed: int, count: int, rules: Rules, start_all: bool = True,
+        mesh: frozenset[tuple[int, int]] | None = None,
+    ) -> None:  # fmt: skip
+        """`mesh`: pairs of indices that may have a link; None: everybody with everybody."""
         self.rng = random.Random(seed)
         self.seed, self.rules, self.now = seed, rules, 0.0
         self.loss, self.doubling, self.delay_s = 0.0, 0.0, 0.02
@@ -72,6 +76,9 @@ class World:
         self._order = itertools.count()
         self.nodes = {device(i): Node(device(i)) for i in range(count)}
         self.island = dict.fromkeys(self.nodes, 0)
+        self.mute: set[tuple[DeviceId, DeviceId]] = set()
+        """(sender, receiver): what is sent that way is lost, without anybody noticing."""
+        self._whole = mesh is None
         self._links: dict[frozenset[DeviceId], int] = {}
         self._generation = itertools.count(1)
         self.membership_checker = MembershipChecker()
@@ -79,7 +86,8 @@ class World:
         self.failed: list[ProposalFailed] = []
         self.message_count = 0
         self.proposal_count = 0
-        for a, b in itertools.combinations(self.nodes, 2):
+        pairs = itertools.combinations(range(count), 2) if mesh is None else sorted(mesh)
+        for a, b in ((device(i), device(j)) for i, j in pairs):
             self.at(self.rng.uniform(0, 0.5), lambda a=a, b=b: self._dial(a, b))
         for node in self.nodes.values() if start_all else ():
             self.start(node)
@@ -138,13 +146,18 @@ class World:
 
     # Links.
 
-    def _reachable(self, a: Node, b: Node) -> bool:
-        return self.island[a.device] == self.island[b.device]
+    def _reachable(self, sender: Node, receiver: Node) -> bool:
+        if (sender.device, receiver.device) in self.mute:
+            return False
+        return self.island[sender.device] == self.island[receiver.device]
+
+    def _both_ways(self, a: Node, b: Node) -> bool:
+        return self._reachable(a, b) and self._reachable(b, a)
 
     def _dial(self, a: DeviceId, b: DeviceId) -> None:
         first, second = self.nodes[a], self.nodes[b]
         self.at(self.rng.uniform(0.3, 1.0), lambda: self._dial(a, b))
-        if frozenset((a, b)) in self._links or not self._reachable(first, second):
+        if frozenset((a, b)) in self._links or not self._both_ways(first, second):
             return
         if first.active and second.active:
             self._connect(first, second)
@@ -176,7 +189,7 @@ class World:
         if generation is None or target is None:
             return
         self.message_count += 1
-        if self.whole_codec or not isinstance(message, Ping | Ack | Records):
+        if self.whole_codec or not isinstance(message, MembershipMessage):
             message = decode(encode(message))
         for _ in range(2 if self.rng.random() < self.doubling else 1):
             if self.rng.random() >= self.loss and self._reachable(sender, target):
@@ -193,7 +206,7 @@ class World:
             to.backlog.append((sender, generation, message))
             return
         machine: Machine | None = to.agreement
-        if isinstance(message, Ping | Ack | Records):
+        if isinstance(message, MembershipMessage):
             machine = to.membership
         assert machine is not None
         try:
@@ -297,14 +310,28 @@ class World:
 
     # What a test asks.
 
+    def sees(self, node: Node, state: State) -> set[DeviceId]:
+        """Whom a node holds to be in a state."""
+        assert node.membership is not None
+        peers = node.membership._peers  # quicker than all the views
+        return {device for device, peer in peers.items() if peer.state is state}
+
+    def all_hold(self, subject: DeviceId, state: State) -> bool:
+        """Every other node that runs holds `subject` to be in that state."""
+        others = [n for n in self.nodes.values() if n.active and n.device != subject]
+        return all(subject in self.sees(node, state) for node in others)
+
     def all_see_all(self) -> bool:
-        """Every node runs, holds every other alive, and knows what it says of itself."""
+        """Every node runs, holds every other alive, and knows what it says of itself.
+
+        Where links are not limited it has a link with every other, too.
+        """
         for node in self.nodes.values():
             if not node.active or node.membership is None:
                 return False
-            views = node.membership.members(self.now)
-            alive = {view.device for view in views if view.state is State.ALIVE}
-            if alive != set(self.nodes) - {node.device}:
+            if self.sees(node, State.ALIVE) != set(self.nodes) - {node.device}:
+                return False
+            if self._whole and set(node.membership.alive()) != set(self.nodes) - {node.device}:
                 return False
             for other in self.nodes.values():
                 own = None if other.membership is None else other.membership.own
