@@ -133,6 +133,13 @@ class CheckpointError(P2PTrainError):
     hint = "resume another run, or start afresh without --resume"
 
 
+class ProblemsFound(P2PTrainError):
+    """The doctor found something that keeps a peer alone or slow."""
+
+    exit_code = 11
+    hint = "do the next step of the first problem, then run p2ptrain doctor again"
+
+
 class Interrupted(P2PTrainError):
     """Stopped on request; the run can be resumed."""
 

@@ -11,6 +11,7 @@ import click
 
 from p2ptrain.cli.bundle import bundle
 from p2ptrain.cli.demonstrate import demo
+from p2ptrain.cli.doctor import doctor
 from p2ptrain.cli.group import group
 from p2ptrain.cli.join import join
 from p2ptrain.cli.speech import say, say_error
@@ -51,7 +52,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (group, join, train, status, energy, bundle, demo):
+for _command in (group, join, train, status, energy, doctor, bundle, demo):
     cli.add_command(_command)
 
 

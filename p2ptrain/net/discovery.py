@@ -207,6 +207,15 @@ def _require_multicast(address: str) -> None:
             raise OSError(error.errno, f"{error.strerror} on {address}") from error
 
 
+def multicast_error(address: str) -> str | None:
+    """Why the interface with this address does not take part in multicast; None: it does."""
+    try:
+        _require_multicast(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def _register(running: Zeroconf, own: Announcement, addresses: Sequence[str]) -> None:
     import zeroconf
 

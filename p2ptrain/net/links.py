@@ -288,6 +288,8 @@ class Links:
         if device == self._credentials.device:
             return wire_hello.REFUSE_DUPLICATE
         ours = self._hello(theirs.kind)
+        if theirs.is_question:
+            return wire_hello.REFUSE_VERSION
         if (gap := wire_hello.version_gap(ours, theirs)) is not None:
             self._refused_count += 1
             self._last_refusal = f"{short(device)}: {gap}"

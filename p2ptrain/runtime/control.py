@@ -12,6 +12,7 @@ from p2ptrain.net.control_socket import serve_control
 from p2ptrain.runtime.peer import Peer
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.runtime.revoking import RevokeRequest
+from p2ptrain.runtime.status import links_report
 from p2ptrain.store.home import control_socket_path
 from p2ptrain.wire.codec import from_plain, to_plain
 
@@ -46,6 +47,11 @@ async def answer(peer: Peer, command: str, arguments: Fields, emit: Emit) -> Fie
 async def _status(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
     await trio.lowlevel.checkpoint()
     return plain(peer.status())
+
+
+async def _links(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
+    await trio.lowlevel.checkpoint()
+    return plain(links_report(peer))
 
 
 async def _energy(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
@@ -92,6 +98,7 @@ def plain(report: object) -> Fields:
 _HANDLERS: dict[str, Callable[[Peer, Fields, Emit], Awaitable[Fields]]] = {
     "status": _status,
     "energy": _energy,
+    "links": _links,
     "invite": _invite,
     "revoke": _revoke,
     "train": _train,

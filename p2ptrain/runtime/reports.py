@@ -226,3 +226,21 @@ class PeerStatus:
     runs: tuple[str, ...]
     """Runs whose checkpoints this device holds, newest first, with their last step."""
     version: int = REPORT_VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinksReport:
+    """How a peer is reached and reaches others; what `p2ptrain doctor` asks for."""
+
+    listen_host: str
+    port: int
+    discovery: str
+    discovery_works: bool
+    refusals: dict[str, str]
+    """host:port that is not dialled any more -> why."""
+    failures: dict[str, str]
+    """host:port whose last dial failed -> why."""
+    refused_count: int
+    """Connections of others that were not let in."""
+    last_refusal: str | None
+    version: int = REPORT_VERSION

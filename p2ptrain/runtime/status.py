@@ -10,7 +10,7 @@ from p2ptrain.membership.machine import Membership, MemberView
 from p2ptrain.net.discovery import DiscoveryState
 from p2ptrain.net.links import Links
 from p2ptrain.runtime.driver import Driver
-from p2ptrain.runtime.reports import MemberReport, PeerStatus
+from p2ptrain.runtime.reports import LinksReport, MemberReport, PeerStatus
 from p2ptrain.runtime.run_service import RunService
 from p2ptrain.store.groups import Group
 from p2ptrain.store.home import Home
@@ -57,6 +57,22 @@ def status_report(peer: StatusSource) -> PeerStatus:
         run_state=_run_state(peer),
         plan=peer.runs.plan_report,
         runs=tuple(summaries(peer.home.runs)),
+    )
+
+
+def links_report(peer: StatusSource) -> LinksReport:
+    """How a running peer is reached and reaches others."""
+    host, port = peer.links.address
+    statistics = peer.links.statistics()
+    return LinksReport(
+        listen_host=host,
+        port=port,
+        discovery=peer.discovery.text,
+        discovery_works=peer.discovery.working,
+        refusals=peer.links.refusals(),
+        failures=peer.links.failures(),
+        refused_count=statistics.refused_count,
+        last_refusal=statistics.last_refusal,
     )
 
 

@@ -22,6 +22,8 @@ PROTOCOL_MAX: Final = 2
 RENEW: Final = "renew"
 """Feature: a link may be renewed under way (PROTOCOL.md section 3.3)."""
 FEATURES: Final[tuple[str, ...]] = (RENEW,)
+QUESTION_PROTOCOL: Final = 0
+"""Nobody speaks it: whoever offers nothing else wants an answer and no link. Section 3.1."""
 LINK_KINDS: Final = ("control", "data")
 REFUSE_DUPLICATE: Final = "duplicate"
 REFUSE_FULL: Final = "full"
@@ -66,6 +68,11 @@ class Hello:
     """Only in the answer: why this link is closed next. None: the link is up."""
     renews: bool = False
     """This connection takes the place of the one of its kind that is up; answered likewise."""
+
+    @property
+    def is_question(self) -> bool:
+        """Whether the other side only wants to know what is spoken here."""
+        return self.protocol_max == QUESTION_PROTOCOL
 
     def __post_init__(self) -> None:
         if not 0 <= self.protocol_min <= self.protocol_max:

@@ -19,7 +19,15 @@ def _imported_by(*arguments: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "line", ["--help", "train --help", "join --help", "bundle verify --help", "demo --help"]
+    "line",
+    [
+        "--help",
+        "train --help",
+        "join --help",
+        "bundle verify --help",
+        "demo --help",
+        "doctor --help",
+    ],
 )
 def test_help_imports_nothing_heavy(line: str) -> None:
     imported = _imported_by(*line.split())
@@ -30,7 +38,7 @@ def test_help_imports_nothing_heavy(line: str) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     printed = capsys.readouterr().out
-    for name in ("group", "join", "train", "status", "energy", "bundle", "demo"):
+    for name in ("group", "join", "train", "status", "energy", "doctor", "bundle", "demo"):
         assert f"\n  {name} " in printed
     assert "..." not in printed.partition("Commands:")[2]
 

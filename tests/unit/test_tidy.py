@@ -23,7 +23,7 @@ LIBRARY: Final = ROOT / "p2ptrain"
 WORDS: Final = frozenset({"errors", "ids", "units", "limits"})
 CORES: Final = frozenset({
     "agreement", "membership", "training", "planner", "schedule", "bundle", "energy", "wire",
-    "trust", "recovery",
+    "trust", "recovery", "diagnosis",
 })  # fmt: skip
 LAYERS: Final[tuple[frozenset[str], ...]] = (
     frozenset({"__init__"}),
@@ -31,7 +31,7 @@ LAYERS: Final[tuple[frozenset[str], ...]] = (
     CORES,
     frozenset({"engine", "power", "graph"}),
     frozenset({"runtime", "net", "store", "data"}),
-    frozenset({"embed"}),
+    frozenset({"embed", "doctor"}),
     frozenset({"demo"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
