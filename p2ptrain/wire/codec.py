@@ -1,10 +1,11 @@
 """Control messages as frozen dataclasses, encoded as msgpack under strict limits.
 
 A message class is decorated with `@message("name")`. Its fields may be `str`, `int`, `float`,
-`bool`, `bytes`, `X | None`, `tuple[X, ...]`, `dict[str, X]`, a `NewType` of those, or another
-frozen dataclass. On the wire a message is the msgpack map `{"t": name, field: value, ...}`.
-Unknown fields are ignored, so that a newer peer can say more; missing fields without a default,
-wrong types and whatever `__post_init__` refuses (ValueError) are the other side's protocol error.
+`bool`, `bytes`, `X | None`, `tuple[X, ...]`, `dict[str, X]`, a `Literal` of texts, a `NewType` of
+those, or another frozen dataclass. On the wire a message is the msgpack map
+`{"t": name, field: value, ...}`. Unknown fields are ignored, so that a newer peer can say more;
+missing fields without a default, wrong types and whatever `__post_init__` refuses (ValueError) are
+the other side's protocol error.
 PROTOCOL.md section 4 lists every message.
 """
 
@@ -152,6 +153,10 @@ def _check(kind: Any, value: Any, where: str, depth: int) -> Any:  # Any: type f
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):
         return _check_optional(kind, value, where, depth)
+    if origin is typing.Literal:
+        if isinstance(value, str) and value in typing.get_args(kind):
+            return value
+        raise RemoteProtocolError(f"{where}: {value!r:.40} is none of {typing.get_args(kind)}")
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_check(typing.get_args(kind)[0], v, where, depth + 1) for v in value)
     if origin is dict and isinstance(value, dict):
