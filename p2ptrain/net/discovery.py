@@ -199,21 +199,25 @@ def _require_multicast(address: str) -> None:
 
     zeroconf would find out as well, but leaves sockets open when it does.
     """
-    membership = socket.inet_aton(MULTICAST_ADDRESS) + socket.inet_aton(address)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} on {address}") from error
+    try:
+        _join_multicast(address)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} on {address}") from error
 
 
 def multicast_error(address: str) -> str | None:
     """Why the interface with this address does not take part in multicast; None: it does."""
     try:
-        _require_multicast(address)
+        _join_multicast(address)
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def _join_multicast(address: str) -> None:
+    membership = socket.inet_aton(MULTICAST_ADDRESS) + socket.inet_aton(address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
 
 
 def _register(running: Zeroconf, own: Announcement, addresses: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from p2ptrain import limits
 from p2ptrain.diagnosis.observations import Announcement, Multicast
 from p2ptrain.ids import DeviceId, is_base32
-from p2ptrain.net.discovery import SERVICE, TXT_VERSION
+from p2ptrain.net.discovery import SERVICE, TXT_VERSION, multicast_error
 from p2ptrain.net.listener import join_address
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ def hear_peers(addresses: Sequence[str], *, seconds: float, own: DeviceId | None
     """
     import zeroconf
 
+    for address in addresses:  # zeroconf leaves sockets open where one has no multicast
+        if (refused := multicast_error(address)) is not None:
+            return Multicast(heard=(), seconds=seconds, error=f"{refused} on {address}")
     try:
         running = zeroconf.Zeroconf(
             interfaces=list(addresses), ip_version=zeroconf.IPVersion.V4Only
