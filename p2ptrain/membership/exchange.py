@@ -118,6 +118,7 @@ class Exchange(Detector):
     def _tell_shell(self, record: MemberRecord, held: MemberRecord | None, peer: KnownPeer) -> None:
         same_life = held is not None and held.incarnation == record.incarnation
         if held is not None and same_life and record.away_count > held.away_count:
+            peer.last_down = f"suspended for {record.away_s:.0f} s"
             away = MemberWasAway(device=record.device, away_s=record.away_s)
             self._standings.tell(away)
         if peer.counted:

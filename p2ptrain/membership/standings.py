@@ -45,6 +45,8 @@ class MemberView:
     """Seconds since the last sign of life over its link; None: never heard."""
     round_trip_s: float | None
     """Smoothed time between a ping and its answer; None: none came yet."""
+    last_down: str
+    """Why it was down the last time, one phrase; empty when it never was."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,6 +62,7 @@ class KnownPeer:
     reason: str = "it has not said who it is"
     counted: bool = False
     """MemberUp was told, and no MemberDown since."""
+    last_down: str = ""
     linked: bool = False
     links: frozenset[DeviceId] = frozenset()
     """Whom it says it has links with; empty when it did not say."""
@@ -215,7 +218,7 @@ class Standings:
         self.observe(device, Sign.RESTARTED, now, reason="it restarted", kind=RESTARTED)
 
     def _down(self, device: DeviceId, peer: KnownPeer, reason: str, kind: str) -> None:
-        peer.counted = False
+        peer.counted, peer.last_down = False, reason
         self.down_count += 1
         self.tell(MemberDown(device=device, reason=reason, kind=kind))
 
@@ -237,4 +240,5 @@ def _view(device: DeviceId, peer: KnownPeer, now: float) -> MemberView:
         state_s=max(0.0, now - peer.since_s),
         last_heard_s=None if peer.heard_at_s is None else max(0.0, now - peer.heard_at_s),
         round_trip_s=peer.round_trip_s,
+        last_down=peer.last_down,
     )

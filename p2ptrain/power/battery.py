@@ -1,4 +1,4 @@
-"""Watts that a Linux device draws from its own battery.
+"""What a Linux device draws from its own battery, and how much is left in it.
 
 While it is plugged in, the battery's current is not the device's power: there is no figure then.
 """
@@ -26,6 +26,35 @@ def battery_watts(root: Path = Path("/")) -> float | None:
             return None
         total = watts if total is None else total + watts
     return total
+
+
+def battery_percent(root: Path = Path("/")) -> int | None:
+    """How full the machine's own batteries are together, 0 to 100; None when there is none.
+
+    By their energy or charge where all say it, since two may differ in size; else the mean of
+    what they say in percent.
+    """
+    supplies = [
+        supply
+        for supply in directories(root / "sys/class/power_supply")
+        if read_text(supply / "type") == "Battery" and read_text(supply / "scope") != "Device"
+    ]
+    for kind in ("energy", "charge"):
+        now = [read_integer(supply / f"{kind}_now") for supply in supplies]
+        full = [read_integer(supply / f"{kind}_full") for supply in supplies]
+        if supplies and None not in now and None not in full and sum(map(_counted, full)) > 0:
+            return _bounded(100 * sum(map(_counted, now)) / sum(map(_counted, full)))
+    capacities = [read_integer(supply / "capacity") for supply in supplies]
+    known = [capacity for capacity in capacities if capacity is not None]
+    return _bounded(sum(known) / len(known)) if known else None
+
+
+def _counted(value: int | None) -> int:
+    return 0 if value is None else max(0, value)
+
+
+def _bounded(percent: float) -> int:
+    return round(min(100.0, max(0.0, percent)))
 
 
 def _watts(supply: Path) -> float | None:

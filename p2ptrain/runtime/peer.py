@@ -27,7 +27,7 @@ from p2ptrain.net.discovery import DiscoveryState, discover
 from p2ptrain.net.enrol import EnrolmentServer
 from p2ptrain.net.links import LinkDown, Links, LinkUp
 from p2ptrain.planner.plan import Plan
-from p2ptrain.power.host import available_memory_bytes, host_identity, power_source
+from p2ptrain.power.host import available_memory_bytes, host_identity
 from p2ptrain.power.meter import open_meter
 from p2ptrain.runtime.ballots import Ballots, follow_ballot
 from p2ptrain.runtime.blobs import BlobExchange
@@ -36,10 +36,12 @@ from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.energy_report import energy_report
 from p2ptrain.runtime.inbox import BodyReader
 from p2ptrain.runtime.journal import Journal
+from p2ptrain.runtime.own_record import keep_own_record, read_own_state
 from p2ptrain.runtime.reports import EnergyReport, PeerStatus, TrainRequest, TrainResult
 from p2ptrain.runtime.run_service import RunService
 from p2ptrain.runtime.services import Emit, Services
 from p2ptrain.runtime.status import status_report
+from p2ptrain.runtime.suspension import SuspensionWatch
 from p2ptrain.runtime.trust_service import TRUST_MESSAGES, TrustHooks, TrustService
 from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
 from p2ptrain.store.groups import Group, create_invite, load_addresses, save_addresses
@@ -129,6 +131,7 @@ class Peer:
             nursery.start_soon(self._follow_self)
             nursery.start_soon(self._find_others)
             nursery.start_soon(self._book_energy)
+            nursery.start_soon(self._keep_own_record)
             for address in self.config.peers:
                 self.links.dial(address)
             for address in self._addresses:
@@ -371,18 +374,28 @@ class Peer:
             await trio.sleep(limits.ENERGY_BOOKED_EVERY_S)
             self.meter.settle()
 
+    async def _keep_own_record(self) -> None:
+        await keep_own_record(
+            self.membership,
+            self.links,
+            read=lambda: read_own_state(self.addresses()),
+            watch=SuspensionWatch(),
+        )
+
     def _own_record(self) -> MemberRecord:
+        state = read_own_state(self.addresses())
         return MemberRecord(
             device=self.group.device,
             name=self.config.name or self.group.device_name,
             incarnation=int(self.started_s),
             version=0,
-            addresses=self.addresses(),
+            addresses=state.addresses,
             host=self._host,
             cores=self._cores,
             threads_max=self._threads_max,
             memory_bytes=self._memory_bytes(),
-            power_source=power_source(),
+            power_source=state.power_source,
+            battery_percent=state.battery_percent,
             build=self._build,
             activity="idle",
         )

@@ -200,11 +200,19 @@ class MemberReport:
     device: DeviceId
     name: str
     state: str
-    """self, alive, suspect or dead, with the reason when not alive."""
+    """self, alive, suspect, dead or left, with the reason when it is not alive and linked."""
     addresses: tuple[str, ...]
     runtime: str
     activity: str
     last_heard_s: float | None
+    state_s: float | None = None
+    """Seconds in this state; None for this device itself."""
+    round_trip_s: float | None = None
+    """Between a ping and its answer; None: not measured."""
+    linked: bool = True
+    """Whether this device has a link with it."""
+    last_down: str = ""
+    """Why it was down the last time; empty when it never was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,6 +88,10 @@ def member_report(view: MemberView) -> MemberReport:
         runtime="" if record is None else f"{record.build.runtime} {record.build.version}",
         activity="" if record is None else record.activity,
         last_heard_s=view.last_heard_s,
+        state_s=view.state_s,
+        round_trip_s=view.round_trip_s,
+        linked=view.linked,
+        last_down=view.last_down,
     )
 
 

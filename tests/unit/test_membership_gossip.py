@@ -301,6 +301,7 @@ def test_others_learn_that_it_was_a_suspension_and_not_a_crash() -> None:
     core.receive(News(records=(back,)), PEER, 600.0)
     events = core.events()
     assert MemberWasAway(device=PEER, away_s=600.0) in events
+    assert core.members(600.0)[0].last_down == "suspended for 600 s"
     assert MemberUp(record=back) in events
 
 
