@@ -22,6 +22,13 @@ RUN_JOURNAL_VERSION: Final = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IdentityRecord:
+    """The first line: names this journal, so that a view can say whose votes count in it."""
+
+    journal: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ViewRecord:
     """This view is decided."""
 
@@ -56,8 +63,9 @@ class StepsRecord:
     records: tuple[StepRecord, ...]
 
 
-RunJournalRecord = ViewRecord | PromiseRecord | AcceptanceRecord | StepsRecord
+RunJournalRecord = IdentityRecord | ViewRecord | PromiseRecord | AcceptanceRecord | StepsRecord
 _KINDS: Final[dict[str, type[RunJournalRecord]]] = {
+    "identity": IdentityRecord,
     "view": ViewRecord,
     "promise": PromiseRecord,
     "acceptance": AcceptanceRecord,

@@ -31,6 +31,7 @@ from p2ptrain.agreement.run_events import (
 )
 from p2ptrain.agreement.run_journal import (
     AcceptanceRecord,
+    IdentityRecord,
     PromiseRecord,
     RunJournalRecord,
     StepsRecord,
@@ -62,7 +63,7 @@ class RunMachine:
 
     Args:
         device: This peer.
-        rng: For back-off only.
+        rng: For back-off, and to name a new journal: seeded anew in every process.
         inventory: What this peer holds of the run, asked at the moment of each promise.
         rules: What safety hangs on; only tests give another than the default.
     """
@@ -80,14 +81,17 @@ class RunMachine:
         self._inventory = inventory
         self._abstains = False
         self._acceptor = Acceptor()
+        self._journal = 1 + rng.getrandbits(61)
+        self._is_named = False
         self._out = Outbox(device, loopback=self.receive)
         self._rules = Rules() if rules is None else rules
         self._commits = Commits(self._out, rng, self._rules, may_record=self._may_record)
         self._steps = self._commits.ledger
         self._proposer = Proposer(
-            self._out, rng, self._rules, present=self._present, decided=self._decide
+            self._out, rng, self._rules, present=self._present, decided=self._install
         )
         self._wishes = self._proposer.wishes
+        self._proposer.journals[device] = self._journal
         self._reachable: frozenset[DeviceId] | None = None
         self._paused = ""
         self._heads_at_s: float | None = None
@@ -153,7 +157,10 @@ class RunMachine:
         if self._out.view is None:
             return ()
         view, promised = self._out.view, self._acceptor.promised
-        found: list[RunJournalRecord] = [ViewRecord(view=view, abstains=self._abstains)]
+        found: list[RunJournalRecord] = [
+            IdentityRecord(journal=self._journal),
+            ViewRecord(view=view, abstains=self._abstains),
+        ]
         if self._steps.records:
             found.append(self._commits.journal_record(self._steps.records))
         if promised is not None:
@@ -167,9 +174,8 @@ class RunMachine:
     def restore(self, records: Iterable[RunJournalRecord], now: float) -> None:
         """Take back what was durable before a restart, oldest first, before any other input.
 
-        A journal that is gone must not be replaced by an empty one under the same device and
-        run while others count on it: a machine that knows nothing and then hears that it is a
-        member abstains until the next view, so losing the disk costs its vote, not safety.
+        A machine whose journal is gone names a new one. It has no vote in a view that names the
+        old one, so losing the disk costs its vote until the next view, not safety.
         """
         for record in records:
             self._restore(record)
@@ -191,7 +197,21 @@ class RunMachine:
                 self._abstains = False
                 self._out.writes.append(ViewRecord(view=view, abstains=False))
             return
-        self._install(view, now, abstains=False)
+        self._install(view, now, founds=True)
+
+    def force(self, view: View, now: float) -> None:
+        """A person begins a new lineage here (`--force-view`), and everybody is told.
+
+        Members vote in it with the journals they have named to this peer.
+
+        Raises:
+            LocalProtocolError: the lineage has begun already.
+        """
+        if self._out.view is not None and self._out.view.lineage >= view.lineage:
+            raise LocalProtocolError(f"lineage {view.lineage} was founded already")
+        self._install(self._proposer.with_journals(view), now)
+        for device in sorted({*view.members, *(self._reachable or ())} - {self._device}):
+            self._out.send(device, DecidedView(value=self._out.present), now)
 
     def complete(self, record: StepRecord, now: float) -> None:
         """Every stage's `done` of the step is here: make it durable, then tell all members.
@@ -210,7 +230,7 @@ class RunMachine:
             self._wishes.somebody_returned(now)
         for device in sorted(self._reachable - (before or frozenset())):
             if self._out.view is not None:
-                self._out.send(device, self._head(self._out.view), now)
+                self._out.send(device, self._head(), now)
         self._judge()
 
     def want(self, reason: str, now: float, *, after_s: float) -> None:
@@ -271,7 +291,7 @@ class RunMachine:
             self._proposer.open_ballot(now)
         if self._heads_at_s is not None and now >= self._heads_at_s:
             self._heads_at_s = now + limits.HEAD_INTERVAL_S * self._rng.uniform(0.8, 1.2)
-            self._out.tell_members(self._head(self._out.present), now)
+            self._out.tell_members(self._head(), now)
         self._commits.tick(now)
 
     # Outputs.
@@ -287,6 +307,9 @@ class RunMachine:
     def writes(self) -> list[RunJournalRecord]:
         """Drain the records that must be durable before `outgoing` is sent."""
         drained, self._out.writes = self._out.writes, []
+        if drained and not self._is_named:
+            self._is_named = True
+            drained.insert(0, IdentityRecord(journal=self._journal))
         return drained
 
     def outgoing(self) -> list[Outgoing]:
@@ -307,27 +330,24 @@ class RunMachine:
         if theirs < ours:
             self._out.send(sender, DecidedView(value=self._out.present), now)
         elif known is None:
-            self._install(value, now, abstains=self._device in value.members)
+            self._install(value, now)
         elif theirs == ours:
             if value.digest != known.digest:
                 raise RemoteProtocolError(f"two views are decided as view {value.number}")
         elif theirs == (known.lineage, known.number + 1) and value.previous != known.plan.digest:
             raise RemoteProtocolError(f"view {value.number} follows a view nobody knows")
         else:
-            self._install(value, now, abstains=False)
+            self._install(value, now)
 
-    def _decide(self, view: View, now: float) -> None:
-        self._install(view, now, abstains=False)
-
-    def _install(self, view: View, now: float, *, abstains: bool) -> None:
-        """Go by a decided view from now on."""
+    def _install(self, view: View, now: float, *, founds: bool = False) -> None:
+        """Go by a decided view from now on; with a vote if it names this journal."""
+        is_member = self._device in view.members
+        abstains = is_member and not founds and view.journal_of(self._device) != self._journal
         self._out.writes.append(ViewRecord(view=view, abstains=abstains))
         self._adopt(view, abstains)
         self._wishes.settle()
         self._decided_count += 1
-        is_member = self._device in view.members
-        wait_s = limits.HEAD_INTERVAL_S * self._rng.uniform(0.5, 1.0)
-        self._heads_at_s = now + wait_s if is_member else None
+        self._heads_at_s = now + limits.HEAD_INTERVAL_S * self._rng.uniform(0.5, 1.0)
         self._out.events.append(ViewDecided(view=view))
         self._judge()
 
@@ -338,15 +358,20 @@ class RunMachine:
         self._commits.begin(view)
 
     def _take_head(self, message: ViewHead, sender: DeviceId, now: float) -> None:
+        self._proposer.journals[sender] = message.journal
         theirs, ours = (message.lineage, message.view), self._out.position
         if theirs > ours:
             self._out.send(sender, self._own_head(message.run), now)
         elif theirs < ours:
             self._out.send(sender, DecidedView(value=self._out.present), now)
-        elif self._out.view is not None and message.plan != self._out.view.plan.digest:
+        elif self._out.view is not None and message.plan != self._out.place()["plan"]:
             raise RemoteProtocolError(f"two views are decided as view {message.view}")
-        elif message.newest_step > self._steps.committed and self._is_member(sender):
-            self._commits.ask(sender, now)
+        elif self._is_member(sender) and self._is_member(self._device):
+            if not message.votes:
+                reason = f"{short(sender)} lost its memory of the run"
+                self.want(reason, now, after_s=limits.MEMORY_LOST_WAIT_S)
+            if message.newest_step > self._steps.committed:
+                self._commits.ask(sender, now)
 
     def _is_about_present(
         self,
@@ -362,12 +387,11 @@ class RunMachine:
             self._out.send(sender, DecidedView(value=self._out.present), now)
         if theirs != ours or self._out.view is None:
             return False
-        view = self._out.present
-        if message.plan != view.plan.digest:
+        if message.plan != self._out.place()["plan"]:
             raise RemoteProtocolError(f"two views are decided as view {message.view}")
-        if sender not in view.members:
+        if not self._is_member(sender):
             raise RemoteProtocolError("the sender is not a member of the view it talks about")
-        return self._device in view.members
+        return self._is_member(self._device)
 
     # The acceptor's side.
 
@@ -425,20 +449,25 @@ class RunMachine:
 
     # What is said and known.
 
-    def _head(self, view: View) -> ViewHead:
-        return ViewHead(**self._out.place(view), newest_step=self._steps.newest)
+    def _head(self) -> ViewHead:
+        votes = self._is_member(self._device) and not self._abstains
+        return ViewHead(
+            **self._out.place(), newest_step=self._steps.newest, journal=self._journal, votes=votes
+        )
 
     def _own_head(self, run: RunId) -> ViewHead:
         """What asks others for the newest view, also where none is known."""
         if self._out.view is not None:
-            return self._head(self._out.view)
+            return self._head()
         return ViewHead(
-            run=run, lineage=Lineage(0), view=ViewNumber(0), plan=Digest(""), newest_step=0
-        )
+            run=run, lineage=Lineage(0), view=ViewNumber(0), plan=Digest(""), newest_step=0,
+            journal=self._journal, votes=False,
+        )  # fmt: skip
 
     def _promise(self, ballot: Ballot) -> ViewPromise:
         return ViewPromise(
             **self._out.place(), ballot=ballot, accepted=self._acceptor.accepted,
+            journal=self._journal,
             records=self._steps.records[-limits.STEP_RECORDS_MAX :],
             inventory=self._inventory(),
         )  # fmt: skip
@@ -461,6 +490,9 @@ class RunMachine:
 
     def _restore(self, record: RunJournalRecord) -> None:
         match record:
+            case IdentityRecord():
+                self._journal, self._is_named = record.journal, True
+                self._proposer.journals[self._device] = record.journal
             case ViewRecord():
                 if (record.view.lineage, record.view.number) > self._out.position:
                     self._adopt(record.view, record.abstains)

@@ -48,6 +48,8 @@ class ViewPromise:
     plan: Digest
     ballot: Ballot
     accepted: AcceptedView | None
+    journal: int
+    """Names the memory this promise is kept in; the next view gives it a vote."""
     records: tuple[StepRecord, ...]
     """What it holds durably, consecutive; the newest ones when there are too many."""
     inventory: Inventory
@@ -117,6 +119,10 @@ class ViewHead:
     view: ViewNumber
     plan: Digest
     newest_step: int
+    journal: int
+    """Names the sender's memory of the run; another than before: it was lost in between."""
+    votes: bool
+    """Whether the sender has a vote in the view."""
 
 
 @message("step.recorded")

@@ -30,12 +30,22 @@ class Outbox:
         self, device: DeviceId, *, loopback: Callable[[RunMessage, DeviceId, float], None]
     ) -> None:
         self.device = device
-        self.view: View | None = None
-        """The newest decided view of the newest lineage known here."""
+        self._view: View | None = None
+        self._place: Place | None = None
         self.writes: list[RunJournalRecord] = []
         self.outgoing: list[Outgoing] = []
         self.events: list[RunEvent] = []
         self._loopback = loopback
+
+    @property
+    def view(self) -> View | None:
+        """The newest decided view of the newest lineage known here."""
+        return self._view
+
+    @view.setter
+    def view(self, view: View) -> None:
+        # A plan's digest hashes the whole plan: once per view, not once per message.
+        self._view, self._place = view, _place(view)
 
     @property
     def present(self) -> View:
@@ -49,10 +59,11 @@ class Outbox:
         """Lineage and number of the view; views are newer the greater this is."""
         return (0, 0) if self.view is None else (self.view.lineage, self.view.number)
 
-    def place(self, view: View | None = None) -> Place:
-        """The fields that name a view, the present one unless another is given."""
-        view = self.present if view is None else view
-        return Place(run=view.run, lineage=view.lineage, view=view.number, plan=view.plan.digest)
+    def place(self) -> Place:
+        """The fields that name the present view."""
+        if self._place is None:
+            raise InvariantBroken("a run's machine speaks before it knows a view")
+        return self._place
 
     def send(self, to: DeviceId, message: RunMessage, now: float) -> None:
         """To others over the wire; to ourselves at once."""
@@ -66,3 +77,7 @@ class Outbox:
         for member in self.present.members:
             if member != self.device:
                 self.send(member, message, now)
+
+
+def _place(view: View) -> Place:
+    return Place(run=view.run, lineage=view.lineage, view=view.number, plan=view.plan.digest)

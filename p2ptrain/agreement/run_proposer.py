@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from p2ptrain import limits
 from p2ptrain.agreement.ballot import Ballot
@@ -50,15 +51,19 @@ class Proposer:
         self.round_seen = 0
         """The highest round of any ballot of this instance."""
         self.ballot_count = 0
+        self.journals: dict[DeviceId, int] = {}
+        """The last journal that each device named."""
         self._out = out
         self._rules = rules
         self._present = present
         self._decided = decided
         self._round: Round | None = None
+        self._gather_s = limits.GATHER_S
 
     def begin(self) -> None:
         """A view counts from now: its instance is new."""
         self._round, self.round_seen, self.hindrance = None, 0, ""
+        self._gather_s = limits.GATHER_S
 
     def propose_at_s(self, *, promised: bool) -> float | None:
         """When to open a ballot by itself; None while one is open or no quorum is reachable."""
@@ -116,6 +121,7 @@ class Proposer:
                 if message.promised > round_.ballot:
                     self._give_up(now, limits.DUEL_BACKOFF_S)
             case ViewPromise():
+                self.journals[sender] = message.journal
                 if round_.phase in (Phase.PREPARING, Phase.GATHERING):
                     round_.add_promise(message, sender)
                     self._weigh(round_, now)
@@ -130,6 +136,7 @@ class Proposer:
         round_ = self._planning(ballot)
         if round_ is None:
             return
+        view = self.with_journals(view)
         problem = self._rules.follows(round_.base, view)
         if problem is None and view.resume_step != self._resume_step(round_):
             problem = "it does not resume where the promises say"
@@ -140,10 +147,17 @@ class Proposer:
         self.hindrance = ""
         self._ask_acceptance(round_, view, now)
 
+    def with_journals(self, view: View) -> View:
+        """The view with the memories that have a vote in it, as far as they are known here."""
+        journals = tuple(self.journals.get(member, 0) for member in view.members)
+        return replace(view, journals=journals)
+
     def cannot_propose(self, reason: str, ballot: Ballot, now: float) -> None:
         """The shell cannot plan for an open ballot, which is given up and tried again."""
         if self._planning(ballot) is not None:
             self.hindrance = reason[: limits.REASON_CHARACTERS_MAX]
+            # What is missing may be with a member that is only slow to promise.
+            self._gather_s = min(limits.GATHER_MAX_S, 2.0 * self._gather_s)
             self._give_up(now, limits.HINDERED_RETRY_S)
 
     def _planning(self, ballot: Ballot) -> Round | None:
@@ -185,7 +199,7 @@ class Proposer:
         elif self._present(round_.base) <= round_.promises.keys():
             self._ask_plan(round_, now)
         elif round_.phase is Phase.PREPARING:
-            round_.enter(Phase.GATHERING, now + limits.GATHER_S, now)
+            round_.enter(Phase.GATHERING, now + self._gather_s, now)
 
     def _resume_step(self, round_: Round) -> int:
         return self._rules.resume_step(round_.promises, round_.base)

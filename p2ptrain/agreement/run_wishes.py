@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from p2ptrain import limits
@@ -14,7 +15,7 @@ class Wishes:
         self._rng = rng
         self._due_s: float | None = None
         self._jitter_s = 0.0
-        self._not_before_s = 0.0
+        self._not_before_s = -math.inf
         self._patience_s: float | None = None
         self.reasons: tuple[str, ...] = ()
         """Why a new view is wanted, oldest first; empty: it is not."""
@@ -35,7 +36,7 @@ class Wishes:
         """A view was decided: nothing is wanted, and nobody is waited for."""
         self.unwant()
         self._patience_s = None
-        self._not_before_s = 0.0
+        self._not_before_s = -math.inf
 
     def reachable_changed(self, now: float) -> None:
         """Who may propose has changed: give whoever is first in rank its moment again."""
@@ -54,7 +55,7 @@ class Wishes:
     def promised(self, now: float) -> None:
         """A proposer showed a sign of life: its ballot gets time to end in a decision."""
         self._patience_s = now + limits.DECISION_PATIENCE_S * self._rng.uniform(1.0, 1.4)
-        self._not_before_s = 0.0
+        self._not_before_s = -math.inf
 
     def back_off(self, now: float, wait_s: float) -> None:
         """An own ballot failed: try again after a random while, unless somebody else decides."""

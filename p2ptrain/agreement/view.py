@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from p2ptrain import limits
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber, is_digest
@@ -15,6 +16,8 @@ from p2ptrain.recovery.restoration import Restoration
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.step_record import StepRecord, check_consecutive
 from p2ptrain.wire.codec import to_plain
+
+JOURNALS_MAX: Final = 1 << 62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,10 @@ class View:
     """Steps that replays need, up to and with `resume_step`."""
     restoration: Restoration | None
     """None: this view begins a lineage and its members get their state from `begin`."""
+    journals: tuple[int, ...] = ()
+    """By member, which journal of it has a vote: a device that lost its disk begins another, and
+    must not vote where it may have voted. 0: not known, no vote. Empty: this view begins a
+    lineage, and whoever accepted it has one. Filled by `RunMachine`."""
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -60,6 +67,11 @@ class View:
     def members(self) -> tuple[DeviceId, ...]:
         """Sorted; they decide the next view."""
         return self.plan.members
+
+    def journal_of(self, device: DeviceId) -> int:
+        """The journal of a member that has a vote; 0: none, or it is not known."""
+        named = dict(zip(self.members, self.journals, strict=False))
+        return named.get(device, 0)
 
     @property
     def digest(self) -> Digest:
@@ -88,6 +100,10 @@ def _problem(view: View) -> str | None:
         return "the view before is named by a plan's digest"
     if (view.previous is None) != (view.restoration is None):
         return "a view that follows another says how its state is restored, and no other does"
+    if len(view.journals) not in (0, len(view.members)):
+        return "every member has a journal, or none is named"
+    if not all(0 <= journal < JOURNALS_MAX for journal in view.journals):
+        return "journals are named by numbers"
     if view.records and view.records[-1].step != view.resume_step:
         return "records lead up to the step where the view goes on"
     check_consecutive(view.records)

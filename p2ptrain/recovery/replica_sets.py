@@ -27,17 +27,16 @@ class ReplicaSets:
 
     @property
     def logs_from(self) -> int:
-        """The step since which the logs of all stages are complete on their devices."""
+        """The step since which the logs of all stages are known to be complete."""
         return self._logs_from
 
     def begin(self, view: View) -> None:
         """A view counts from now; keepers say again what they keep.
 
-        Where stages moved or were replayed, what had been logged before may have gone with a
-        device, so only a set of a later step protects again.
+        Only a set made in this view protects: what had been logged before may have gone with a
+        device, or be released by a member that knew a set to be whole which is so no longer.
         """
-        if not _stays(view, self._plan):
-            self._logs_from = view.resume_step
+        self._logs_from = view.resume_step
         self._plan = view.plan
         self._keepers.clear()
         self._digests.clear()
@@ -101,11 +100,3 @@ class ReplicaSets:
 
 def _segment_count(plan: Plan) -> int:
     return plan.stages[-1].first_segment + plan.stages[-1].segment_count
-
-
-def _stays(view: View, before: Plan | None) -> bool:
-    """Whether every segment is where it was, with its state and its logs."""
-    if view.restoration is None or before is None or view.restoration.replays:
-        return False
-    owners = [(stage.device, stage.segments) for stage in view.plan.stages]
-    return owners == [(stage.device, stage.segments) for stage in before.stages]

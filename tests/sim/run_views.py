@@ -69,15 +69,20 @@ def staged_view(*stages: tuple[DeviceId, int], reserves: tuple[DeviceId, ...] = 
 
 def staged_plan(plan: Plan, *stages: tuple[DeviceId, int], **changes: object) -> Plan:
     """The plan with these stages and other changes."""
+    planned = planned_stages(*stages)
+    return replace(plan, stages=planned, **changes)  # type: ignore[arg-type]  # by field name
+
+
+def planned_stages(*stages: tuple[DeviceId, int]) -> tuple[StagePlan, ...]:
+    """Stages of so many segments each."""
     firsts = itertools.accumulate((count for _, count in stages), initial=0)
-    planned = tuple(
+    return tuple(
         StagePlan(
             device=device, first_segment=first, segment_count=count, in_flight_max=1,
             step_compute_ns=count, memory_bytes=count, parameter_count=count,
         )
         for (device, count), first in zip(stages, firsts, strict=False)
     )  # fmt: skip
-    return replace(plan, stages=planned, **changes)  # type: ignore[arg-type]  # by field name
 
 
 def followed(base: View, *stages: tuple[DeviceId, int], resume_step: int) -> View:

@@ -20,7 +20,11 @@ from p2ptrain.agreement.run_events import (
     Unpaused,
     ViewDecided,
 )
-from p2ptrain.agreement.run_journal import decode_run_record, encode_run_record
+from p2ptrain.agreement.run_journal import (
+    AcceptanceRecord,
+    decode_run_record,
+    encode_run_record,
+)
 from p2ptrain.agreement.run_machine import RunMachine
 from p2ptrain.agreement.run_messages import (
     DecidedView,
@@ -45,7 +49,7 @@ class Net:
     """A few machines, perfect links between whoever is connected, and each one's journal."""
 
     def __init__(self, *devices: DeviceId, view: View | None = None) -> None:
-        self.now = 0.0
+        self.now, self.lives = 0.0, 0
         self.machines: dict[DeviceId, RunMachine] = {}
         self.disk: dict[DeviceId, list[bytes]] = {each: [] for each in devices}
         self.told: dict[DeviceId, list[RunEvent]] = {each: [] for each in devices}
@@ -59,7 +63,9 @@ class Net:
             self.settle()
 
     def start(self, owner: DeviceId) -> RunMachine:
-        core = RunMachine(device=owner, rng=random.Random(owner), inventory=lambda: NOTHING)
+        self.lives += 1
+        rng = random.Random(f"{owner} {self.lives}")
+        core = RunMachine(device=owner, rng=rng, inventory=lambda: NOTHING)
         core.restore(map(decode_run_record, self.disk[owner]), self.now)
         self.machines[owner] = core
         return core
@@ -157,7 +163,11 @@ def test_view_change_takes_the_home_peer_then_a_quorum_and_reaches_everybody() -
     assert net.last(B, ProposalWanted) is None  # home went first
     view = net.propose(A, A, B)
     assert net.views() == [2, 2, 1]
-    assert net.last(B, ViewDecided) == ViewDecided(view=view)
+    decided = net.machines[A].view
+    assert decided is not None
+    assert decided.plan == view.plan
+    assert net.last(B, ViewDecided) == ViewDecided(view=decided)
+    assert all(decided.journals)
     net.see(A, B, C)  # whoever was away adopts the chain
     assert net.views() == [2, 2, 2]
     assert net.machines[C].standing.stance is Stance.OUTSIDER
@@ -231,7 +241,10 @@ def test_accepted_value_of_a_dead_proposer_is_adopted() -> None:
     net.see(B, C)
     net.wait(12.0)
     assert net.last(B, ProposalWanted) is None
-    assert net.machines[B].view == net.machines[C].view == view
+    adopted = net.machines[B].view
+    assert adopted is not None
+    assert adopted.plan == view.plan
+    assert net.machines[C].view == adopted
 
 
 def test_promise_without_a_decision_makes_the_member_propose() -> None:
@@ -348,7 +361,9 @@ def test_restart_remembers_views_promises_acceptances_and_records() -> None:
     lines = [encode_run_record(record) for record in again.snapshot()]
     net.disk[A] = lines + lines[:1]  # a compacted journal, with a line told twice
     assert net.start(A).snapshot() == again.snapshot()
-    assert net.machines[A].snapshot()[-1].value == next_view(wanted, A, B)  # type: ignore[union-attr]
+    held = net.machines[A].snapshot()[-1]
+    assert isinstance(held, AcceptanceRecord)
+    assert held.value.plan == next_view(wanted, A, B).plan
 
 
 def test_member_that_lost_its_disk_has_no_vote_until_the_next_view() -> None:
@@ -372,6 +387,25 @@ def test_member_that_lost_its_disk_has_no_vote_until_the_next_view() -> None:
     assert net.start(B).standing.stance is Stance.MEMBER
 
 
+def test_lost_memory_is_not_given_back_by_hearing_of_an_older_view_first() -> None:
+    net = three()
+    lose(net, C)
+    net.wait(0.5)
+    net.propose(A, A, B)  # B votes in view 2 from now on
+    net.disk[B] = []
+    net.start(B)
+    net.see(B, C)  # C still goes by view 1
+    assert net.views() == [2, 1, 1]
+    assert net.machines[B].standing.stance is Stance.ABSTAINING
+    net.see(A, B)
+    assert net.machines[B].view == net.machines[A].view
+    assert net.machines[B].standing.stance is Stance.ABSTAINING
+    net.wait(limits.HEAD_INTERVAL_S + limits.MEMORY_LOST_WAIT_S + 1.0)
+    assert net.wanted(A).number == 3  # asked for by the member's own head
+    net.propose(A, A, B)
+    assert net.machines[B].standing.stance is Stance.MEMBER
+
+
 def test_joiner_learns_the_present_view_and_is_a_full_member_of_the_next() -> None:
     net = Net(A, B, D, view=first_view(A, B))
     net.see(A, B, D)
@@ -390,13 +424,20 @@ def test_forced_lineage_wins_over_a_higher_view_of_the_old_one() -> None:
     net.wait(0.5)
     net.propose(A, A, B)
     forced = first_view(B, C, lineage=1)
-    net.machines[C].found(forced, net.now)
+    net.machines[C].force(forced, net.now)
     net.see(A, B, C)
-    assert all(core.view == forced for core in net.machines.values())
-    with pytest.raises(LocalProtocolError, match="founded already"):
-        net.machines[C].found(first_view(C, lineage=1), net.now)
+    view = net.machines[C].view
+    assert view is not None
+    assert view.plan == forced.plan
+    assert all(core.view == view for core in net.machines.values())
+    assert net.machines[B].standing.stance is Stance.MEMBER
+    net.complete(1, B)
+    assert net.committed(B) == [1]
+    for begin in (net.machines[C].found, net.machines[C].force):
+        with pytest.raises(LocalProtocolError, match="founded already"):
+            begin(first_view(C, lineage=1), net.now)
     net.machines[C].found(first_view(A, B, C), net.now)  # an old one changes nothing
-    assert net.machines[C].view == forced
+    assert net.machines[C].view == view
 
 
 def test_lost_acknowledgements_are_asked_for_again() -> None:
@@ -443,7 +484,10 @@ REMOTE: dict[str, Callable[[Net], object]] = {
     ),
     "another view of the same number": lambda net: DecidedView(value=first_view(A, B)),
     "another head of the same number": lambda net: ViewHead(
-        **{**_place(net), "plan": first_view(A, B).plan.digest}, newest_step=0
+        **{**_place(net), "plan": first_view(A, B).plan.digest},
+        newest_step=0,
+        journal=1,
+        votes=True,
     ),
     "another record of a step": lambda net: StepRecorded(
         **_place(net), records=(make_step(1, loss=7.0),), since=1, after=None
@@ -509,7 +553,7 @@ def test_promise_of_a_long_history_fits_in_a_message() -> None:
     place = {"run": RUN, "lineage": 0, "view": 1, "plan": first_view(A).plan.digest}
     promise = ViewPromise(
         **place, ballot=Ballot(round=1, device=A), accepted=None, records=records,  # type: ignore[arg-type]
-        inventory=NOTHING,
+        inventory=NOTHING, journal=1 << 61,
     )  # fmt: skip
     room = limits.CONTROL_BODY_BYTES_MAX - limits.VIEW_BYTES_MAX
     assert len(encode(promise)) < room - limits.HOLDINGS_MAX * 80
