@@ -31,6 +31,14 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest} s"
 
 
+def format_span(seconds: float) -> str:
+    """A long time in one unit: `90 s`, `75 min`, `30 h`, `12 days`."""
+    for unit_s, below_s, unit in ((1, 120, "s"), (60, 7200, "min"), (3600, 172_800, "h")):
+        if seconds < below_s:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
+
+
 def format_joules(joules: float) -> str:
     """`0.0123` -> `12.3 mJ`, `4321` -> `4.32 kJ`."""
     for factor, unit in ((1e-3, "kJ"), (1.0, "J"), (1e3, "mJ")):

@@ -14,6 +14,7 @@ from p2ptrain.cli.speech import say
 from p2ptrain.errors import ConfigError, NotFound
 
 if TYPE_CHECKING:
+    from p2ptrain.net.enrol import Enrolled
     from p2ptrain.runtime.config import PeerConfig
     from p2ptrain.store.groups import Group
     from p2ptrain.store.home import Home
@@ -21,10 +22,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @group_option
+@click.option("--code", help="The code that a member shows; once, on every device but the first.")
 @click.option(
-    "--invite",
-    type=click.Path(path_type=Path),
-    help="The invite file, needed once on every device but the first.",
+    "--invite", metavar="FILE or URL", help="Or the invite file, or the URL of a QR code; once."
 )
 @click.option(
     "--peer", "peers", type=Address(), multiple=True, help="Where another peer is; repeatable."
@@ -53,19 +53,24 @@ if TYPE_CHECKING:
 )
 @click.option("--no-discovery", is_flag=True, help="Do not look for peers; use --peer only.")
 @verbose_option
-def join(group_name: str, invite: Path | None, **options: Any) -> None:  # Any: click's values
+def join(
+    group_name: str, code: str | None, invite: str | None, **options: Any
+) -> None:  # Any: click's values
     """Run the peer of this device, in the foreground, until Ctrl-C.
 
     It finds the other members, answers the commands of this device and takes part in runs.
     """
     import trio
 
-    trio.run(_join, group_name, invite, options)
+    if code is not None and invite is not None:
+        raise ConfigError("--code and --invite exclude each other")
+    trio.run(_join, group_name, code, invite, options)
 
 
 async def _join(
     group_name: str,
-    invite: Path | None,
+    code: str | None,
+    invite: str | None,
     options: dict[str, Any],  # Any: click's values
 ) -> None:
     import trio
@@ -73,7 +78,7 @@ async def _join(
     from p2ptrain.store.home import open_home
 
     home = open_home()
-    group = await _member(home, group_name, invite, options)
+    group = await _member(home, group_name, code, invite, options)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_leave_on_signal, signals, nursery.cancel_scope)
@@ -84,35 +89,83 @@ async def _join(
 async def _member(
     home: Home,
     group_name: str,
-    invite: Path | None,
+    code: str | None,
+    invite: str | None,
     options: dict[str, Any],  # Any: click's values
 ) -> Group:
-    """The group of that name; when it is not known yet the invite lets this device in."""
+    """The group of that name; when it is not known yet a code or an invite lets this device in."""
     from p2ptrain.cli.local import device_name
     from p2ptrain.store.groups import load_group
 
     try:
         return load_group(home, group_name)
     except NotFound as error:
-        if invite is None:
+        if code is None and invite is None:
             raise NotFound(
                 error.message,
-                hint=f"ask a member for an invite: p2ptrain group invite {group_name}",
+                hint=f"ask a member for a code: p2ptrain group invite {group_name}",
             ) from error
-    from p2ptrain.trust.invite import read_invite
+    name = options["name"] or device_name()
+    if code is not None:
+        enrolled = await _enrol_with_code(home, group_name, code, name, options)
+    else:
+        enrolled = await _enrol(home, group_name, str(invite), name, options)
+    group = enrolled.group
+    say(f"became a member of {group.name} as {group.device_name}")
+    if enrolled.clock_is_wrong:
+        say(_wrong_clock(enrolled.clock_ahead_s))
+    return group
 
-    invitation = read_invite(_read_invite_file(invite))
+
+async def _enrol(
+    home: Home,
+    group_name: str,
+    invite: str,
+    name: str,
+    options: dict[str, Any],  # Any: click's values
+) -> Enrolled:
+    from p2ptrain.net.enrol import enrol
+    from p2ptrain.trust.invite import URL_PREFIX, read_invite, read_invite_url
+
+    is_url = invite.startswith(URL_PREFIX.partition("//")[0])
+    invitation = read_invite_url(invite) if is_url else read_invite(_read_invite_file(Path(invite)))
     if invitation.group_name != group_name:
         raise ConfigError(
             f"the invite is for group {invitation.group_name!r}, not {group_name!r}",
             hint=f"use --group {invitation.group_name}",
         )
-    from p2ptrain.net.enrol import enrol
+    return await enrol(invitation, home=home, device_name=name, addresses=options["peers"])
 
-    name = options["name"] or device_name()
-    group = await enrol(invitation, home=home, device_name=name, addresses=options["peers"])
-    say(f"became a member of {group.name} as {group.device_name}")
-    return group
+
+async def _enrol_with_code(
+    home: Home,
+    group_name: str,
+    code: str,
+    name: str,
+    options: dict[str, Any],  # Any: click's values
+) -> Enrolled:
+    from p2ptrain.net.enrol import enrol_with_code
+    from p2ptrain.net.find_sponsors import find_sponsors
+    from p2ptrain.trust.code import read_code
+
+    read_code(code)  # before anybody is looked for
+    sponsors: tuple[tuple[str, ...], ...] = (tuple(options["peers"]),) if options["peers"] else ()
+    if not sponsors and not options["no_discovery"]:
+        say("looking for the member that shows this code")
+        sponsors = await find_sponsors(tuple(options["interfaces"]) or None)
+    return await enrol_with_code(
+        code, home=home, alias=group_name, device_name=name, sponsors=sponsors
+    )
+
+
+def _wrong_clock(ahead_s: float) -> str:
+    from p2ptrain.units import format_span
+
+    relation = "behind" if ahead_s > 0 else "ahead of"
+    return (
+        f"this device's clock is {format_span(abs(ahead_s))} {relation} its sponsor's, whose "
+        "time is used until the clock is set"
+    )
 
 
 def _read_invite_file(path: Path) -> bytes:

@@ -112,7 +112,7 @@ def _revoke(home: Home, group: Group, request: RevokeRequest) -> tuple[Revocatio
     """By the running peer, or on disk for the peer to spread when it runs."""
     from p2ptrain.cli.asking import ask
     from p2ptrain.runtime.revoking import sign_revocation
-    from p2ptrain.runtime.trust_reports import RevocationReport
+    from p2ptrain.runtime.trust_reports import RevocationReport, read_known
     from p2ptrain.store.home import control_socket_path, lock_group
     from p2ptrain.store.trust_log import append_statements
     from p2ptrain.wire.codec import from_plain, to_plain
@@ -122,7 +122,7 @@ def _revoke(home: Home, group: Group, request: RevokeRequest) -> tuple[Revocatio
         return from_plain(RevocationReport, answer), True
     except PeerNotRunning:
         with lock_group(home, group.id):
-            signed = sign_revocation(group, request)
+            signed = sign_revocation(read_known(group), request)
             append_statements(group.folder, [signed.statement])
         return signed.report(told=0), False
 

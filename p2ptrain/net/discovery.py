@@ -7,19 +7,21 @@ multicast does not work this says so and `--peer host:port` does the job.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from p2ptrain import limits
 from p2ptrain.ids import DeviceId, GroupId
+from p2ptrain.net.inviting import Inviting, nobody_invited
 
 if TYPE_CHECKING:  # Imported lazily: `p2ptrain --help` and peers without discovery skip it.
-    from zeroconf import Zeroconf
+    from zeroconf import ServiceInfo, Zeroconf
 
 SERVICE: Final = "_p2ptrain._tcp.local."
 MULTICAST_ADDRESS: Final = "224.0.0.251"
@@ -89,7 +91,7 @@ async def discover(
     interfaces: tuple[str, ...] | None,
     found: trio.MemorySendChannel[str],
     state: DiscoveryState,
-    inviting: bool = False,
+    inviting: Inviting | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Announce this peer and send host:port of other members of the group to `found`.
@@ -100,11 +102,13 @@ async def discover(
 
     Args:
         interfaces: IPv4 addresses to announce on and listen at; None: all but loopback.
+        inviting: Whether a code is open here, which the announcement follows.
     """
-    own = Announcement(group=group, device=device, port=port, inviting=inviting)
+    own = Announcement(group=group, device=device, port=port, inviting=False)
+    invites = nobody_invited() if inviting is None else inviting
     while True:
         try:
-            await _announce(own, interfaces, found, state, task_status)
+            await _announce(own, invites, interfaces, found, state, task_status)
         except (OSError, ImportError, _ZeroconfFailed) as error:
             state.failed(error)
             task_status.started()
@@ -118,6 +122,7 @@ class _ZeroconfFailed(Exception):
 
 async def _announce(
     own: Announcement,
+    inviting: Inviting,
     interfaces: tuple[str, ...] | None,
     found: trio.MemorySendChannel[str],
     state: DiscoveryState,
@@ -135,17 +140,33 @@ async def _announce(
     def on_name(name: str) -> None:  # in zeroconf's thread
         token.run_sync_soon(seen, name)
 
+    inviting.look()
+    own = replace(own, inviting=inviting.is_open)
     addresses, zeroconf = await trio.to_thread.run_sync(_open, own, interfaces, on_name)
     try:
         state.announcing(addresses)
         task_status.started()
-        async for name in names:
-            await _resolve(own, zeroconf, name, found, state)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_follow_invites, own, inviting, zeroconf, addresses)
+            async for name in names:
+                await _resolve(own, zeroconf, name, found, state)
     finally:
         state.text, state.working = "stopped", False
         with trio.CancelScope(shield=True) as cleanup:
             cleanup.deadline = trio.current_time() + limits.DISCOVERY_CLOSE_TIMEOUT_S
             await trio.to_thread.run_sync(zeroconf.close, abandon_on_cancel=True)
+
+
+async def _follow_invites(
+    own: Announcement, inviting: Inviting, zeroconf: Zeroconf, addresses: Sequence[str]
+) -> None:
+    """Say on the network when a code is opened or closed."""
+    while True:
+        if own.inviting == inviting.is_open:
+            await inviting.wait_changed()
+            continue
+        own = replace(own, inviting=inviting.is_open)
+        await trio.to_thread.run_sync(_update, zeroconf, own, addresses)
 
 
 async def _resolve(
@@ -178,9 +199,9 @@ def _open(
     """
     import zeroconf
 
-    addresses = list(interfaces) if interfaces is not None else _own_addresses()
+    addresses = list(interfaces) if interfaces is not None else own_addresses()
     for address in addresses:
-        _require_multicast(address)
+        require_multicast(address)
     try:
         running = zeroconf.Zeroconf(interfaces=addresses, ip_version=zeroconf.IPVersion.V4Only)
     except (zeroconf.Error, ValueError, RuntimeError) as error:
@@ -194,7 +215,7 @@ def _open(
     return addresses, running
 
 
-def _require_multicast(address: str) -> None:
+def require_multicast(address: str) -> None:
     """OSError when no interface with this address takes part in multicast.
 
     zeroconf would find out as well, but leaves sockets open when it does.
@@ -221,17 +242,29 @@ def _join_multicast(address: str) -> None:
 
 
 def _register(running: Zeroconf, own: Announcement, addresses: Sequence[str]) -> None:
+    # Instance names are hashes of keys, so nobody need be asked whether they are free.
+    running.register_service(_info(own, addresses), cooperating_responders=True)
+
+
+def _update(running: Zeroconf, own: Announcement, addresses: Sequence[str]) -> None:
+    """Best effort: whoever joins may also give an address."""
     import zeroconf
 
-    info = zeroconf.ServiceInfo(
+    with contextlib.suppress(zeroconf.Error, OSError, ValueError):
+        running.update_service(_info(own, addresses))
+
+
+def _info(own: Announcement, addresses: Sequence[str]) -> ServiceInfo:
+    import zeroconf
+
+    return zeroconf.ServiceInfo(
         SERVICE,
         own.instance,
         port=own.port,
         properties=own.properties,
+        server=own.instance,
         parsed_addresses=list(addresses),
     )
-    # Instance names are hashes of keys, so nobody need be asked whether they are free.
-    running.register_service(info, cooperating_responders=True)
 
 
 def _browse(running: Zeroconf, on_name: Callable[[str], None]) -> None:
@@ -264,7 +297,7 @@ def _look_up(own: Announcement, running: Zeroconf, name: str) -> tuple[str, ...]
     return hints_of(own, info.properties, addresses, info.port)
 
 
-def _own_addresses() -> list[str]:
+def own_addresses() -> list[str]:
     """IPv4 addresses of this machine, loopback only when there is no other."""
     import zeroconf
 

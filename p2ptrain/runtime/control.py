@@ -66,6 +66,11 @@ async def _invite(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
     return {"invite": peer.invite(ttl_s=ttl_s, addresses=addresses).decode()}
 
 
+async def _invite_code(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
+    await trio.lowlevel.checkpoint()
+    return {"code": peer.invite_by_code(admits=bool(arguments.get("admits", True)))}
+
+
 async def _revoke(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
     try:
         request = from_plain(RevokeRequest, arguments)
@@ -100,6 +105,7 @@ _HANDLERS: dict[str, Callable[[Peer, Fields, Emit], Awaitable[Fields]]] = {
     "energy": _energy,
     "links": _links,
     "invite": _invite,
+    "invite_code": _invite_code,
     "revoke": _revoke,
     "train": _train,
     "stop": _stop,

@@ -24,8 +24,9 @@ from p2ptrain.membership.messages import MembershipMessage
 from p2ptrain.membership.record import MemberRecord
 from p2ptrain.net.addresses import reachable_addresses
 from p2ptrain.net.discovery import DiscoveryState, discover
-from p2ptrain.net.enrol import EnrolmentServer
+from p2ptrain.net.inviting import Inviting
 from p2ptrain.net.links import LinkDown, Links, LinkUp
+from p2ptrain.net.sponsor import EnrolmentServer
 from p2ptrain.planner.plan import Plan
 from p2ptrain.power.host import available_memory_bytes, host_identity
 from p2ptrain.power.meter import open_meter
@@ -44,6 +45,7 @@ from p2ptrain.runtime.status import status_report
 from p2ptrain.runtime.suspension import SuspensionWatch
 from p2ptrain.runtime.trust_service import TRUST_MESSAGES, TrustHooks, TrustService
 from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
+from p2ptrain.store.codes import code_ends_s, create_code
 from p2ptrain.store.groups import Group, create_invite, load_addresses, save_addresses
 from p2ptrain.store.home import Home, read_config
 from p2ptrain.wire.frames import BulkHeader, TensorHeader
@@ -72,13 +74,14 @@ class Peer:
         self._threads_max = config.threads or self._cores
         self._to_self, self._from_self = trio.open_memory_channel[object](SELF_QUEUE_MAX)
         self._addresses = load_addresses(group)
+        self.inviting = Inviting(lambda: code_ends_s(group))
         self.trust = TrustService(group, self._trust_hooks(), rng=self._rng)
         self.links = Links(
             credentials=group.credentials,
             build=self._build,
             listen_host=config.listen_host,
             listen_port=config.port,
-            enrolment=EnrolmentServer(group),
+            enrolment=EnrolmentServer(group, on_code_changed=self.inviting.look),
             on_tensor=self._tensor_arrived,
             on_bulk=self._bulk_arrived,
             objection=self.trust.objection,
@@ -169,6 +172,12 @@ class Peer:
     def invite(self, *, ttl_s: float, addresses: Sequence[str] = ()) -> bytes:
         """An invite file's content for one more device."""
         return create_invite(self.group, tuple(addresses) or self.addresses(), ttl_s)
+
+    def invite_by_code(self, *, admits: bool = True) -> str:
+        """A code for one more device, good for ten minutes and three tries."""
+        code = create_code(self.group, admits=admits)
+        self.inviting.look()
+        return code
 
     def addresses(self) -> tuple[str, ...]:
         """Where other devices may reach this peer, most useful first."""
@@ -357,6 +366,7 @@ class Peer:
             interfaces=self.config.interfaces,
             found=found,
             state=self.discovery,
+            inviting=self.inviting,
         )
 
     # About this device.

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 
 from p2ptrain.errors import ConfigError
-from p2ptrain.runtime.trust_reports import Known, RevocationReport, find_member, read_known
-from p2ptrain.store.groups import Group, load_issuer
+from p2ptrain.runtime.trust_reports import Known, RevocationReport, find_member
+from p2ptrain.store.groups import load_issuer
 from p2ptrain.trust.chains import MemberChain
 from p2ptrain.trust.revocation import Revocation, revoke
 
@@ -47,8 +47,8 @@ class Signed:
         )
 
 
-def sign_revocation(group: Group, request: RevokeRequest) -> Signed:
-    """Sign that a member is out; nothing is stored or sent yet.
+def sign_revocation(known: Known, request: RevokeRequest) -> Signed:
+    """Sign with this device's issuer that a member is out; nothing is stored or sent yet.
 
     Raises:
         NotFound: there is no such member.
@@ -56,15 +56,14 @@ def sign_revocation(group: Group, request: RevokeRequest) -> Signed:
             does not say who stays.
         TrustError: this member may not admit, so it may not revoke either.
     """
-    known = read_known(group)
     target = find_member(known, request.device)
     if known.revoked.of_device(target.device) is not None:
         raise ConfigError(f"{target.name} is revoked already", hint="nothing is left to do")
     kept, void = _sorted(known, target, request)
     statement = revoke(
         target,
-        by=load_issuer(group),
-        gid=group.id,
+        by=load_issuer(known.group),
+        gid=known.group.id,
         reason=request.reason,
         keep=kept,
         now=time.time() if request.now_s is None else request.now_s,

@@ -20,6 +20,7 @@ from p2ptrain.errors import RemoteProtocolError, TrustError
 from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.revoking import RevokeRequest, sign_revocation
+from p2ptrain.runtime.trust_reports import Known as KnownMembers
 from p2ptrain.runtime.trust_reports import RevocationReport
 from p2ptrain.store.groups import Group, refresh
 from p2ptrain.store.trust_log import (
@@ -41,6 +42,7 @@ from p2ptrain.trust.gossip import (
 )
 from p2ptrain.trust.gossip_messages import ChainShown, Known, Summary
 from p2ptrain.trust.revocation import Revocation, RevokedKeys
+from p2ptrain.trust.roster import Roster
 from p2ptrain.trust.rotation import Rotation
 from p2ptrain.wire.hello import REFUSE_REVOKED
 
@@ -151,12 +153,21 @@ class TrustService:
         Raises:
             NotFound, ConfigError, TrustError: see `sign_revocation`; nothing was done.
         """
-        signed = await trio.to_thread.run_sync(sign_revocation, self._group, request)
+        signed = await trio.to_thread.run_sync(sign_revocation, self._known(), request)
         told = len(self._shown)
         self._machine.call(TrustGossip.state_revocation, signed.statement)
         while signed.statement.id not in self._effective:
             await self._took_effect.wait()
         return signed.report(told=told)
+
+    def _known(self) -> KnownMembers:
+        """What is known now, which may not be on disk yet; a copy, for use in a thread."""
+        machine = self._machine.machine
+        return KnownMembers(
+            group=self._group,
+            roster=Roster(machine.roster.chains),
+            revoked=RevokedKeys(machine.revoked.statements),
+        )
 
     # What the machine says.
 

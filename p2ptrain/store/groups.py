@@ -274,8 +274,13 @@ def find_issuer(group: Group) -> certs.Issuer | None:
     return certs.Issuer(key=key, certificate=own, above=tuple(above))
 
 
-def create_invite(group: Group, addresses: Sequence[str], ttl_s: float) -> bytes:
+def create_invite(
+    group: Group, addresses: Sequence[str], ttl_s: float, *, admits: bool = True
+) -> bytes:
     """Make a single-use invite that this device sponsors; gives the invite file's content.
+
+    Args:
+        admits: Whether the new member may admit others in turn.
 
     Raises:
         TrustError: this member may not admit others.
@@ -296,7 +301,9 @@ def create_invite(group: Group, addresses: Sequence[str], ttl_s: float) -> bytes
     _drop_expired_invites(folder)
     if sum(1 for _ in folder.iterdir()) >= limits.INVITES_PENDING_MAX:
         raise ConfigError("too many unused invites wait", hint="wait until some expire")
-    pending = PendingInvite(shared_key=invite.shared_key.hex(), expires_at_s=invite.expires_at_s)
+    pending = PendingInvite(
+        shared_key=invite.shared_key.hex(), expires_at_s=invite.expires_at_s, admits=admits
+    )
     write_secret(folder / f"{invite.id}.json", write_invite(pending))
     return write_invite(invite)
 

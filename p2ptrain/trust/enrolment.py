@@ -1,4 +1,6 @@
-"""Admit a device that holds an invite: the two sides of the exchange, as pure machines.
+"""Admit a device: the two sides of the exchange with an invite's secret, as pure machines.
+
+The exchange with a short code is in `code_enrolment`; both end in the same request and grant.
 
 PROTOCOL.md section 5 gives the bytes. X25519 makes fresh keys, the invite's secret authenticates
 them, both sides confirm the result before anything is said, and no private key travels.
@@ -23,6 +25,7 @@ from p2ptrain import limits
 from p2ptrain.errors import LocalProtocolError, RemoteProtocolError, TrustError
 from p2ptrain.trust.certificates import check_name
 from p2ptrain.trust.invite import INVITE_ID_BYTES, Invite
+from p2ptrain.trust.rotation import Rotation
 from p2ptrain.wire.codec import from_plain, to_plain, unpack_map
 
 ENROL_MAGIC: Final = b"P2TE"
@@ -34,6 +37,14 @@ ANSWER: Final = 2
 REQUEST: Final = 3
 GRANT: Final = 4
 REFUSAL: Final = 5
+CODE_OFFER: Final = 6
+CODE_ANSWER: Final = 7
+CODE_PROOF: Final = 8
+CODE_CONFIRM: Final = 9
+RENEW_OFFER: Final = 10
+RENEW_ANSWER: Final = 11
+RENEW_REQUEST: Final = 12
+RENEW_GRANT: Final = 13
 
 REFUSALS: Final = {
     "unknown": "the sponsor does not know this invite: it was used, withdrawn or made elsewhere",
@@ -41,10 +52,16 @@ REFUSALS: Final = {
     "confirmation": "the invite's secret does not fit",
     "request": "the sponsor could not read our request",
     "chain": "the sponsor may not admit anybody",
+    "no code": "no code is open there: it was used, is too old, or was wrong three times",
+    "code": "the code is wrong",
+    "void": "the code is wrong, for the third time: it is void",
+    "revoked": "a key of this device was revoked",
+    "late": "this device was away for too long to be recognised",
+    "busy": "the other side is busy with others; try again",
 }
 """Every reason a sponsor may give, and what the joiner is told."""
 
-_CONFIRMATION_BYTES: Final = 32
+CONFIRMATION_BYTES: Final = 32
 _ZERO_NONCE: Final = bytes(12)  # every key seals one message only
 
 
@@ -55,6 +72,7 @@ class EnrolmentRequest:
     name: str
     device_csr: bytes
     issuer_csr: bytes
+    """Used only if the invite gives the right to admit others."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -68,7 +86,11 @@ class EnrolmentGrant:
     root: bytes
     issuers: tuple[bytes, ...]
     clock_s: float
-    """The sponsor's wall clock, so that a wrong clock can be told."""
+    """The sponsor's wall clock: it vouches for it towards a device whose own is wrong."""
+    leaf: bytes = b""
+    """For a member that may not admit: its leaf, below the sponsor's `issuers`."""
+    rotations: tuple[Rotation, ...] = ()
+    """How the root that the group began with was replaced so far."""
 
     def __post_init__(self) -> None:
         check_name(self.group_name)
@@ -97,7 +119,7 @@ def parse_enrol_prefix(prefix: bytes) -> tuple[int, int]:
     magic, version, kind, length = PREFIX.unpack(prefix)
     if magic != ENROL_MAGIC or version != ENROL_VERSION:
         raise RemoteProtocolError("not an enrolment message of a known version")
-    if not OFFER <= kind <= REFUSAL or length > limits.ENROL_BODY_BYTES_MAX:
+    if not OFFER <= kind <= RENEW_GRANT or length > limits.ENROL_BODY_BYTES_MAX:
         raise RemoteProtocolError("an enrolment message breaks its limits")
     return kind, length
 
@@ -107,144 +129,148 @@ def refusal(reason: str) -> EnrolFrame:
     return EnrolFrame(kind=REFUSAL, body=reason.encode())
 
 
+class Sealed:
+    """What both sides share once the keys are agreed: proofs, the request and the grant."""
+
+    def __init__(self, material: bytes, transcript: bytes) -> None:
+        """Takes 128 bytes of key material and the hash of all that was said before."""
+        self._transcript = transcript
+        self._sponsor_key, self._joiner_key = material[:32], material[32:64]
+        self._request_key, self._grant_key = material[64:96], material[96:]
+
+    @property
+    def sponsor_confirmation(self) -> bytes:
+        """Proves that the sponsor has the keys."""
+        return hmac.digest(self._sponsor_key, b"sponsor" + self._transcript, "sha256")
+
+    @property
+    def joiner_confirmation(self) -> bytes:
+        """Proves that the joiner has them."""
+        return hmac.digest(self._joiner_key, b"joiner" + self._transcript, "sha256")
+
+    def ask(self, request: EnrolmentRequest) -> EnrolFrame:
+        """The joiner's proof and its sealed request."""
+        sealed = seal_map(self._request_key, to_plain(request), self._transcript)
+        return EnrolFrame(kind=REQUEST, body=self.joiner_confirmation + sealed)
+
+    def asked(self, frame: EnrolFrame) -> EnrolmentRequest:
+        """Check the joiner's proof and open what it asks; TrustError when it has not the keys."""
+        body = body_of(frame, REQUEST)
+        confirmation, sealed = body[:CONFIRMATION_BYTES], body[CONFIRMATION_BYTES:]
+        if not hmac.compare_digest(self.joiner_confirmation, confirmation):
+            raise TrustError(REFUSALS["confirmation"])
+        fields = open_map(self._request_key, sealed, self._transcript)
+        return from_plain(EnrolmentRequest, fields)
+
+    def grant(self, grant: EnrolmentGrant) -> EnrolFrame:
+        """Seal what makes the joiner a member."""
+        fields = {name: value for name, value in to_plain(grant).items() if value not in (b"", [])}
+        sealed = seal_map(self._grant_key, fields, self._transcript)
+        return EnrolFrame(kind=GRANT, body=sealed)
+
+    def granted(self, frame: EnrolFrame) -> EnrolmentGrant:
+        """Open what the sponsor granted; TrustError when it refused or it was changed."""
+        fields = open_map(self._grant_key, body_of(frame, GRANT), self._transcript)
+        return from_plain(EnrolmentGrant, fields)
+
+
 class Joiner:
-    """The side that holds the invite file. Call offer, request, grant, in this order."""
+    """The side that holds the invite. Call offer, then agreed."""
 
     def __init__(self, invite: Invite, key: X25519PrivateKey) -> None:
         self._invite = invite
         self._key = key
-        self._keys: _Keys | None = None
 
     def offer(self) -> EnrolFrame:
         """Name the invite and show our fresh public key."""
         body = bytes.fromhex(self._invite.id) + self._key.public_key().public_bytes_raw()
         return EnrolFrame(kind=OFFER, body=body)
 
-    def request(self, answer: EnrolFrame, request: EnrolmentRequest) -> EnrolFrame:
-        """Check that the sponsor knows the secret, prove that we do, and ask.
+    def agreed(self, answer: EnrolFrame) -> Sealed:
+        """Check that the sponsor knows the secret.
 
         Raises:
             TrustError: the sponsor refused, or does not know the secret.
             RemoteProtocolError: not an answer.
         """
-        body = _body_of(answer, ANSWER, size=32 + _CONFIRMATION_BYTES)
-        offer = self.offer().body
+        body = body_of(answer, ANSWER, size=32 + CONFIRMATION_BYTES)
+        transcript = self.offer().body + body[:32]
         keys = _agree(
-            self._key, body[:32], self._invite.shared_key, self._invite.root_hash,
-            transcript=offer + body[:32],
-        )  # fmt: skip
+            self._key, body[:32], self._invite.shared_key, self._invite.root_hash, transcript
+        )
         if not hmac.compare_digest(keys.sponsor_confirmation, body[32:]):
             raise TrustError("the other side does not know the invite's secret")
-        self._keys = keys
-        sealed = _seal(keys.request_key, to_plain(request), keys.transcript)
-        return EnrolFrame(kind=REQUEST, body=keys.joiner_confirmation + sealed)
-
-    def grant(self, frame: EnrolFrame) -> EnrolmentGrant:
-        """Open what the sponsor granted; TrustError when it refused or it was changed."""
-        if self._keys is None:
-            raise LocalProtocolError("a grant before the request")
-        body = _body_of(frame, GRANT)
-        fields = _open(self._keys.grant_key, body, self._keys.transcript)
-        return from_plain(EnrolmentGrant, fields)
+        return keys
 
 
 class Sponsor:
-    """The side that made the invite. Call answer, request, grant, in this order."""
+    """The side that made the invite. Call answer; the Sealed of it then reads the request."""
 
     def __init__(self, key: X25519PrivateKey, *, root_hash: str) -> None:
         self._key = key
         self._root_hash = root_hash
-        self._keys: _Keys | None = None
 
     @staticmethod
     def invite_id(offer: EnrolFrame) -> str:
         """Which invite is offered; RemoteProtocolError when it is not an offer."""
-        return _body_of(offer, OFFER, size=INVITE_ID_BYTES + 32)[:INVITE_ID_BYTES].hex()
+        return body_of(offer, OFFER, size=INVITE_ID_BYTES + 32)[:INVITE_ID_BYTES].hex()
 
-    def answer(self, offer: EnrolFrame, shared_key: bytes) -> EnrolFrame:
+    def answer(self, offer: EnrolFrame, shared_key: bytes) -> tuple[EnrolFrame, Sealed]:
         """Show our fresh public key and prove that we know the invite's secret."""
-        body = _body_of(offer, OFFER, size=INVITE_ID_BYTES + 32)
+        body = body_of(offer, OFFER, size=INVITE_ID_BYTES + 32)
         ours = self._key.public_key().public_bytes_raw()
-        self._keys = _agree(
-            self._key, body[INVITE_ID_BYTES:], shared_key, self._root_hash,
-            transcript=body + ours,
-        )  # fmt: skip
-        return EnrolFrame(kind=ANSWER, body=ours + self._keys.sponsor_confirmation)
-
-    def request(self, frame: EnrolFrame) -> EnrolmentRequest:
-        """Check that the joiner knows the secret and read what it asks.
-
-        Raises:
-            TrustError: it does not know it.
-            RemoteProtocolError: not a request.
-        """
-        if self._keys is None:
-            raise LocalProtocolError("a request before the answer")
-        body = _body_of(frame, REQUEST)
-        confirmation, sealed = body[:_CONFIRMATION_BYTES], body[_CONFIRMATION_BYTES:]
-        if not hmac.compare_digest(self._keys.joiner_confirmation, confirmation):
-            raise TrustError(REFUSALS["confirmation"])
-        fields = _open(self._keys.request_key, sealed, self._keys.transcript)
-        return from_plain(EnrolmentRequest, fields)
-
-    def grant(self, grant: EnrolmentGrant) -> EnrolFrame:
-        """Seal what makes the joiner a member."""
-        if self._keys is None:
-            raise LocalProtocolError("a grant before the request")
-        sealed = _seal(self._keys.grant_key, to_plain(grant), self._keys.transcript)
-        return EnrolFrame(kind=GRANT, body=sealed)
+        keys = _agree(self._key, body[INVITE_ID_BYTES:], shared_key, self._root_hash, body + ours)
+        return EnrolFrame(kind=ANSWER, body=ours + keys.sponsor_confirmation), keys
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Keys:
-    transcript: bytes
-    sponsor_confirmation: bytes
-    joiner_confirmation: bytes
-    request_key: bytes
-    grant_key: bytes
+def derive(secret: bytes, *, salt: bytes, info: bytes) -> bytes:
+    """128 bytes of key material: HKDF-SHA256."""
+    material: bytes = HKDF(hashes.SHA256(), 128, salt=salt, info=info).derive(secret)
+    return material
 
 
-def _agree(
-    ours: X25519PrivateKey, theirs: bytes, shared_key: bytes, root_hash: str, *, transcript: bytes
-) -> _Keys:
+def exchange(ours: X25519PrivateKey, theirs: bytes) -> bytes:
+    """The X25519 secret; RemoteProtocolError for a public key of low order."""
     try:
-        secret = ours.exchange(X25519PublicKey.from_public_bytes(theirs))
-    except ValueError as error:  # a point of low order
+        return ours.exchange(X25519PublicKey.from_public_bytes(theirs))
+    except ValueError as error:
         raise RemoteProtocolError("the other side's public key is not usable") from error
-    digest = hashlib.sha256(b"p2ptrain enrolment 1" + transcript).digest()
-    info = b"p2ptrain enrolment 1 keys" + bytes.fromhex(root_hash)
-    material = HKDF(hashes.SHA256(), 128, salt=digest, info=info).derive(shared_key + secret)
-    return _Keys(
-        transcript=digest,
-        sponsor_confirmation=hmac.digest(material[:32], b"sponsor" + digest, "sha256"),
-        joiner_confirmation=hmac.digest(material[32:64], b"joiner" + digest, "sha256"),
-        request_key=material[64:96],
-        grant_key=material[96:],
-    )
 
 
-def _seal(key: bytes, fields: dict[str, object], transcript: bytes) -> bytes:
-    plain: bytes = _pack(fields)
-    return ChaCha20Poly1305(key).encrypt(_ZERO_NONCE, plain, transcript)
+def body_of(frame: EnrolFrame, kind: int, *, size: int | None = None) -> bytes:
+    """The body of the frame that is expected.
 
-
-def _open(key: bytes, sealed: bytes, transcript: bytes) -> dict[str, object]:
-    try:
-        plain = ChaCha20Poly1305(key).decrypt(_ZERO_NONCE, sealed, transcript)
-    except (InvalidTag, ValueError) as error:
-        raise TrustError("an enrolment message was changed on its way") from error
-    return unpack_map(plain, bytes_max=limits.ENROL_BODY_BYTES_MAX)
-
-
-def _pack(fields: dict[str, object]) -> bytes:
-    packed: bytes = msgpack.packb(fields, use_bin_type=True)
-    return packed
-
-
-def _body_of(frame: EnrolFrame, kind: int, *, size: int | None = None) -> bytes:
+    Raises:
+        TrustError: it is a refusal instead; the sentence is ours, whatever the other side wrote.
+        RemoteProtocolError: another kind or size.
+    """
     if frame.kind == REFUSAL:
         reason = frame.body[:64].decode("ascii", "replace")
         raise TrustError(REFUSALS.get(reason, "the sponsor refused"))
     if frame.kind != kind or (size is not None and len(frame.body) != size):
         raise RemoteProtocolError("an enrolment message is out of order or has a wrong size")
     return frame.body
+
+
+def _agree(
+    ours: X25519PrivateKey, theirs: bytes, shared_key: bytes, root_hash: str, transcript: bytes
+) -> Sealed:
+    secret = exchange(ours, theirs)
+    digest = hashlib.sha256(b"p2ptrain enrolment 1" + transcript).digest()
+    info = b"p2ptrain enrolment 1 keys" + bytes.fromhex(root_hash)
+    return Sealed(derive(shared_key + secret, salt=digest, info=info), digest)
+
+
+def seal_map(key: bytes, fields: dict[str, object], transcript: bytes) -> bytes:
+    """Encrypt a map under a key that seals nothing else."""
+    plain: bytes = msgpack.packb(fields, use_bin_type=True)
+    return ChaCha20Poly1305(key).encrypt(_ZERO_NONCE, plain, transcript)
+
+
+def open_map(key: bytes, sealed: bytes, transcript: bytes) -> dict[str, object]:
+    """The inverse of `seal_map`; TrustError when it was changed."""
+    try:
+        plain = ChaCha20Poly1305(key).decrypt(_ZERO_NONCE, sealed, transcript)
+    except (InvalidTag, ValueError) as error:
+        raise TrustError("an enrolment message was changed on its way") from error
+    return unpack_map(plain, bytes_max=limits.ENROL_BODY_BYTES_MAX)

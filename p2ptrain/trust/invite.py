@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import parse_qs, urlencode
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -19,6 +21,7 @@ from p2ptrain.wire.codec import from_plain, to_plain
 INVITE_VERSION: Final = 1
 SECRET_BYTES: Final = 16
 INVITE_ID_BYTES: Final = 16
+URL_PREFIX: Final = "p2ptrain://join/1?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,8 @@ class PendingInvite:
     shared_key: str
     """Hex of Invite.shared_key."""
     expires_at_s: float
+    admits: bool = True
+    """Whether the new member may admit others."""
     version: int = INVITE_VERSION
 
     def __post_init__(self) -> None:
@@ -83,6 +88,36 @@ def read_invite(content: bytes) -> Invite:
         return from_plain(Invite, _json_map(content))
     except (RemoteProtocolError, ValueError) as error:
         raise TrustError(f"this is not a usable invite file: {error}") from error
+
+
+def invite_url(invite: Invite) -> str:
+    """An invite as one line, for a QR code or a terminal."""
+    fields = [
+        ("g", invite.group_name),
+        ("r", invite.root_hash),
+        ("s", invite.secret),
+        ("x", str(math.ceil(invite.expires_at_s))),
+        *(("a", address) for address in invite.addresses),
+    ]
+    return URL_PREFIX + urlencode(fields, safe=":[]")
+
+
+def read_invite_url(url: str) -> Invite:
+    """The inverse of `invite_url`; TrustError when it is none, or of another version."""
+    try:
+        if not url.startswith(URL_PREFIX) or len(url) > limits.INVITE_BYTES_MAX:
+            raise ValueError("it does not begin with " + URL_PREFIX)
+        fields = parse_qs(url.removeprefix(URL_PREFIX), strict_parsing=True, max_num_fields=32)
+        (name,), (root,), (secret,), (expires,) = (fields[key] for key in "grsx")
+        return Invite(
+            group_name=name,
+            addresses=tuple(fields.get("a", ())),
+            root_hash=root,
+            secret=secret,
+            expires_at_s=float(expires),
+        )
+    except (ValueError, KeyError) as error:
+        raise TrustError(f"this is not a usable invite: {error}") from error
 
 
 def read_pending(content: bytes) -> PendingInvite:

@@ -30,7 +30,7 @@ USAGE = "p2ptrain: hint: see p2ptrain {} --help\n"
             "join --group nowhere",
             2,
             "p2ptrain: this device is in no group called 'nowhere'; it knows: none\n"
-            "p2ptrain: hint: ask a member for an invite: p2ptrain group invite nowhere\n",
+            "p2ptrain: hint: ask a member for a code: p2ptrain group invite nowhere\n",
         ),
         (
             "join --group nowhere --invite absent",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from p2ptrain.cli.main import run
 from p2ptrain.store.groups import create_group
 from p2ptrain.store.home import open_home
+from p2ptrain.trust.invite import read_invite_url
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def test_invite_with_addresses_needs_no_peer(
 def test_invite_without_a_peer_says_that_it_guesses(
     member: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["group", "invite", member]) == 0
+    assert run(["group", "invite", member, "--out", "card"]) == 0
     assert "no peer runs here; guessing" in capsys.readouterr().err
 
 
@@ -152,3 +156,89 @@ def test_group_must_be_named_when_there_are_several(
 def test_revoke_without_any_group_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["group", "revoke", "attic", "--reason", "lost"]) == 2
     assert "this device is in no group" in capsys.readouterr().err
+
+
+def test_invite_shows_a_code_that_only_this_device_can_check(
+    home: Path, member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["group", "invite", member, "--address", "192.0.2.9:1234"]) == 0
+    printed = capsys.readouterr()
+    code = printed.out.strip()
+    assert re.fullmatch(r"[0-9A-HJKMNP-TV-Z]{5}-[0-9A-HJKMNP-TV-Z]{5}", code)
+    assert "good for one device, 10 minutes and 3 tries" in printed.err
+    assert "start this device's peer, which lets it in" in printed.err
+    assert f"join --group family --code {code} (and --peer 192.0.2.9:1234 if" in printed.err
+    (kept,) = home.glob("groups/*/code.json")
+    assert code.encode() not in kept.read_bytes()
+    assert json.loads(kept.read_text())["admits"] is True
+
+
+def test_invite_tells_programs_the_same(
+    home: Path, member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["group", "invite", member, "--address", "192.0.2.9:1234", "--no-admit", "--json"]
+    assert run(line) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["version"], document["minutes"], document["tries"]) == (1, 10, 3)
+    assert document["peer_running"] is False
+    (kept,) = home.glob("groups/*/code.json")
+    assert json.loads(kept.read_text())["admits"] is False
+
+
+def test_qr_code_shows_its_url_and_holds_it(
+    member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["group", "invite", member, "--qr", "--address", "192.0.2.9:1234"]) == 0
+    *drawn, url = capsys.readouterr().out.splitlines()
+    invite = read_invite_url(url)
+    assert (invite.group_name, invite.addresses) == ("family", ("192.0.2.9:1234",))
+    assert invite.expires_at_s == pytest.approx(time.time() + 86_400, abs=60)
+    assert len({len(line) for line in drawn}) == 1
+    assert len(drawn[0]) in (2 * len(drawn), 2 * len(drawn) - 1)  # square, two rows a line
+    assert set("".join(drawn)) == set("\u2588\u2580\u2584 ")
+    assert run(["group", "invite", member, "--qr", "--json", "--address", "192.0.2.9:1"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert read_invite_url(document["url"]).addresses == ("192.0.2.9:1",)
+
+
+def test_qr_code_without_its_package_is_still_a_url(
+    member: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "segno", None)
+    assert run(["group", "invite", member, "--qr", "--address", "192.0.2.9:1234"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("p2ptrain://join/1?")
+    assert "pip install 'p2ptrain[qr]'" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["--qr", "--out", "x"], "exclude each other"),
+        (["--minutes", "20"], "a code is good for ten minutes"),
+    ],
+)
+def test_invites_that_make_no_sense_are_refused(
+    line: list[str], said: str, member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["group", "invite", member, *line]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        (["--code", "x", "--invite", "y"], 2, "exclude each other"),
+        (["--code", "hello"], 2, "is not a code"),
+        (["--code", "00000-00000"], 3, "no member that shows a code was found"),
+        (["--code", "00000-00000", "--peer", "127.0.0.1:1"], 3, "cannot be reached at 127.0.0.1:1"),
+        (["--invite", "p2ptrain://join/1?g=x"], 3, "not a usable invite"),
+        (["--invite", "nowhere"], 2, "cannot read the invite nowhere"),
+        ([], 2, "ask a member for a code: p2ptrain group invite office"),
+    ],
+)
+def test_device_that_cannot_join_is_told_why(
+    line: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["join", "--group", "office", "--no-discovery", *line]) == code
+    assert said in capsys.readouterr().err

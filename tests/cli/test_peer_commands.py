@@ -242,7 +242,7 @@ async def test_invite_asks_the_running_peer_for_its_addresses(
     home: Path, member: str, peer: ScriptedPeer, tmp_path: Path
 ) -> None:
     async with peer_answering(home, member, peer.handle):
-        ended = await run_command("group", "invite", member, "--json")
+        ended = await run_command("group", "invite", member, "--json", "--out", "family.invite")
     document = json.loads(ended.stdout)
     assert document["addresses"] == ["192.0.2.7:47615", "[2001:db8::7]:47615"]
     written = json.loads((tmp_path / "family.invite").read_text())

@@ -64,10 +64,10 @@ async def test_device_with_an_unusable_invite_is_refused_and_stays_outside(
             assert_refused(await command(newcomer, *JOIN, "--invite", invite), 3, said)
             assert list((newcomer.home / "groups").iterdir()) == []
 
-        assert_refused(await command(newcomer, *JOIN), 2, "is in no group", "for an invite")
+        assert_refused(await command(newcomer, *JOIN), 2, "is in no group", "for a code")
         expired = invite_of(sponsor, address, ttl_s=-1.0)
-        await refused(expired, "has expired by this device's clock")
-        await refused(expired | {"expires_at_s": tomorrow}, "expired")
+        await refused(expired | {"expires_at_s": tomorrow}, "the invite has expired")
+        await refused(expired, "does not know this invite")
         fresh = invite_of(sponsor, address)
         await refused(fresh | {"secret": "00" * 16}, "does not know this invite")
         await refused(fresh | {"root_hash": "0" * 64}, "does not know the invite's secret")
@@ -139,3 +139,48 @@ async def test_peer_refuses_to_start_with_an_open_key_or_a_taken_port(tmp_path: 
         (key,) = peer.member.home.glob("groups/*/device.key")
         key.chmod(0o644)
         assert_refused(await command(peer.member, *JOIN), 3, "too open", f"chmod 600 {key}")
+
+
+async def shown_code(sponsor: PeerProcess, *options: str) -> str:
+    """What `group invite` prints on a device whose peer runs."""
+    ended = await command(sponsor.member, "group", "invite", GROUP_NAME, "--json", *options)
+    document = json.loads(ended.stdout)
+    assert document["peer_running"]
+    code: str = document["code"]
+    return code
+
+
+async def test_device_joins_by_typing_a_code_that_works_once(
+    tmp_path: Path, newcomer: Member
+) -> None:
+    async with peer_group(tmp_path, 1) as (sponsor,):
+        address = (await sponsor.status()).address
+        code = await shown_code(sponsor)
+        line = (*JOIN, "--peer", address, "--code")
+        assert_refused(await command(newcomer, *line, "00000-00000"), 3, "the code is wrong")
+        typed = dataclasses.replace(newcomer, options=("--code", code.lower()))
+        admitted = PeerProcess(typed)
+        async with ended_afterwards((admitted,)):
+            await admitted.start(address)
+            await sponsor.wait_status(lambda status: len(status.members) == 2, 30.0)
+            assert "became a member of demo as newcomer" in admitted.log
+            late = Member(name="late", home=tmp_path / "late")
+            late.home.mkdir(mode=0o700)
+            assert_refused(await command(late, *line, code), 3, "no code is open there")
+
+
+async def test_code_that_was_wrong_three_times_is_void_even_after_a_restart(
+    tmp_path: Path, newcomer: Member
+) -> None:
+    async with peer_group(tmp_path, 1) as (sponsor,):
+        code = await shown_code(sponsor)
+        for attempt in range(3):
+            address = (await sponsor.status()).address
+            line = (*JOIN, "--peer", address, "--code")
+            said = "it is void" if attempt == 2 else "the code is wrong"
+            assert_refused(await command(newcomer, *line, "00000-00000"), 3, said)
+            await sponsor.kill()
+            await sponsor.start()
+        line = (*JOIN, "--peer", (await sponsor.status()).address, "--code", code)
+        assert_refused(await command(newcomer, *line), 3, "no code is open there")
+        assert list((newcomer.home / "groups").iterdir()) == []

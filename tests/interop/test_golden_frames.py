@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from p2ptrain.ids import DeviceId, Digest, GroupId, Lineage, RunId, ViewNumber
 from p2ptrain.training.contract import RuntimeBuild
 from p2ptrain.training.step_tensors import PackedTensor, pack
+from p2ptrain.trust.code import code_password, read_code
+from p2ptrain.trust.code_enrolment import CodeJoiner, CodeSponsor
 from p2ptrain.trust.enrolment import EnrolmentGrant, EnrolmentRequest, Joiner, Sponsor
 from p2ptrain.trust.invite import Invite
 from p2ptrain.wire.frames import (
@@ -82,14 +84,28 @@ def enrolment_frames() -> dict[str, bytes]:
     joiner = Joiner(invite, X25519PrivateKey.from_private_bytes(b"j" * 32))
     sponsor = Sponsor(X25519PrivateKey.from_private_bytes(b"s" * 32), root_hash="ab" * 32)
     offer = joiner.offer()
-    answer = sponsor.answer(offer, invite.shared_key)
+    answer, sponsor_keys = sponsor.answer(offer, invite.shared_key)
     asked = EnrolmentRequest(name="beta", device_csr=b"device", issuer_csr=b"issuer")
-    request = joiner.request(answer, asked)
-    sponsor.request(request)
+    request = joiner.agreed(answer).ask(asked)
+    sponsor_keys.asked(request)
     granted = EnrolmentGrant(group_name="home", root=b"root", issuers=(b"a",), clock_s=1.5)
-    grant = sponsor.grant(granted)
+    grant = sponsor_keys.grant(granted)
     named = {"offer": offer, "answer": answer, "request": request, "grant": grant}
     return {f"enrol-{name}": frame.encoded() for name, frame in named.items()}
+
+
+def code_frames() -> dict[str, bytes]:
+    """The exchange with a short code up to its confirmation, for fixed secrets of both sides."""
+    password = code_password(read_code("0123456789"))
+    joiner = CodeJoiner(password, b"j" * 32, entropy=lambda count: b"x" * count)
+    sponsor = CodeSponsor(HELLO.group, b"s" * 32, entropy=lambda count: b"y" * count)
+    offer = joiner.offer()
+    answer = sponsor.answer(offer, password)
+    proof = joiner.proof(answer)
+    confirm, _ = sponsor.agreed(proof)
+    joiner.agreed(confirm)
+    named = {"offer": offer, "answer": answer, "proof": proof, "confirm": confirm}
+    return {f"code-{name}": frame.encoded() for name, frame in named.items()}
 
 
 def vectors() -> dict[str, bytes]:
@@ -105,6 +121,7 @@ def vectors() -> dict[str, bytes]:
         "packed-step": pack(PACKED),
         "bulk": encode_frame_head(FrameType.BULK, bulk, 16) + CHUNK,
         **enrolment_frames(),
+        **code_frames(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,9 @@ from p2ptrain.errors import TrustError
 from p2ptrain.trust.invite import (
     Invite,
     PendingInvite,
+    invite_url,
     read_invite,
+    read_invite_url,
     read_pending,
     same_root,
     write_invite,
@@ -79,3 +82,31 @@ def test_file_that_is_no_invite_is_refused(content: bytes) -> None:
 
 def test_root_is_compared_by_hash() -> None:
     assert not same_root(INVITE, b"another")
+
+
+def test_invite_travels_as_a_url() -> None:
+    url = invite_url(INVITE)
+    assert url.startswith("p2ptrain://join/1?g=home&")
+    assert read_invite_url(url) == INVITE
+    assert len(url) < 300  # a QR code that a phone reads from a terminal
+    odd = dataclasses.replace(INVITE, group_name="Müller & Söhne", addresses=())
+    assert read_invite_url(invite_url(odd)) == odd
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "https://example.org/",
+        "p2ptrain://join/2?g=home",
+        "p2ptrain://join/1?",
+        "p2ptrain://join/1?g=home",
+        invite_url(INVITE).replace("&s=01", "&s=0"),
+        invite_url(INVITE) + "&g=other",
+        invite_url(INVITE) + "&a=x" * 40,
+        invite_url(INVITE) + "a" * 20_000,
+    ],
+)
+def test_what_is_no_invite_url_is_refused(url: str) -> None:
+    with pytest.raises(TrustError, match="not a usable invite"):
+        read_invite_url(url)

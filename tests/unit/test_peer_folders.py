@@ -109,7 +109,7 @@ def test_unit_starts_the_peer_of_its_instance_and_keeps_it_in_its_place() -> Non
     environment = dict(line.split("=", 1) for line in unit["Environment"])
     assert environment["ORT_DISABLE_TELEMETRY"] == "1"
     assert environment["P2PTRAIN_HOME"] == f"/var/lib/{unit['StateDirectory'][0]}"
-    assert context.params["invite"].is_relative_to(environment["P2PTRAIN_HOME"])
+    assert Path(context.params["invite"]).is_relative_to(environment["P2PTRAIN_HOME"])
     assert environment["XDG_RUNTIME_DIR"] == f"/run/{unit['RuntimeDirectory'][0]}"
     assert {name: unit[name] for name in HARDENING} == {k: [v] for k, v in HARDENING.items()}
 

@@ -69,6 +69,8 @@ FOREIGN_HOMES: Final[dict[str, frozenset[str]]] = {
     "rich": frozenset({"cli"}),
     "click": frozenset({"cli"}),
     "msgpack": frozenset({"wire", "trust"}),
+    "spake2": frozenset({"trust"}),
+    "segno": frozenset({"cli"}),
 }
 """Who may import what comes from outside."""
 
@@ -355,5 +357,6 @@ def test_runtime_dependencies_are_few_and_torch_is_none_of_them() -> None:
     names = {re.split(r"[<>=;\[ ]", line)[0] for line in project["dependencies"]}
     assert names == {
         "trio", "numpy", "cryptography", "zeroconf", "msgpack", "rich", "click",
+        "spake2",
         "onnxruntime", "onnxruntime-training-cpu",
     }  # fmt: skip
