@@ -211,6 +211,15 @@ CASES: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         "let it in: iptables -I INPUT -p udp --dport 5353 -j ACCEPT",
     ),
     (
+        "firewall for root only",
+        {"firewall": None, "firewall_hidden": True},
+        HINT,
+        "firewall",
+        "the firewall of this device can only be read by root",
+        "look at it: sudo nft list ruleset, or sudo iptables -S; TCP port 47615 and UDP port 5353 "
+        "must pass",
+    ),
+    (
         "power saving",
         {"interfaces": (replace(WLAN, is_wireless=True, power_save=True),)},
         PROBLEM,

@@ -175,9 +175,17 @@ def port_findings(observed: Observations) -> Iterator[Finding]:
 
 def firewall_findings(observed: Observations) -> Iterator[Finding]:
     """Would this device's own firewall let others in?"""
+    port = int(own_address(observed).rpartition(":")[2])
+    if observed.firewall_hidden:
+        yield hint(
+            "firewall",
+            "the firewall of this device can only be read by root",
+            why="if it keeps others out, they find this device and get no answer",
+            next_step=f"look at it: sudo nft list ruleset, or sudo iptables -S; TCP port {port} "
+            f"and UDP port {MULTICAST_DNS_PORT} must pass",
+        )
     if observed.firewall is None:
         return
-    port = int(own_address(observed).rpartition(":")[2])
     blockers = {
         protocol: observed.firewall.blocker(protocol, number)
         for protocol, number in (("tcp", port), ("udp", MULTICAST_DNS_PORT))

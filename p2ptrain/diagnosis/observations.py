@@ -183,6 +183,8 @@ class Observations:
     multicast: Multicast | None = None
     port: PortUse | None = None
     firewall: Firewall | None = None
+    firewall_hidden: bool = False
+    """There is a program for it, but only root may ask."""
     dials: tuple[Dial, ...] = ()
     membership: Membership | None = None
     runtime: Runtime | None = None

@@ -15,7 +15,7 @@ from p2ptrain.diagnosis.network import usable
 from p2ptrain.diagnosis.observations import Dial, DialEnd, Multicast, Observations
 from p2ptrain.doctor.asking import Answer, ask_running_peer
 from p2ptrain.doctor.dialling import dial_all
-from p2ptrain.doctor.firewall import firewall
+from p2ptrain.doctor.firewall import firewall, is_hidden
 from p2ptrain.doctor.interfaces import interfaces
 from p2ptrain.doctor.machine import machine
 from p2ptrain.doctor.membership import Standing, standing
@@ -64,6 +64,7 @@ async def examine(home: Home, question: Question) -> Observations:
         membership=ours.membership,
         machine=await _in_thread(machine),
         firewall=await _in_thread(firewall),
+        firewall_hidden=is_hidden(),
         peer=answer.peer,
         peer_error=answer.error,
         port=None if answer.peer else await _in_thread(partial(port_use, question.port)),

@@ -13,10 +13,15 @@ _SYSTEM_FOLDERS: Final = ("/usr/sbin", "/sbin")
 """Where such programs are, also when a user's PATH does not name it."""
 
 
+def find_program(name: str) -> str | None:
+    """Where a program is; None when it is not installed."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *_SYSTEM_FOLDERS])
+    return shutil.which(name, path=path)
+
+
 def run_program(name: str, *arguments: str) -> str | None:
     """What a program prints; None when it is missing, fails or takes too long."""
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *_SYSTEM_FOLDERS])
-    program = shutil.which(name, path=path)
+    program = find_program(name)
     if program is None:
         return None
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from p2ptrain.diagnosis.observations import Machine, PortUse
+from p2ptrain.doctor import firewall as firewall_probe
 from p2ptrain.doctor import interfaces as interface_probe
 from p2ptrain.doctor.interfaces import interfaces
 from p2ptrain.doctor.machine import machine
@@ -93,6 +94,15 @@ def test_radio_is_read_from_iw_and_proc(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_loopback_is_no_interface_to_others() -> None:
     assert all(not each.networks or each.name != "lo" for each in interfaces())
+
+
+def test_rules_are_hidden_from_others_than_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(firewall_probe, "find_program", lambda name: f"/usr/sbin/{name}")
+    for user, expected in ((0, False), (1000, True)):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        assert firewall_probe.is_hidden() is expected
+    monkeypatch.setattr(firewall_probe, "find_program", lambda name: None)
+    assert not firewall_probe.is_hidden()
 
 
 def test_program_that_is_missing_or_fails_says_nothing() -> None:
