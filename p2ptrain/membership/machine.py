@@ -60,6 +60,11 @@ class Membership(Exchange):
         """
         return tuple(sorted(d for d, peer in self._peers.items() if peer.counted))
 
+    def state_of(self, device: DeviceId) -> State | None:
+        """How another peer stands; None: nothing is known of it."""
+        peer = self._peers.get(device)
+        return None if peer is None else peer.state
+
     def record_of(self, device: DeviceId) -> MemberRecord | None:
         """The newest record of a device that reached us, or None."""
         if device == self._own.device:

@@ -33,7 +33,8 @@ def is_newer(candidate: MemberRecord, held: MemberRecord | None) -> bool:
         return True
     if candidate.rank != held.rank:
         return candidate.rank > held.rank
-    return candidate != held and _document(candidate) > _document(held)
+    same = candidate is held or candidate == held
+    return not same and _document(candidate) > _document(held)
 
 
 def problem_of(record: MemberRecord) -> str | None:

@@ -310,6 +310,9 @@ class Links:
 
     async def _attempt(self, address: str) -> Attempt:
         """Dial what is missing at an address; used by the dialler, never raises for the peer."""
+        if len(self._sessions) >= limits.LINK_PEERS_WANTED:
+            await trio.lowlevel.checkpoint()
+            return Attempt(failure="there are links enough; the rest is for those that dial us")
         device: DeviceId | None = None
         for kind in LINK_KINDS:
             if device is not None and self._has(device, kind):

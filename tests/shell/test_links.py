@@ -418,6 +418,26 @@ async def test_peers_beyond_the_limit_are_refused(
             connection.link.close()
 
 
+async def test_peer_with_links_enough_dials_nobody_and_still_takes_newcomers(
+    mint_group: MintGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "LINK_PEERS_WANTED", 1)
+    first, second, third = mint_group(3)
+    async with running(first) as (peer,):
+        made = await hostile_pair(peer, second)
+        await peer.up()
+        nowhere = "127.0.0.1:9"
+        peer.links.dial(nowhere)
+        while nowhere not in peer.links.failures():
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        assert peer.links.failures()[nowhere].startswith("there are links enough")
+        newcomer = await hostile_pair(peer, third)
+        await peer.up()
+        assert peer.links.devices() == tuple(sorted((second.device, third.device)))
+        for connection in (*made.values(), *newcomer.values()):
+            connection.link.close()
+
+
 async def test_client_without_certificate_never_counts_as_a_peer(mint_group: MintGroup) -> None:
     (group,) = mint_group(1)
     async with running(group) as (peer,):
