@@ -298,7 +298,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         "group",
         "the peer at 10.98.0.2:47615 belongs to another group",
         "bring both into one group: p2ptrain group invite home on a member, then p2ptrain join "
-        "--invite on the other device",
+        "--group NAME --code CODE on the other device",
     ),
     (
         "another group announced",
@@ -312,7 +312,7 @@ CASES: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         "group",
         "the peer at 10.98.0.2:47615 announces another group (hhhhhhhh)",
         "bring both into one group: p2ptrain group invite home on a member, then p2ptrain join "
-        "--invite on the other device",
+        "--group NAME --code CODE on the other device",
     ),
     (
         "dates do not fit",

@@ -18,8 +18,8 @@ def membership_findings(observed: Observations) -> Iterator[Finding]:
             "group",
             "this device is in no group",
             why="peers only link with members of their own group",
-            next_step="make one with p2ptrain group create NAME, or join one with an invite: "
-            "p2ptrain join --group NAME --invite FILE",
+            next_step="make one with p2ptrain group create NAME, or join one with a member's code: "
+            "p2ptrain join --group NAME --code CODE",
         )
         return
     if ours.revoked_because is not None:

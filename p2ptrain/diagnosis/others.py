@@ -231,5 +231,5 @@ def _group(observed: Observations) -> str:
 def _one_group(observed: Observations) -> str:
     return (
         f"bring both into one group: p2ptrain group invite {_group(observed)} on a member, "
-        "then p2ptrain join --invite on the other device"
+        "then p2ptrain join --group NAME --code CODE on the other device"
     )
