@@ -23,6 +23,7 @@ import trio
 
 from p2ptrain.agreement.machine import Agreement
 from p2ptrain.agreement.messages import Accept, Decided, Propose, Refuse, Withdraw
+from p2ptrain.agreement.run_messages import RUN_MESSAGES
 from p2ptrain.energy.meter import MeterIdentity
 from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.engine.onnxruntime_engine import open_engine
@@ -93,7 +94,8 @@ class Member:
     senders: list[DeviceId] = field(default_factory=list)
     """Of each received message."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    alive: bool = True
+    lives: bool = True
+    leaves: bool = False
 
     def __post_init__(self) -> None:
         self.blobs = BlobExchange(send=self.send, send_bulk=self._send_bulk)
@@ -104,7 +106,7 @@ class Member:
         self.runs = RunService(
             Services(
                 device=self.device,
-                directory=self.group,
+                directory=self,
                 outlet=self,
                 blobs=self.blobs,
                 runs_path=self.runs_path,
@@ -114,6 +116,7 @@ class Member:
                 host=self.name,
                 cores=2,
                 threads_max=self.threads_max,
+                drop_link=lambda peer, error: self.group.break_link(self.device, peer),
                 say_activity=self.activities.append,
             ),
             proposals=Ballots(lambda: self.agreement),
@@ -136,6 +139,20 @@ class Member:
                 task_status.started()
                 async for sender, message in self._inbox:
                     await self._dispatch(sender, message)
+
+    # Directory.
+
+    def alive(self) -> tuple[MemberRecord, ...]:
+        return self.group.alive()
+
+    def name_of(self, device: DeviceId) -> str:
+        return self.group.name_of(device)
+
+    def linked(self) -> tuple[DeviceId, ...]:
+        return self.group.linked(self.device)
+
+    def leaving(self) -> tuple[DeviceId, ...]:
+        return tuple(m.device for m in self.group.members.values() if m.leaves)
 
     def record(self) -> MemberRecord:
         base = make_record(self.device)
@@ -187,6 +204,8 @@ class Member:
         self.group.changed.notify()
         if isinstance(message, AGREEMENT):
             await self.agreement.deliver(sender, message)
+        elif isinstance(message, RUN_MESSAGES):
+            await self.runs.receive_agreement(sender, message)
         else:
             self.runs.receive(sender, message)
 
@@ -236,10 +255,16 @@ class MemoryGroup:
     # Directory.
 
     def alive(self) -> tuple[MemberRecord, ...]:
-        return tuple(member.record() for member in self.members.values() if member.alive)
+        return tuple(member.record() for member in self.members.values() if member.lives)
 
     def name_of(self, device: DeviceId) -> str:
         return self.members[device].name
+
+    def linked(self, device: DeviceId) -> tuple[DeviceId, ...]:
+        return tuple(
+            other for other in sorted(self.members)
+            if other != device and frozenset((device, other)) not in self.broken
+        )  # fmt: skip
 
     # Links.
 
@@ -278,14 +303,20 @@ class MemoryGroup:
             scope.cancel()
         for one, other in ((here, there), (there, here)):
             member = self.members[one]
-            if member.alive:
+            if member.lives:
                 member.runs.peer_down(other, "its link broke")
                 member.agreement.call(Agreement.member_down, other, member.agreement.now())
         self.changed.notify()
 
+    def heal_link(self, here: DeviceId, there: DeviceId) -> None:
+        """Both sides see each other again."""
+        self.broken.discard(frozenset((here, there)))
+        for one, other in ((here, there), (there, here)):
+            self.members[one].runs.peer_up(other)
+
     def kill(self, member: Member) -> None:
         """As kill -9 does: its tasks are gone, and everybody's link with it."""
-        member.alive = False
+        member.lives = False
         member.scope.cancel()
         for other in self.members:
             if other != member.device:

@@ -42,6 +42,10 @@ class View:
     """By member, which journal of it has a vote: a device that lost its disk begins another, and
     must not vote where it may have voted. 0: not known, no vote. Empty: this view begins a
     lineage, and whoever accepted it has one. Filled by `RunMachine`."""
+    first_step: int = 0
+    """Where the lineage began: 0, or the step of the checkpoint that it resumed."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints at the home peer; 0: after the last step only."""
 
     def __post_init__(self) -> None:
         problem = _problem(self)

@@ -16,6 +16,7 @@ from p2ptrain.errors import ConfigError, NotFound
 if TYPE_CHECKING:
     from p2ptrain.net.enrol import Enrolled
     from p2ptrain.runtime.config import PeerConfig
+    from p2ptrain.runtime.peer import Peer
     from p2ptrain.store.groups import Group
     from p2ptrain.store.home import Home
 
@@ -81,8 +82,7 @@ async def _join(
     group = await _member(home, group_name, code, invite, options)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_leave_on_signal, signals, nursery.cancel_scope)
-            await _serve(home, group, options)
+            await _serve(home, group, options, signals, nursery)
             nursery.cancel_scope.cancel()
 
 
@@ -179,7 +179,13 @@ def _read_invite_file(path: Path) -> bytes:
         ) from error
 
 
-async def _serve(home: Home, group: Group, options: dict[str, Any]) -> None:  # Any: click's values
+async def _serve(
+    home: Home,
+    group: Group,
+    options: dict[str, Any],  # Any: click's values
+    signals: Any,  # Any: trio is not imported
+    nursery: Any,  # Any: the same
+) -> None:
     import p2ptrain
 
     async with p2ptrain.open_peer(
@@ -188,6 +194,7 @@ async def _serve(home: Home, group: Group, options: dict[str, Any]) -> None:  # 
         status = peer.status()
         say(f"{status.name} joined {status.group_name}, listening at {status.address}")
         say(f"discovery: {status.discovery}")
+        nursery.start_soon(_leave_on_signal, signals, nursery, peer)
         await peer.serve()
 
 
@@ -204,7 +211,23 @@ def _config(make: type[PeerConfig], options: dict[str, Any]) -> PeerConfig:  # A
     )
 
 
-async def _leave_on_signal(signals: Any, scope: Any) -> None:  # Any: trio is not imported
+async def _leave_on_signal(signals: Any, nursery: Any, peer: Peer) -> None:
+    """The first signal leaves gracefully, the second at once."""  # Any: trio is not imported
+    leaving = False
     async for number in signals:
-        say(f"leaving after {signal.Signals(number).name}; other peers go on")
-        scope.cancel()
+        name = signal.Signals(number).name
+        if leaving:
+            say(f"left at once after a second {name}")
+            nursery.cancel_scope.cancel()
+            return
+        leaving = True
+        if peer.status().run is not None:
+            say(f"handing over after {name}; once more leaves at once")
+        nursery.start_soon(_leave, peer)
+
+
+async def _leave(peer: Peer) -> None:
+    problem = await peer.leave()
+    if problem is not None:
+        say(f"left without handing over: {problem}")
+    say("left; the other peers go on")

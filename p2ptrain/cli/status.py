@@ -21,12 +21,20 @@ def status(group_name: str, as_json: bool) -> None:
         print_json(answer)
         return
     from p2ptrain.cli.display import print_report
-    from p2ptrain.cli.tables import plan_lines, plan_table, status_lines, status_table
+    from p2ptrain.cli.tables import (
+        plan_lines,
+        plan_table,
+        run_lines,
+        status_lines,
+        status_table,
+    )
     from p2ptrain.runtime.reports import PeerStatus
     from p2ptrain.wire.codec import from_plain
 
     report = from_plain(PeerStatus, answer)
     print_report(status_table(report), *status_lines(report))
+    if report.run_status is not None:
+        print_report(*run_lines(report.run_status))
     if report.plan is not None:
         print_report(plan_table(report.plan), *plan_lines(report.plan))
 

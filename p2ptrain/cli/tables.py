@@ -14,6 +14,7 @@ from p2ptrain.runtime.reports import (
     PeerEnergy,
     PeerStatus,
     PlanReport,
+    RunStatusReport,
     StageReport,
     StepReport,
     TrainResult,
@@ -104,6 +105,24 @@ def _result_rows(result: TrainResult) -> Iterable[tuple[str, str]]:
         yield "energy per sample", format_joules(result.energy.joules_per_sample)
     if result.model_path is not None:
         yield "model", result.model_path
+
+
+def run_lines(run: RunStatusReport) -> list[str]:
+    """Where a run stands: view, members, last commit, replicas, logs, and why anything waits."""
+    lineage = f", lineage {run.lineage}" if run.lineage else ""
+    lines = [f"run {short(run.run)}, view {run.view}{lineage}: step {run.step} of {run.steps}"]
+    lines += [f"  {member}" for member in run.members]
+    lines.append(f"  {run.safety}")
+    replica = "none yet" if run.replica_step is None else f"step {run.replica_step}"
+    logs = f"{format_bytes(run.log_bytes)} of {format_bytes(run.log_bytes_max)}"
+    lines.append(
+        f"  whole replica set: {replica}, one every {run.replica_every} steps; "
+        f"logs here: {run.log_steps} steps, {logs}; "
+        f"replicas kept here: {format_bytes(run.replica_bytes)}"
+    )
+    if run.waits_for is not None:
+        lines.append(f"  {run.waits_for}")
+    return lines
 
 
 def energy_table(report: EnergyReport) -> Table:

@@ -99,6 +99,19 @@ _RATE = click.FloatRange(min=0.0)
 @click.option(
     "--checkpoint-every", type=_COUNT, default=100, show_default=True, help="Steps between saves."
 )
+@click.option(
+    "--replicate-every", type=_COUNT, help="Steps between replica sets. [default: planned]"
+)
+@click.option(
+    "--keep-data-here",
+    is_flag=True,
+    help="Make no second copy of the data; the run pauses while this device is away.",
+)
+@click.option(
+    "--force-view",
+    is_flag=True,
+    help="With --resume: go on although others may do so too, as a lineage of its own.",
+)
 @click.option("--resume", metavar="RUN", help="Go on with a run of this device, by its id.")
 @click.option("--out", metavar="FILE", help="Where to write the trained model as one ONNX file.")
 @click.option(

@@ -26,9 +26,12 @@ from p2ptrain.planner.input import (
 from p2ptrain.planner.keepers import data_holders, replica_keepers
 from p2ptrain.planner.plan import Plan, StagePlan
 from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.planner.replica_interval import StageCosts, replica_interval
 from p2ptrain.planner.search import Candidate, Search, SearchResult
 from p2ptrain.schedule.simulator import ceiling
 from p2ptrain.units import NS_PER_S, format_bytes, format_seconds
+
+FLOAT32_BYTES = 4
 
 
 def choose_plan(planning: PlanningInput) -> PlanChoice:
@@ -63,6 +66,9 @@ class _Chosen:
         self._model = model
         self._found = found
         self._best = best
+        self._interval = replica_interval(
+            [self._stage_costs(index) for index in range(len(best.cuts))], step_ns=best.step_ns
+        )
 
     def choice(self) -> PlanChoice:
         timeline = self._model.play(self._best.costs, self._best.cuts)
@@ -73,6 +79,8 @@ class _Chosen:
         left_out = self._left_out()
         reasons = [self._headline(), *stage_reasons]
         reasons += [f"{short(one.device)} left out: {one.reason}" for one in left_out]
+        if len(bare.members) > 1 and self._planning.replica_every is None:
+            reasons.append(self._replica_reason())
         reasons += self._assumptions()
         return PlanChoice(
             plan=self._plan(reasons=tuple(reasons)),
@@ -87,7 +95,7 @@ class _Chosen:
     def _plan(self, *, reasons: tuple[str, ...]) -> Plan:
         planning = self._planning
         stages = tuple(self._stage(index) for index in range(len(self._best.cuts)))
-        members = tuple(sorted({*self._best.devices, planning.home}))
+        members = tuple(sorted({*(p.device for p in planning.profiles), planning.home}))
         return Plan(
             run=planning.run,
             lineage=planning.lineage,
@@ -102,7 +110,7 @@ class _Chosen:
                 holding=planning.holding,
             ),
             keep_data_here=planning.keep_data_here,
-            replica_every=planning.replica_every,
+            replica_every=planning.replica_every or self._interval.steps,
             contract=planning.contract.digest,
             schedule=planning.schedule,
             stages=stages,
@@ -114,6 +122,34 @@ class _Chosen:
     def _stage(self, index: int) -> StagePlan:
         first, end = self._bounds(index)
         return self._model.stage_plan(self._best.costs, index, first, end)
+
+    def _stage_costs(self, index: int) -> StageCosts:
+        """What replicating and recovering one stage costs."""
+        planning, costs = self._planning, self._best.costs
+        manifest, contract = planning.manifest, planning.contract
+        first, end = self._bounds(index)
+        tensors = [t for i in range(first, end) for t in manifest.segment_tensors(i)]
+        trained = sum(t.elements for t in tensors if t.binding == "trainable")
+        rule = manifest.updates.get(contract.optimizer.name)
+        vectors = 1 + (0 if rule is None else len(rule.state))
+        inner = [b for b in (first, end) if 0 < b < len(manifest.segments)]
+        crossing = [manifest.boundary_bytes(b - 1, batch=contract.microbatch_size) for b in inner]
+        others = [p for p in planning.profiles if p.device != costs.peers[index].device]
+        links = [self._model.link(costs.peers[index], other) for other in others]
+        return StageCosts(
+            state_bytes=vectors * FLOAT32_BYTES * trained,
+            log_bytes=sum(crossing) * contract.microbatches,
+            compute_ns=costs.compute_ns(index, first, end) * contract.microbatches,
+            bytes_per_s=min((link.bytes_per_s for link in links), default=SAME_HOST_BYTES_PER_S),
+        )
+
+    def _replica_reason(self) -> str:
+        interval = self._interval
+        recovery = format_seconds(interval.replay_ns / NS_PER_S)
+        return (
+            f"replica sets every {interval.steps} steps, {interval.reason}: "
+            f"a lost stage is predicted to be back within {recovery}"
+        )
 
     def _bounds(self, index: int) -> tuple[int, int]:
         cuts = self._best.cuts

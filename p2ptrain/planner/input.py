@@ -65,8 +65,8 @@ class PlanningInput:
     """The home peer's data has no second copy."""
     holding: tuple[DeviceId, ...] = ()
     """Devices that have the run's data already."""
-    replica_every: int = 10
-    """Steps between replica sets."""
+    replica_every: int | None = None
+    """Steps between replica sets; None: the planner chooses."""
     links: tuple[LinkEstimate, ...] = ()
     """Measured links; the others are assumed."""
 

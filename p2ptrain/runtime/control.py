@@ -94,6 +94,10 @@ async def _stop(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
     return {}
 
 
+async def _leave(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
+    return {"not_handed_over": await peer.leave()}
+
+
 def plain(report: object) -> Fields:
     """A report as JSON values."""
     fields: Fields = to_plain(report)
@@ -109,4 +113,5 @@ _HANDLERS: dict[str, Callable[[Peer, Fields, Emit], Awaitable[Fields]]] = {
     "revoke": _revoke,
     "train": _train,
     "stop": _stop,
+    "leave": _leave,
 }

@@ -19,6 +19,7 @@ from p2ptrain.wire.frames import TensorHeader
 
 ITEMS_AHEAD_MAX = 2
 """Items fed but not yet complete; the receivers hold no more (runtime.inbox)."""
+FED_ITEMS = ("train", "evaluate")
 
 
 class Feeder:
@@ -63,10 +64,10 @@ class Feeder:
                 continue  # stopped while we waited
             if item.kind == "train":
                 self._last_step_begun = item.step
-            if item.kind != "checkpoint":
+            if item.kind in FED_ITEMS:
                 await self._feed(item)
+                self._fed += 1
             self._program.complete(item)
-            self._fed += item.kind != "checkpoint"
 
     def _may_feed(self) -> bool:
         return self._fed - self._completed() < ITEMS_AHEAD_MAX

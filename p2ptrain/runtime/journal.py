@@ -1,19 +1,25 @@
-"""The agreement journal on disk: what this peer accepted, fsynced before it says so."""
+"""Journals on disk: what this peer accepted or recorded, fsynced before it says so."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
 import trio
 
+from p2ptrain import limits
 from p2ptrain.agreement.journal import (
     AcceptedRecord,
     JournalRecord,
     decode_record,
     encode_record,
+)
+from p2ptrain.agreement.run_journal import (
+    RunJournalRecord,
+    decode_run_record,
+    encode_run_record,
 )
 from p2ptrain.errors import CheckpointError
 from p2ptrain.store.atomic import write_atomic
@@ -36,31 +42,86 @@ class Journal:
         Raises:
             CheckpointError: a whole line is damaged, or the file cannot be read.
         """
-        try:
-            content = self._path.read_bytes() if self._path.exists() else b""
-        except OSError as error:
-            raise CheckpointError(f"{self._path.name} cannot be read: {error.strerror}") from error
-        whole, _, cut = content.rpartition(b"\n")
-        records = [decode_record(line) for line in whole.split(b"\n") if line]
+        lines, was_cut = _whole_lines(self._path)
+        records = [decode_record(line) for line in lines]
         kept = _newest(records)
-        if cut or len(kept) < len(records):
+        if was_cut or len(kept) < len(records):
             write_atomic(self._path, [encode_record(record) for record in kept], 0o600)
         return kept
 
     async def append(self, records: Sequence[object]) -> None:
         """Make records durable; a cancellation leaves them written or not, never half read."""
         content = b"".join(encode_record(cast(JournalRecord, record)) for record in records)
-        await trio.to_thread.run_sync(self._append, content)
+        await trio.to_thread.run_sync(_append_durably, self._path, content)
 
-    def _append(self, content: bytes) -> None:
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+class RunJournal:
+    """The journal of one run's machine; replaced by what the machine remembers when it is long."""
+
+    def __init__(self, path: Path, snapshot: Callable[[], Sequence[RunJournalRecord]]) -> None:
+        self._path, self._snapshot = path, snapshot
+        self._bytes = 0
+
+    def read(self) -> list[RunJournalRecord]:
+        """All records, oldest first; a last line that a crash cut short is dropped.
+
+        Raises:
+            CheckpointError: a whole line is damaged, or the file cannot be read.
+        """
+        lines, was_cut = _whole_lines(self._path)
+        records = [decode_run_record(line) for line in lines]
+        if was_cut:
+            write_atomic(self._path, [encode_run_record(record) for record in records], 0o600)
+        self._bytes = sum(map(len, lines))
+        return records
+
+    async def append(self, records: Sequence[object]) -> None:
+        """Make records durable; a cancellation leaves them written or not, never half read.
+
+        Raises:
+            CheckpointError: the disk refuses; this peer must not answer for what it cannot keep.
+        """
+        content = [encode_run_record(cast(RunJournalRecord, record)) for record in records]
+        self._bytes += sum(map(len, content))
+        is_long = self._bytes > limits.RUN_JOURNAL_BYTES_MAX
+        if is_long:
+            content = [encode_run_record(record) for record in self._snapshot()]
+            self._bytes = sum(map(len, content))
         try:
-            left = memoryview(content)
-            while left:
-                left = left[os.write(descriptor, left) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            await trio.to_thread.run_sync(self._write, content, is_long)
+        except OSError as error:
+            raise CheckpointError(
+                f"the run's journal cannot be written: {error.strerror or error}",
+                hint="make room on the disk, then join the run again",
+            ) from error
+
+    def _write(self, content: list[bytes], replace: bool) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if replace:
+            write_atomic(self._path, content, 0o600)
+        else:
+            _append_durably(self._path, b"".join(content))
+
+
+def _whole_lines(path: Path) -> tuple[list[bytes], bool]:
+    """A journal's lines, and whether a crash had cut the last one short."""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
+    whole, _, cut = content.rpartition(b"\n")
+    return [line for line in whole.split(b"\n") if line], bool(cut)
+
+
+def _append_durably(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _newest(records: Sequence[JournalRecord]) -> list[JournalRecord]:

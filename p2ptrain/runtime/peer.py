@@ -14,10 +14,12 @@ import trio
 from p2ptrain import limits
 from p2ptrain.agreement.machine import Agreement
 from p2ptrain.agreement.messages import Accept, Decided, Propose, Refuse, Withdraw
+from p2ptrain.agreement.run_messages import RUN_MESSAGES
 from p2ptrain.engine.contract import Array
 from p2ptrain.engine.onnxruntime_engine import open_engine, runtime_build
 from p2ptrain.errors import ConfigError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, short
+from p2ptrain.membership.accusation import LEFT, REFUSED, RESTARTED
 from p2ptrain.membership.events import AddressLearned, MemberDown, MemberUp
 from p2ptrain.membership.machine import Membership
 from p2ptrain.membership.messages import MembershipMessage
@@ -54,6 +56,8 @@ SWITCH_INTERVAL_S = 0.0005
 """Short, so that a thread that holds Python does not hold up the links."""
 MEMORY_UNKNOWN_BYTES = 1024**3
 """What a run may use where the platform does not say what is free."""
+SURE_ENDS = (LEFT, REFUSED, RESTARTED)
+"""Of `MemberDown.kind`: no silence that might still end."""
 SELF_QUEUE_MAX = 4 * limits.CONTROL_QUEUE_MAX
 
 
@@ -76,6 +80,7 @@ class Peer:
         self._addresses = load_addresses(group)
         self.inviting = Inviting(lambda: code_ends_s(group))
         self.trust = TrustService(group, self._trust_hooks(), rng=self._rng)
+        self._left = trio.Event()
         self.links = Links(
             credentials=group.credentials,
             build=self._build,
@@ -108,6 +113,7 @@ class Peer:
                 host=self._host,
                 cores=self._cores,
                 threads_max=self._threads_max,
+                drop_link=self._violation,
                 say_activity=self._say_activity,
             ),
             proposals=Ballots(lambda: self.agreement),
@@ -144,8 +150,31 @@ class Peer:
     # The public API (through open_peer).
 
     async def serve(self) -> None:
-        """Take part in the group until cancelled."""
-        await trio.sleep_forever()
+        """Take part in the group until cancelled, or until this peer has left by `leave`."""
+        await self._left.wait()
+
+    async def leave(self) -> str | None:
+        """Go without costing anybody a step: hand over this peer's part of a run, then end `serve`.
+
+        Returns:
+            Why nothing could be handed over, in words; None when nothing was lost. Cancelled: the
+            peer stays, and the others take it back.
+        """
+        self._say_leaving(True)
+        try:
+            with trio.move_on_after(limits.LEAVE_TIMEOUT_S) as scope:
+                problem = await self.runs.leave()
+        except trio.Cancelled:
+            self._say_leaving(False)
+            raise
+        self._left.set()
+        if scope.cancelled_caught:
+            return f"the others did not take over within {limits.LEAVE_TIMEOUT_S:.0f} s"
+        return problem
+
+    def _say_leaving(self, leaving: bool) -> None:
+        self.membership.machine.update_own(leaving=leaving)
+        self.membership.poke()
 
     async def train(
         self, request: TrainRequest, on_event: Emit = lambda name, report: None
@@ -192,6 +221,15 @@ class Peer:
         records = (machine.record_of(device) for device in machine.alive())
         return (machine.own, *(record for record in records if record is not None))
 
+    def linked(self) -> tuple[DeviceId, ...]:
+        """Other devices that answer and to which there is a whole link now, sorted."""
+        there = set(self.membership.machine.alive())
+        return tuple(sorted(there.intersection(self.links.devices())))
+
+    def leaving(self) -> tuple[DeviceId, ...]:
+        """Devices that have said that they are about to go."""
+        return tuple(record.device for record in self.alive() if record.leaving)
+
     def name_of(self, device: DeviceId) -> str:
         """What people call a device; its short id when unknown."""
         record = self.membership.machine.record_of(device)
@@ -236,10 +274,11 @@ class Peer:
                     self.trust.link_up(device, now)
                     self.membership.call(Membership.link_up, device, now)
                     self._remember(device, address)
+                    self.runs.peer_up(device)
                 case LinkDown(device=device, reason=reason, refused=refused):
                     self.trust.link_down(device)
                     self.membership.call(Membership.link_down, device, refused, now)
-                    self.runs.peer_down(device, reason)
+                    self.runs.peer_down(device, reason, sure=refused)
                     self.agreement.call(Agreement.member_down, device, now)
 
     async def _follow_inbox(self) -> None:
@@ -258,6 +297,8 @@ class Peer:
                 await self.agreement.deliver(device, message)
             case _ if isinstance(message, TRUST_MESSAGES):
                 await self.trust.deliver(device, message)
+            case _ if isinstance(message, RUN_MESSAGES):
+                await self.runs.receive_agreement(device, message)
             case _:
                 self.runs.receive(device, message)
 
@@ -294,14 +335,14 @@ class Peer:
 
     def _membership_event(self, event: object) -> None:
         match event:
-            case MemberDown(device=device, reason=reason):
-                self.runs.peer_down(device, reason)
+            case MemberDown(device=device, reason=reason, kind=kind):
+                self.runs.peer_down(device, reason, sure=kind in SURE_ENDS)
                 self.agreement.call(Agreement.member_down, device, trio.current_time())
             case AddressLearned(device=device, addresses=addresses):
                 for address in addresses:
                     self._dial_hint(address, device)
-            case MemberUp():
-                pass
+            case MemberUp(record=record):
+                self.runs.peer_up(record.device)
 
     def _agreement_event(self, event: object) -> None:
         follow_ballot(event, runs=self.runs, agreement=self.agreement)

@@ -51,7 +51,7 @@ def place(
         PlanningInput(
             manifest=manifest,
             contract=contract,
-            profiles=tuple(_with_contract(profile, contract) for profile in able),
+            profiles=tuple(planning_profile(profile, contract) for profile in able),
             home=home,
             stage_memory=lambda segments, in_flight: (
                 stage_memory(manifest, segments, contract, in_flight).total
@@ -61,6 +61,8 @@ def place(
             view=job.view,
             schedule=request.schedule,
             stages=request.stages,
+            keep_data_here=request.keep_data_here,
+            replica_every=request.replicate_every,
         )
     )
     if not job.resumed:
@@ -75,7 +77,7 @@ def with_builds(contract: Contract, builds: Iterable[RuntimeBuild]) -> Contract:
     return dataclasses.replace(contract, builds=tuple(sorted(set(builds), key=repr)))
 
 
-def _with_contract(profile: PeerProfile, contract: Contract) -> PeerProfile:
+def planning_profile(profile: PeerProfile, contract: Contract) -> PeerProfile:
     """The profile with the forward counted into each backward, where that runs it again."""
     if not contract.rematerialise:
         return profile

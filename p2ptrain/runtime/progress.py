@@ -18,55 +18,40 @@ from p2ptrain.runtime.reports import (
     TrainResult,
 )
 from p2ptrain.runtime.services import Emit, Services
-from p2ptrain.runtime.signal import Signal
-from p2ptrain.training.barrier import StepBarrier
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
-from p2ptrain.training.messages import Done, Evaluated, Usage
+from p2ptrain.training.messages import Evaluated, Usage
+from p2ptrain.training.step_record import StepRecord
 
 
 class ProgressTracker:
     """Follows one session; counts complete items so that the feeder knows how far to go."""
 
     def __init__(
-        self,
-        *,
-        job: Job,
-        plan: Plan,
-        contract: Contract,
-        services: Services,
-        signal: Signal,
-        emit: Emit,
+        self, *, job: Job, plan: Plan, contract: Contract, services: Services, emit: Emit
     ) -> None:
         self._job, self._plan, self._contract = job, plan, contract
-        self._services, self._signal, self._emit = services, signal, emit
-        manifest = job.bundle.manifest
-        self._barrier = StepBarrier(
-            plan=plan,
-            manifest=manifest,
-            clip_norm=contract.optimizer.clip_norm,
-            first_step=job.first_step,
-        )
-        self._next_step = job.first_step + 1
+        self._services, self._emit = services, emit
         self._usage: dict[DeviceId, Usage] = {}
         self._losses: list[float] = []
-        self._heldout: list[float] = []
+        self._heldout: dict[int, float] = {}
         self._step_began_s: float | None = None
         self._training_s = 0.0
         self.completed_items = 0
         self.evaluated_at: int | None = None
 
-    def receive(self, device: DeviceId, message: Done | Evaluated | Usage) -> None:
+    def begin_view(self, plan: Plan) -> None:
+        """Another view begins: nothing of it is complete yet."""
+        self._plan = plan
+        self.completed_items, self.evaluated_at = 0, None
+
+    def receive(self, device: DeviceId, message: Evaluated | Usage) -> None:
         """Take one report of a stage peer.
 
         Raises:
-            NumericsError: the step's loss or a gradient is not finite; the session ends.
+            NumericsError: the held-out loss is not finite; the session ends.
         """
         match message:
-            case Done():
-                self._barrier.add(device, message)
-                while not self._barrier.missing(self._next_step):
-                    self._step_complete(self._next_step)
             case Evaluated() if device == self._plan.stages[-1].device:
                 self._evaluation_complete(message)
             case Usage() if device == message.booking.device:
@@ -75,28 +60,32 @@ class ProgressTracker:
     def _evaluation_complete(self, message: Evaluated) -> None:
         if not math.isfinite(message.loss):
             raise NumericsError(f"the held-out loss after step {message.step} is not finite")
+        again = message.step in self._heldout
         self.evaluated_at = message.step
-        self._heldout.append(message.loss)
+        self._heldout[message.step] = message.loss
         self.completed_items += 1
         self._step_began_s = time.monotonic()
-        self._emit("evaluation", EvaluationReport(step=message.step, heldout_loss=message.loss))
+        if not again:
+            report = EvaluationReport(step=message.step, heldout_loss=message.loss)
+            self._emit("evaluation", report)
 
-    def _step_complete(self, step: int) -> None:
-        totals = self._barrier.take(step)
+    def step_committed(self, record: StepRecord, *, live: bool = True) -> None:
+        """A step can no longer be lost. `live`: it was made under this peer's eyes just now."""
+        step = record.step
         now = time.monotonic()
         seconds = now - self._step_began_s if self._step_began_s is not None else 0.0
         self._step_began_s = now
         self._training_s += seconds
-        self._next_step, self.completed_items = step + 1, self.completed_items + 1
-        self._losses.append(totals.loss)
+        self.completed_items += live
+        self._losses.append(record.loss)
         report = StepReport(
             step=step,
             steps=self._contract.steps,
-            loss=totals.loss,
+            loss=record.loss,
             learning_rate=learning_rate(
                 self._contract.optimizer, step=step, steps=self._contract.steps
             ),
-            gradient_norm=totals.gradient_norm,
+            gradient_norm=record.gradient_norm,
             seconds=seconds,
             samples_per_s=self._contract.minibatch_size / seconds if seconds > 0 else 0.0,
             joules_per_sample=self._joules_per_sample(),
@@ -106,7 +95,7 @@ class ProgressTracker:
             },
         )
         self._job.directory.append_progress(
-            {"step": step, "loss": totals.loss, "gradient_norm": totals.gradient_norm}
+            {"step": step, "loss": record.loss, "gradient_norm": record.gradient_norm}
         )
         self._emit("step", report)
 
@@ -138,8 +127,8 @@ class ProgressTracker:
             first_step=self._job.first_step,
             steps=self._job.first_step + len(self._losses),
             losses=tuple(self._losses),
-            heldout_first=self._heldout[0],
-            heldout_last=self._heldout[-1],
+            heldout_first=self._heldout[min(self._heldout)],
+            heldout_last=self._heldout[max(self._heldout)],
             seconds=seconds,
             samples_per_s=rate,
             tokens_per_s=rate * self._job.bundle.manifest.data.context,

@@ -45,10 +45,13 @@ class _Snapshot:
     stamp: Stamp
     step: int
     images: dict[int, SegmentImage]
+    collector: DeviceId | None = None
+    """Who collects it as part of a checkpoint; it stays until that is stored."""
     blobs: dict[int, Digest] = field(default_factory=dict)
     states: dict[int, Digest] = field(default_factory=dict)
     stored: set[tuple[DeviceId, int]] = field(default_factory=set)
     """Keepers, and the segments that they have."""
+    collected: bool = False
 
 
 class SnapshotOwner:
@@ -74,7 +77,7 @@ class SnapshotOwner:
             worker: Of the stage.
             manifest: Of the model.
             state_names: The optimizer's state vectors.
-            keepers: Who stores the stage's replicas; none: snapshots are not worth taking.
+            keepers: Who stores the stage's replicas.
             blobs: Where they are offered.
             announce: Sends a message to a keeper; PeerLost when there is no link.
         """
@@ -88,16 +91,28 @@ class SnapshotOwner:
         self._stored_step: int | None = None
 
     async def snapshot(
-        self, stamp: Stamp, step: int, *, limiter: trio.CapacityLimiter | None = None
+        self,
+        stamp: Stamp,
+        step: int,
+        *,
+        collector: DeviceId | None = None,
+        limiter: trio.CapacityLimiter | None = None,
     ) -> None:
         """Copy the stage's memory as it is after `step`: all that training waits for.
 
         Between two steps, while `run` runs. Waits for the hashes of the snapshot before, so that
-        memory holds two at most. A cancellation leaves the stage as it is, without a snapshot.
+        memory holds two at most, and for its collector. A cancellation leaves the stage as it is,
+        without a snapshot.
+
+        Args:
+            stamp: Of the view.
+            step: Updates applied.
+            collector: The home peer, where this is part of a checkpoint.
+            limiter: Of the stage's compute thread.
         """
-        await self._signal.wait_until(lambda: self._fresh is None)
+        await self._signal.wait_until(lambda: self._fresh is None and not self._is_awaited())
         images = await trio.to_thread.run_sync(self._copy, stamp, step, limiter=limiter)
-        self._fresh = _Snapshot(stamp=stamp, step=step, images=images)
+        self._fresh = _Snapshot(stamp=stamp, step=step, images=images, collector=collector)
         self._taken_count += 1
         self._signal.notify()
 
@@ -122,11 +137,21 @@ class SnapshotOwner:
             return False
         if snapshot.states.get(segment) == state:
             snapshot.stored.add((device, segment))
-        if len(snapshot.stored) < len(self._keepers) * len(self._worker.segments):
+        if not self._is_stored(snapshot):
             return False
         self._stored_step = step
-        self._withdraw()
+        if not self._is_awaited():
+            self._withdraw()
         return True
+
+    def collected(self, step: int) -> None:
+        """The home peer has stored the checkpoint of a step."""
+        snapshot = self._offered
+        if snapshot is not None and snapshot.step == step:
+            snapshot.collected = True
+            if self._is_stored(snapshot):
+                self._withdraw()
+            self._signal.notify()
 
     def peer_up(self, device: DeviceId) -> None:
         """There is a link with a keeper (again): tell it what it has not stored."""
@@ -149,6 +174,15 @@ class SnapshotOwner:
             replaced_count=self._replaced_count,
             stored_step=self._stored_step,
         )
+
+    def _is_stored(self, snapshot: _Snapshot) -> bool:
+        """Whether every keeper has every segment."""
+        return len(snapshot.stored) == len(self._keepers) * len(self._worker.segments)
+
+    def _is_awaited(self) -> bool:
+        """Whether a checkpoint's collector may still fetch what is offered."""
+        offered = self._offered
+        return offered is not None and offered.collector is not None and not offered.collected
 
     def _copy(self, stamp: Stamp, step: int) -> dict[int, SegmentImage]:
         return {segment: self._image(stamp, step, segment) for segment in self._worker.segments}
@@ -179,8 +213,9 @@ class SnapshotOwner:
         for segment, image in snapshot.images.items():
             self._blobs.publish(image.content, digest=snapshot.blobs[segment])
         self._signal.notify()
-        for keeper in sorted(self._keepers):
-            self._announce_to(keeper, snapshot)
+        collector = set() if snapshot.collector is None else {snapshot.collector}
+        for device in sorted(self._keepers | collector):
+            self._announce_to(device, snapshot)
 
     def _announce_to(self, keeper: DeviceId, snapshot: _Snapshot) -> None:
         with contextlib.suppress(PeerLost):  # `peer_up` tells it later, or a view without it
@@ -205,6 +240,7 @@ def _saved(snapshot: _Snapshot, segment: int) -> SegmentSaved:
         blob=snapshot.blobs[segment],
         blob_bytes=len(snapshot.images[segment].content),
         state=snapshot.states[segment],
+        checkpoint=snapshot.collector is not None,
     )
 
 

@@ -50,6 +50,12 @@ class TrainRequest:
     evaluate_every: int = 0
     heldout_microbatches: int = 8
     checkpoint_every: int = 100
+    replicate_every: int | None = None
+    """Steps between replica sets; None: the planner chooses."""
+    keep_data_here: bool = False
+    """The data gets no second copy: while this peer is away the run pauses."""
+    force_view: bool = False
+    """Resume although the run may be going on elsewhere: begins a new lineage."""
     resume: str | None = None
     """A run id (or its unambiguous beginning) of this device."""
     out: str | None = None
@@ -216,6 +222,35 @@ class MemberReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatusReport:
+    """Where the run of this peer stands, as this peer sees it."""
+
+    run: RunId
+    lineage: int
+    view: int
+    """0: the first plan is being agreed or begun."""
+    members: tuple[str, ...]
+    """Names, with what each does in this view."""
+    step: int
+    """The newest committed step; nothing can undo it while one device at most is lost."""
+    steps: int
+    safety: str
+    """`protected`, or `provisional` and why: a further loss may cost the newest steps."""
+    waits_for: str | None
+    """Why nothing moves right now, and what to do; None while it does."""
+    replica_step: int | None
+    """The newest step of which every stage has a whole replica elsewhere."""
+    replica_every: int
+    log_steps: int
+    log_bytes: int
+    log_bytes_max: int
+    replica_bytes: int
+    """Replicas that this device keeps for others."""
+    data_holders: tuple[str, ...]
+    """Names of the members that have the run's data."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerStatus:
     """What `p2ptrain status` shows."""
 
@@ -233,6 +268,7 @@ class PeerStatus:
     plan: PlanReport | None
     runs: tuple[str, ...]
     """Runs whose checkpoints this device holds, newest first, with their last step."""
+    run_status: RunStatusReport | None = None
     version: int = REPORT_VERSION
 
 

@@ -1,10 +1,11 @@
-"""Runs on this peer: answer offers, take part in what was decided, conduct our own."""
+"""Runs on this peer: answer offers, take part in what was decided, found our own."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import dataclasses
+import random
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 import trio
 
 from p2ptrain import limits
+from p2ptrain.agreement.run_machine import RunMachine
+from p2ptrain.agreement.run_messages import DecidedView, RunMessage, run_of
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import (
     ConfigError,
@@ -24,16 +27,19 @@ from p2ptrain.errors import (
 )
 from p2ptrain.ids import DeviceId, RunId, short
 from p2ptrain.planner.plan import Plan
-from p2ptrain.runtime.coordinator import Coordinator
+from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.expected import ExpectedPlan
 from p2ptrain.runtime.foreign import SURVIVABLE, as_ours
+from p2ptrain.runtime.founding import Founding
 from p2ptrain.runtime.inbox import BodyReader, discard
 from p2ptrain.runtime.job import Job, open_job
-from p2ptrain.runtime.member_run import MemberRun
+from p2ptrain.runtime.journal import RunJournal
 from p2ptrain.runtime.memory_release import release_memory
 from p2ptrain.runtime.offers import OfferDesk
 from p2ptrain.runtime.plan_report import plan_report
 from p2ptrain.runtime.reports import EnergyReport, PlanReport, TrainRequest, TrainResult
+from p2ptrain.runtime.run_member import LeftOut, RunMember
+from p2ptrain.runtime.run_state import JOURNAL_FILE, RunState
 from p2ptrain.runtime.services import Emit, Proposals, Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.store.weights import open_weights
@@ -53,23 +59,21 @@ from p2ptrain.wire.frames import TensorHeader
 
 @dataclass(slots=True)
 class _Part:
-    """What this device does in a decided plan; without a member it only holds the data."""
+    """What this device does in a run."""
 
-    plan: Plan
-    member: MemberRun | None
-    report: PlanReport
+    member: RunMember
     scope: trio.CancelScope
     failure: P2PTrainError | None = None
 
 
 @dataclass(slots=True)
 class _Conduct:
-    """The run that this peer conducts, and why it had to end."""
+    """The run that somebody at this peer asked for, and why it had to end."""
 
-    coordinator: Coordinator
+    founding: Founding
     scope: trio.CancelScope
+    member: RunMember | None = None
     failure: P2PTrainError | None = None
-    finished: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,17 +121,27 @@ class RunService:
 
     @property
     def current_run(self) -> RunId | None:
-        """The run this peer is in, as home or as a stage, or has promised itself to."""
+        """The run this peer is in, as home or as a member, or has promised itself to."""
         if self._part is not None:
-            return self._part.plan.run
+            return self._part.member.state.run
         if self._conduct is not None:
-            return self._conduct.coordinator.job.run
+            return self._conduct.founding.job.run
         return self._expected.run
+
+    @property
+    def member(self) -> RunMember | None:
+        """This peer's part in the run it is in."""
+        return None if self._part is None else self._part.member
 
     @property
     def plan_report(self) -> PlanReport | None:
         """The plan of the run this peer takes part in."""
-        return None if self._part is None else self._part.report
+        member = self.member
+        plan = None if member is None else member.plan
+        if member is None or plan is None:
+            return None
+        name_of = self._services.directory.name_of
+        return plan_report(plan, member.state.contract, member.state.manifest, name_of)
 
     def statistics(self) -> RunStatistics:
         """What is held for runs now."""
@@ -150,7 +164,7 @@ class RunService:
         weights = await trio.to_thread.run_sync(open_weights, job.bundle)
         self._refuse_when_busy()
         view = max(job.view, self._proposals.next_view(job.run, job.lineage))
-        coordinator = Coordinator(
+        founding = Founding(
             request=request,
             job=dataclasses.replace(job, view=view),
             weights=weights,
@@ -158,15 +172,14 @@ class RunService:
             proposals=self._proposals,
             emit=emit,
         )
-        conduct = _Conduct(coordinator, trio.CancelScope())
+        conduct = _Conduct(founding, trio.CancelScope())
         self._conduct = conduct
+        result = None
         try:
             result = await self._run_conduct(conduct)
-            if self._part is not None and self._part.member is None:
-                self._part.scope.cancel()  # without a stage of our own nothing is left to do
             await self._changed.wait_until(lambda: self._part is None)
         finally:
-            self._end_conduct(conduct)
+            self._end_conduct(conduct, finished=result is not None)
         if result is None:
             raise self._with_run(conduct.failure or Interrupted("the run was cancelled"), conduct)
         self.last_energy = result.energy
@@ -175,7 +188,20 @@ class RunService:
     def stop(self) -> None:
         """End the run that this peer conducts after the step that has begun."""
         if self._conduct is not None:
-            self._conduct.coordinator.stop()
+            self._conduct.founding.stop()
+        if self._part is not None:
+            self._part.member.stop()
+
+    async def leave(self) -> str | None:
+        """Hand over this peer's part of a run; why that is impossible, or None.
+
+        Waits until the others do without it, for ever if they cannot: the caller sets a limit.
+        """
+        part = self._part
+        problem = None if part is None else part.member.leave()
+        if problem is None:
+            await self._changed.wait_until(lambda: self._part is None)
+        return problem
 
     def receive(self, device: DeviceId, message: object) -> None:
         """Take a control message about runs or blobs."""
@@ -188,17 +214,16 @@ class RunService:
         self, device: DeviceId, header: TensorHeader, length: int, reader: BodyReader
     ) -> None:
         """Take a tensor frame; one of another run, view or plan is dropped."""
-        part = self._part_of(_header_stamp(header))
-        if part is None or part.member is None or device not in part.plan.members:
+        part = self._part
+        if part is None or part.member.state.run != header.run:
             await discard(reader, length)
             return
-        await part.member.receive_tensor(header, length, reader)
+        await part.member.receive_tensor(device, header, length, reader)
 
     def deliver(self, header: TensorHeader, array: Array) -> None:
         """Take inputs or labels that this very peer feeds."""
-        part = self._part_of(_header_stamp(header))
-        if part is not None and part.member is not None:
-            part.member.deliver(header, array)
+        if self._part is not None and self._part.member.state.run == header.run:
+            self._part.member.deliver(header, array)
 
     # What the agreement machine says (runtime.ballots).
 
@@ -228,17 +253,15 @@ class RunService:
         early = self._expected.take(plan)
         conduct = self._conduct
         is_home = plan.home == self._services.device
-        abandoned = is_home and (conduct is None or not conduct.coordinator.proposed(plan))
-        part = None if early is None or abandoned else self._make_part(plan, contract)
-        if part is None or early is None or self._part is not None:
+        abandoned = is_home and (conduct is None or not conduct.founding.proposed(plan))
+        member = None if early is None or abandoned else self._make_member(plan, contract)
+        if member is None or early is None or self._part is not None:
             self._abort(plan, PeerLost(f"{self._own_name()} is not ready for this run any more"))
             return
-        self._part = part
-        self.last_failure = None
-        self._services.say_activity(_activity(plan, self._services.device))
-        self._start(self._take_part, part)
         if is_home and conduct is not None:
-            conduct.coordinator.decided(plan)
+            conduct.member = member
+            conduct.founding.decided(plan)
+        self._begin_part(member, plan)
         for device, message in early:
             self.receive(device, message)
 
@@ -246,19 +269,31 @@ class RunService:
         """A proposal of this peer was not agreed."""
         for device in devices:
             reason = reason.replace(short(device), self._services.directory.name_of(device))
-        if self._conduct is not None and self._conduct.coordinator.proposed(plan):
-            self._conduct.coordinator.refused(reason)
+        if self._conduct is not None and self._conduct.founding.proposed(plan):
+            self._conduct.founding.refused(reason)
 
-    def peer_down(self, device: DeviceId, reason: str) -> None:
-        """A member of the group is gone; a run it takes part in ends here and now."""
+    # What membership and links say.
+
+    def peer_down(self, device: DeviceId, reason: str, *, sure: bool = False) -> None:
+        """A link broke or a member is gone; a run that trains goes on without it.
+
+        `sure`: it is known to be gone, not only silent.
+        """
         self._services.blobs.peer_down(device)
         self._expected.home_down(device)
         self._desk.home_down(device)
         if self._conduct is not None:
-            self._conduct.coordinator.peer_down(device)
-        if self._part is not None and device in self._part.plan.members:
+            self._conduct.founding.peer_down(device)
+        if self._part is not None:
+            self._part.member.reachable()
             name = self._services.directory.name_of(device)
-            self._fail(PeerLost(f"peer {name} ({short(device)}) is gone: {reason}"))
+            self._part.member.lost(device, f"{name} is gone: {reason}", sure=sure)
+
+    def peer_up(self, device: DeviceId) -> None:
+        """A device of the group can be talked to."""
+        if self._part is not None:
+            self._part.member.reachable()
+            self._part.member.arrived(device)
 
     def _receive(self, device: DeviceId, message: object) -> None:
         match message:
@@ -269,9 +304,11 @@ class RunService:
             case BlobMissing():
                 self._services.blobs.missing(device, message)
             case Profiled() | Declined():
-                conduct = self._conduct
-                if conduct is not None and conduct.coordinator.job.run == message.run:
-                    conduct.coordinator.receive(device, message)
+                conduct, part = self._conduct, self._part
+                if part is not None and part.member.state.run == message.run:
+                    part.member.answered(device, message)
+                elif conduct is not None and conduct.founding.job.run == message.run:
+                    conduct.founding.receive(device, message)
             case _:
                 self._receive_stamped(device, message)
 
@@ -279,84 +316,163 @@ class RunService:
         stamp = getattr(message, "stamp", None)
         if not isinstance(stamp, Stamp) or self._expected.keep(device, stamp, message):
             return
-        part = self._part_of(stamp)
-        if part is None or device not in part.plan.members:
+        part = self._part
+        if part is None or part.member.state.run != stamp.run:
             return
         if isinstance(message, Abort):
-            self._aborted(device, message)
+            plan = part.member.plan
+            if plan is not None and device in plan.members and stamp == stamp_of(plan):
+                self._aborted(device, message)
             return
-        if part.member is not None:
-            part.member.receive(device, message)
-        if self._conduct is not None and part.plan.home == self._services.device:
-            self._conduct.coordinator.receive(device, message)
+        part.member.receive(device, stamp, message)
 
-    def _make_part(self, plan: Plan, contract: Contract) -> _Part | None:
-        """Our part in a plan; None when what it needs is not there any more."""
-        member, conduct = None, self._conduct
+    async def receive_agreement(self, device: DeviceId, message: RunMessage) -> None:
+        """Take a message of a run's machine; waits while that one's inbox is full."""
+        part = self._part
+        if part is not None and part.member.state.run == run_of(message):
+            await part.member.driver.deliver(device, message)
+            return
+        if isinstance(message, DecidedView) and part is None:
+            self._joined(message)
+        await trio.lowlevel.checkpoint()
+
+    def _joined(self, message: DecidedView) -> None:
+        """A view with this device in it was decided: it was offered the run, and begins."""
+        view = message.value
+        prepared = self._desk.prepared(view.run)
+        if prepared is None or self._services.device not in view.members or self._conduct:
+            return
+        bundle, engine = prepared
+        state = RunState(
+            run=view.run,
+            bundle=bundle,
+            contract=view.contract,
+            engine=engine,
+            services=self._services,
+        )
+        member = self._open_member(state, founding=None)
+        # Offered in this process's life, so it never voted in this view and may do so.
+        member.driver.call(RunMachine.found, view, member.driver.now())
+        self._begin_part(member, view.plan)
+
+    def _make_member(self, plan: Plan, contract: Contract) -> RunMember | None:
+        """Our part in a plan that begins; None when what it needs is not there any more."""
+        conduct = self._conduct
         is_home = plan.home == self._services.device
-        if plan.stage_of(self._services.device) is None:
-            if conduct is None:
-                return None
-            manifest = conduct.coordinator.job.bundle.manifest
+        prepared = self._desk.prepared(plan.run)
+        if prepared is None and is_home and conduct is not None:
+            state_engine, bundle = None, conduct.founding.job.bundle
+        elif prepared is None:
+            return None
         else:
-            prepared = self._desk.prepared(plan.run)
-            if prepared is None:
-                return None
-            bundle, engine = prepared
-            manifest = bundle.manifest
-            member = MemberRun(
-                plan=plan,
-                contract=contract,
-                bundle=bundle,
-                engine=engine,
-                services=self._services,
-                own_weights=conduct.coordinator.weights if is_home and conduct else None,
-            )
-        report = plan_report(plan, contract, manifest, self._services.directory.name_of)
-        return _Part(plan, member, report, trio.CancelScope())
+            bundle, state_engine = prepared
+        state = RunState(
+            run=plan.run,
+            bundle=bundle,
+            contract=contract,
+            engine=state_engine,
+            services=self._services,
+        )
+        if is_home and conduct is not None:
+            return self._open_member(state, founding=plan, conduct=conduct)
+        return self._open_member(state, founding=plan)
+
+    def _open_member(
+        self, state: RunState, *, founding: Plan | None, conduct: _Conduct | None = None
+    ) -> RunMember:
+        session = None if conduct is None else conduct.founding.session()
+        if session is not None:
+            state.take_session(session)
+        return RunMember(
+            state=state,
+            open_driver=self._open_driver,
+            home=session,
+            founding=founding,
+        )
+
+    def _open_driver(self, member: RunMember) -> Driver[RunMachine]:
+        machine = RunMachine(
+            device=self._services.device,
+            rng=random.Random(),
+            inventory=member.state.inventory,
+        )
+        journal = RunJournal(member.state.path / JOURNAL_FILE, machine.snapshot)
+        return Driver(
+            machine,
+            send=self._send_or_drop,
+            on_event=member.follow,
+            on_violation=self._services.drop_link,
+            persist=journal.append,
+        )
+
+    def _send_or_drop(self, device: DeviceId, message: object) -> None:
+        with contextlib.suppress(PeerLost):
+            self._services.outlet.send(device, message)
+
+    def _begin_part(self, member: RunMember, plan: Plan) -> None:
+        self._part = _Part(member, trio.CancelScope())
+        self.last_failure = None
+        self._start(self._take_part, self._part)
 
     async def _run_conduct(self, conduct: _Conduct) -> TrainResult | None:
         """The result, or None when the session failed or was told to end."""
         result: TrainResult | None = None
         try:
             with conduct.scope:
-                result = await conduct.coordinator.conduct()
+                await conduct.founding.found()
+                member = conduct.member
+                if member is None or member.home is None:
+                    raise InvariantBroken("a run was founded without this peer")
+                session = member.home
+                await self._changed.wait_until(
+                    lambda: session.result is not None or self._part is None
+                )
+                result = session.result
         except* SURVIVABLE as group:
             self._fail(as_ours(group))
         finally:
-            conduct.finished = True
             self._changed.notify()
         return result
 
-    def _end_conduct(self, conduct: _Conduct) -> None:
-        """Whatever happened, nothing of the run goes on when its home peer has left it."""
+    def _end_conduct(self, conduct: _Conduct, *, finished: bool) -> None:
+        """A session that did not finish is over on every member when whoever asked has left."""
         self._conduct = None
         error = conduct.failure or Interrupted("its home peer ended the run")
-        conduct.coordinator.close(error.message)
-        if self._part is not None:
+        conduct.founding.close(error.message)
+        if self._part is not None and not finished:
             self._fail(error)
-        self._desk.forget(conduct.coordinator.job.run)
+        self._desk.forget(conduct.founding.job.run)
         self._changed.notify()
 
     async def _take_part(self, part: _Part) -> None:
-        """Run our stage to its end; a home peer without one waits for the session to end."""
+        """Take part in a run to its end."""
+        member = part.member
         try:
             with part.scope:
-                if part.member is None:
-                    await self._changed.wait_until(
-                        lambda: self._conduct is None or self._conduct.finished
-                    )
-                else:
-                    await part.member.run()
+                await member.run()
+            if member.failure is not None:
+                self._fail(member.failure)
+            elif not part.scope.cancelled_caught:
+                await trio.to_thread.run_sync(member.forget)
+        except* LeftOut as left:
+            self._left(part, as_ours(left))
         except* SURVIVABLE as group:
             self._fail(as_ours(group))
         finally:
+            plan = member.plan
             self._part = None
-            part.member = None
-            self._desk.over(part.plan)
+            if plan is not None:
+                self._desk.over(plan)
             self._start(self._release)
             self._services.say_activity("idle")
             self._changed.notify()
+
+    def _left(self, part: _Part, error: P2PTrainError) -> None:
+        """The run goes on without this peer; whoever watches it here is told."""
+        self.last_failure = error.message
+        if self._conduct is not None and self._conduct.failure is None:
+            self._conduct.failure = error
+            self._conduct.scope.cancel()
 
     async def _release(self) -> None:
         """Give the memory of a finished run back, unless the next one has begun."""
@@ -383,8 +499,9 @@ class RunService:
             part.failure = error
             part.scope.cancel()
             self.last_failure = sentence
-            if told_by is None or part.plan.home == self._services.device:
-                self._abort(part.plan, error)
+            plan = part.member.plan
+            if plan is not None and (told_by is None or plan.home == self._services.device):
+                self._abort(plan, error)
 
     def _abort(self, plan: Plan, error: P2PTrainError) -> None:
         """Tell all members that the run cannot go on."""
@@ -397,7 +514,7 @@ class RunService:
 
     def _with_run(self, error: P2PTrainError, conduct: _Conduct) -> P2PTrainError:
         """Say which run can be resumed, and from which step, once it is on disk."""
-        job = conduct.coordinator.job
+        job = conduct.founding.job
         if isinstance(error, PeerLost | NumericsError | Interrupted) and job.directory.exists():
             step = max(job.directory.checkpoint_steps(), default=0)
             error.hint = f"go on from step {step} with: --resume {short(job.run)}"
@@ -431,10 +548,6 @@ class RunService:
             default_threads=self._default_threads(),
         )
 
-    def _part_of(self, stamp: Stamp) -> _Part | None:
-        part = self._part
-        return part if part is not None and stamp_of(part.plan) == stamp else None
-
     def _refuse_when_busy(self) -> None:
         if self.current_run is not None:
             raise ConfigError(
@@ -448,17 +561,6 @@ class RunService:
         self._nursery.start_soon(task, *args)
 
 
-def _activity(plan: Plan, device: DeviceId) -> str:
-    """`run 3f2a1b2c, stage 1 of 3`, for status."""
-    index = plan.stage_of(device)
-    what = "data" if index is None else f"stage {index + 1} of {len(plan.stages)}"
-    return f"run {short(plan.run)}, {what}"
-
-
 def new_run_id() -> RunId:
     """26 random base32 characters: 128 bits and more."""
     return RunId(base64.b32encode(secrets.token_bytes(17)).decode().lower()[:26])
-
-
-def _header_stamp(header: TensorHeader) -> Stamp:
-    return Stamp(run=header.run, lineage=header.lineage, view=header.view, plan=header.plan)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from p2ptrain.engine.contract import Engine
+from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
 from p2ptrain.membership.record import MemberRecord
 from p2ptrain.planner.plan import Plan
@@ -25,6 +26,12 @@ class Directory(Protocol):
 
     def alive(self) -> tuple[MemberRecord, ...]:
         """Every member that answers, this device first."""
+
+    def linked(self) -> tuple[DeviceId, ...]:
+        """Other devices with which messages and tensors can be exchanged now, sorted."""
+
+    def leaving(self) -> tuple[DeviceId, ...]:
+        """Devices, perhaps this one, that have said that they are about to go."""
 
     def name_of(self, device: DeviceId) -> str:
         """What people call a device; its short id when unknown."""
@@ -62,5 +69,7 @@ class Services:
     cores: int
     threads_max: int
     """The most compute threads the owner of this peer allows."""
+    drop_link: Callable[[DeviceId, RemoteProtocolError], None]
+    """A device broke the protocol: close the link with it."""
     say_activity: Callable[[str], None]
     """Tell the group what this peer is doing now."""

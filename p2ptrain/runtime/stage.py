@@ -122,6 +122,11 @@ class StageWorker:
         return self._segments
 
     @property
+    def in_flight(self) -> int:
+        """Microbatches between their forward and their backward, at most."""
+        return self._in_flight
+
+    @property
     def applied_step(self) -> int | None:
         """Updates applied to every segment; None before all were drawn or loaded, and while they
         were loaded from different steps."""

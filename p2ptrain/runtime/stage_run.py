@@ -16,18 +16,21 @@ from p2ptrain.engine.contract import Array
 from p2ptrain.errors import InvariantBroken, RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
+from p2ptrain.recovery.inventory import LogKind
 from p2ptrain.runtime.inbox import TensorInbox
 from p2ptrain.runtime.outlet import Outlet, send_whole
+from p2ptrain.runtime.run_state import LogPlace
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.schedule.actions import Action, stage_actions
 from p2ptrain.training.arrivals import TieSend, arrivals, tied_sends
-from p2ptrain.training.barrier import StepBarrier
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
 from p2ptrain.training.messages import Done, Evaluated, stamp_of
 from p2ptrain.training.program import Item, Program
+from p2ptrain.training.step_record import StepRecord
+from p2ptrain.training.step_tensors import expected_tensors
 from p2ptrain.wire.frames import TensorHeader
 
 _T = TypeVar("_T")
@@ -58,6 +61,27 @@ class Neighbour:
         self._send.close()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageHooks:
+    """What a stage asks of the run that it is part of."""
+
+    save: Callable[[Item], Awaitable[None]]
+    """Keep the stage's state as it is now, for a checkpoint or a replica."""
+    done: Callable[[Done], None]
+    """Tell all members that the step's gradients are complete here."""
+    committed: Callable[[int], Awaitable[StepRecord]]
+    """Wait until a step may be applied. NumericsError: nobody applies it, the run ends."""
+    log: Callable[[LogPlace, tuple[Array, ...]], None]
+    """Keep a copy of what is sent at one place in a training step."""
+
+
+def apply_update(worker: StageWorker, contract: Contract, record: StepRecord) -> None:
+    """The update of a recorded step, the same whenever and wherever it is applied; blocking."""
+    choice = contract.optimizer
+    rate = learning_rate(choice, step=record.step, steps=contract.steps)
+    worker.update(step=record.step, learning_rate=rate, clip_scale=record.clip_scale)
+
+
 class StageRun:
     """Runs this peer's stage from `go` to the end of the session.
 
@@ -77,14 +101,14 @@ class StageRun:
         meter: RunMeter,
         device: DeviceId,
         signal: Signal,
-        save: Callable[[int], Awaitable[None]],
+        hooks: StageHooks,
     ) -> None:
         index = plan.stage_of(device)
         if index is None:
             raise InvariantBroken("a stage run on a device without a stage")
         self._plan, self._contract, self._manifest = plan, contract, manifest
         self._worker, self._program, self._outlet = worker, program, outlet
-        self._meter, self._device, self._signal, self._save = meter, device, signal, save
+        self._meter, self._device, self._signal, self._hooks = meter, device, signal, hooks
         self._index, self._stage, self._stamp = index, plan.stages[index], stamp_of(plan)
         self._first, self._last = index == 0, index == len(plan.stages) - 1
         self._limiter = trio.CapacityLimiter(1)
@@ -93,12 +117,6 @@ class StageRun:
         self._previous = Neighbour(None if self._first else plan.stages[index - 1].device)
         self._tied_sends = tied_sends(manifest, plan, index)
         self.inbox = TensorInbox(signal, arrivals=arrivals(manifest, contract, plan, index))
-        self.barrier = StepBarrier(
-            plan=plan,
-            manifest=manifest,
-            clip_norm=contract.optimizer.clip_norm,
-            first_step=program.step,
-        )
 
     async def run(self) -> None:
         """Work through the program.
@@ -108,7 +126,7 @@ class StageRun:
 
         Raises:
             NumericsError: a loss or gradient is not finite; nothing of the step was applied.
-            PeerLost: a neighbour's link broke.
+            PeerLost: a neighbour's link broke: the view cannot go on, but the stage can.
         """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_all, self._next)
@@ -120,8 +138,8 @@ class StageRun:
         self.inbox.close()
 
     async def _work(self, item: Item) -> None:
-        if item.kind == "checkpoint":
-            await self._save(item.step)
+        if item.kind in ("checkpoint", "replicate"):
+            await self._hooks.save(item)
             self._program.complete(item)
             return
         base = self._sequence
@@ -171,10 +189,10 @@ class StageRun:
             )
         )
         if not self._last:
-            await self._next.put(
-                self._header(item, "activation", microbatch, self._stage.segments[-1]),
-                self._worker.exit(sequence),
-            )
+            arrays, segment = self._worker.exit(sequence), self._stage.segments[-1]
+            if item.kind == "train":
+                self._log("activation", item.step, microbatch, segment, arrays)
+            await self._next.put(self._header(item, "activation", microbatch, segment), arrays)
         return 0.0 if loss is None else loss
 
     async def _backward(self, item: Item, action: Action, sequence: int) -> None:
@@ -190,11 +208,13 @@ class StageRun:
             )
         if not self._first:
             arrays = self._worker.entry_cotangent(sequence) if kind == "cotangent" else ()
-            header = self._header(item, kind, microbatch, self._stage.first_segment - 1)
-            await self._previous.put(header, arrays)
+            segment = self._stage.first_segment - 1
+            if kind == "cotangent":
+                self._log("cotangent", item.step, microbatch, segment, arrays)
+            await self._previous.put(self._header(item, kind, microbatch, segment), arrays)
 
     async def _finish_step(self, step: int, loss: float) -> None:
-        """Exchange square sums with every stage, then apply the one update that all agree on."""
+        """Tell what this stage found, then apply the update once it can no longer be lost."""
         if self._worker.held_ties:
             await self._sum_ties(step)
         sums = await self._compute(self._worker.square_sums)
@@ -205,15 +225,10 @@ class StageRun:
             loss=loss if self._last else None,
             skip=not bool(np.isfinite(sums).all() and math.isfinite(loss)),
         )
-        for member in self._plan.members:
-            self._outlet.send(member, done)
+        self._hooks.done(done)
         with self._meter.phase("wait"):
-            await self._signal.wait_until(lambda: not self.barrier.missing(step))
-        totals = self.barrier.take(step)
-        rate = learning_rate(self._contract.optimizer, step=step, steps=self._contract.steps)
-        await self._compute(
-            lambda: self._worker.update(step=step, learning_rate=rate, clip_scale=totals.clip_scale)
-        )
+            record = await self._hooks.committed(step)
+        await self._compute(lambda: apply_update(self._worker, self._contract, record))
         usage = self._meter.usage(self._stamp, step=step)
         self._outlet.send(self._plan.home, usage)
 
@@ -222,6 +237,7 @@ class StageRun:
 
         All sends end before the sum, which overwrites the gradients that are sent.
         """
+        self._log_tied(step)
         async with trio.open_nursery() as nursery:
             for send in self._tied_sends:
                 for device in send.devices:
@@ -234,6 +250,20 @@ class StageRun:
         tensors = self._manifest.tensors
         elsewhere = {tensors[key.tensor_index].name: array for key, array in arrived.items()}
         await self._compute(lambda: self._worker.sum_ties(elsewhere))
+
+    def _log(
+        self, kind: LogKind, step: int, microbatch: int, segment: int, arrays: tuple[Array, ...]
+    ) -> None:
+        place = LogPlace(kind=kind, step=step, microbatch=microbatch, segment=segment)
+        self._hooks.log(place, arrays)
+
+    def _log_tied(self, step: int) -> None:
+        """Log every tied copy of each segment that sends one: a log does not depend on cuts."""
+        for segment in sorted({send.key.segment for send in self._tied_sends}):
+            copies = expected_tensors(self._manifest, self._contract, "tied", segment)
+            names = [self._manifest.tensors[copy.index].name for copy in copies]
+            arrays = tuple(self._worker.gradient(name) for name in names)
+            self._log("tied", step, 0, segment, arrays)
 
     async def _send_tied(self, step: int, send: TieSend, device: DeviceId) -> None:
         header = self._header(Item(kind="train", step=step), "tied", 0, send.key.segment)

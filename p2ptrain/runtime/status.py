@@ -12,6 +12,7 @@ from p2ptrain.net.links import Links
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.reports import LinksReport, MemberReport, PeerStatus
 from p2ptrain.runtime.run_service import RunService
+from p2ptrain.runtime.run_status import run_status_report
 from p2ptrain.store.groups import Group
 from p2ptrain.store.home import Home
 from p2ptrain.store.runs import summaries
@@ -54,6 +55,7 @@ def status_report(peer: StatusSource) -> PeerStatus:
         alone_because=_alone_because(peer),
         members=(self_line, *(member_report(view) for view in others)),
         run=peer.runs.current_run,
+        run_status=None if peer.runs.member is None else run_status_report(peer.runs.member),
         run_state=_run_state(peer),
         plan=peer.runs.plan_report,
         runs=tuple(summaries(peer.home.runs)),

@@ -40,6 +40,10 @@ class Bundle:
     """None for a bundle that came over the wire."""
     _graphs: dict[Digest, bytes] = field(repr=False)
 
+    def graphs(self) -> dict[Digest, bytes]:
+        """Every graph by its digest; errors as `graph`."""
+        return {Digest(digest): self.graph(Digest(digest)) for digest in self.manifest.graphs}
+
     def graph(self, digest: Digest) -> bytes:
         """The bytes of one graph, checked against the manifest.
 

@@ -132,6 +132,11 @@ class ReplicaStore:
                 spans.append(HeldState(span=span, step=place.step))
         return tuple(spans)
 
+    def kept(self, lineage: Lineage) -> tuple[Replica, ...]:
+        """Every replica of a lineage, by step and segment."""
+        places = sorted(place for place in self._kept if place.lineage == lineage)
+        return tuple(self._kept[place] for place in places)
+
     def replica(self, place: ReplicaPlace) -> Replica | None:
         """What is known of one state; None when it is not here."""
         return self._kept.get(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from p2ptrain import limits
 from p2ptrain.energy.combine import PeerBooking
@@ -20,6 +21,9 @@ class Stamp:
     lineage: Lineage
     view: ViewNumber
     plan: Digest
+
+
+WANTED: Final = ("state", "activation", "cotangent", "tied", "input", "labels")
 
 
 def stamp_of(plan: Plan) -> Stamp:
@@ -64,11 +68,13 @@ class Declined:
 @message("begin")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begin:
-    """Home to members after the decision: prepare your stage at this step."""
+    """Home to members after the first plan of a lineage is decided: prepare your part."""
 
     stamp: Stamp
     first_step: int
     checkpoint_every: int
+    profiles: tuple[PeerProfile, ...]
+    """Of every member, so that any of them can plan the next view."""
     checkpoint: Digest | None
     """Blob that lists the digest of every segment's state; None: draw the parameters."""
     checkpoint_bytes: int
@@ -77,15 +83,7 @@ class Begin:
 @message("ready")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """Stage peer to home: my buffers exist, my state is loaded."""
-
-    stamp: Stamp
-
-
-@message("go")
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Go:
-    """Home to stage peers: everybody is ready, begin."""
+    """Any member to all: my buffers exist, my state is loaded. With everybody's, work begins."""
 
     stamp: Stamp
 
@@ -127,11 +125,13 @@ class StopAfter:
 @message("segment_saved")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentSaved:
-    """Stage peer to home: this segment's state at this step can be fetched as a blob."""
+    """Stage peer to its replica's keeper, and of a checkpoint to home: fetch this state."""
 
     stamp: Stamp
     step: int
     segment: int
+    checkpoint: bool
+    """Part of a checkpoint, which the home peer collects; else a replica only."""
     blob: Digest
     blob_bytes: int
     state: Digest
@@ -166,6 +166,36 @@ class CheckpointStored:
 
     stamp: Stamp
     step: int
+
+
+@message("wanted")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Restoring member to whom the view names: let me fetch this."""
+
+    stamp: Stamp
+    what: str
+    """`state`: of a segment after `step`; `activation`, `cotangent`, `tied`: a log of one step,
+    named as its tensors are; `input`, `labels`: what a data holder feeds in that step."""
+    segment: int
+    step: int
+
+    def __post_init__(self) -> None:
+        if self.what not in WANTED or self.segment < 0 or self.step < 0:
+            raise ValueError("something is wanted that nobody can give")
+
+
+@message("given")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """The answer to `wanted`: it can be fetched as a blob."""
+
+    stamp: Stamp
+    what: str
+    segment: int
+    step: int
+    blob: Digest
+    blob_bytes: int
 
 
 @message("usage")

@@ -12,7 +12,7 @@ from typing import Literal
 from p2ptrain.errors import InvariantBroken
 from p2ptrain.training.contract import Contract
 
-ItemKind = Literal["train", "evaluate", "checkpoint"]
+ItemKind = Literal["train", "evaluate", "checkpoint", "replicate"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,15 +26,39 @@ class Item:
         return f"{self.kind} step {self.step}"
 
 
-class Program:
-    """Says which item is current; told when it is complete or when to stop."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intervals:
+    """When a run saves: steps between checkpoints (0: only after the last) and replica sets."""
 
-    def __init__(self, contract: Contract, *, first_step: int, checkpoint_every: int) -> None:
-        self._contract = contract
+    checkpoint_every: int
+    replica_every: int
+
+
+class Program:
+    """Says which item is current; told when it is complete or when to stop.
+
+    Args:
+        contract: Of the run.
+        intervals: Of the view.
+        first_step: Where the lineage began.
+        resume_step: Where this view goes on, if it follows another one: an evaluation due there
+            may be made twice, with the same result, and every stage is replicated anew.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        *,
+        intervals: Intervals,
+        first_step: int,
+        resume_step: int | None = None,
+    ) -> None:
+        self._contract, self._intervals = contract, intervals
         self._first_step = first_step
-        self._checkpoint_every = checkpoint_every
-        self._step = first_step
+        self._step = first_step if resume_step is None else resume_step
         self._evaluated_at: int | None = None
+        drawn = resume_step is None and first_step == 0
+        self._replicated_at: int | None = 0 if drawn else None
         self._saved_at: int | None = first_step if first_step > 0 else None
         self._last = max(contract.steps, first_step)
 
@@ -51,20 +75,14 @@ class Program:
     @property
     def current(self) -> Item | None:
         """What to do next; None when the session is complete."""
-        every = self._contract.evaluate_every
-        step, first = self._step, self._step == self._first_step
-        if self._evaluated_at != step and (first or (every and step % every == 0)):
+        step, last = self._step, self._step >= self._last
+        if self._evaluated_at != step and (last or self._evaluation_due(step)):
             return Item(kind="evaluate", step=step)
-        every = self._checkpoint_every
-        if self._saved_at != step and not first and every and step % every == 0:
+        if self._saved_at != step and (last or self._checkpoint_due(step)):
             return Item(kind="checkpoint", step=step)
-        if step < self._last:
-            return Item(kind="train", step=step + 1)
-        if self._evaluated_at != step:
-            return Item(kind="evaluate", step=step)
-        if self._saved_at != step:
-            return Item(kind="checkpoint", step=step)
-        return None
+        if not last and self._replicated_at != step and self._replica_due(step):
+            return Item(kind="replicate", step=step)
+        return None if last else Item(kind="train", step=step + 1)
 
     def complete(self, item: Item) -> None:
         """Note that the current item is done."""
@@ -76,7 +94,20 @@ class Program:
             case "evaluate":
                 self._evaluated_at = item.step
             case "checkpoint":
-                self._saved_at = item.step
+                self._saved_at = self._replicated_at = item.step
+            case "replicate":
+                self._replicated_at = item.step
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self._contract.evaluate_every
+        return step == self._first_step or (every > 0 and step % every == 0)
+
+    def _checkpoint_due(self, step: int) -> bool:
+        every = self._intervals.checkpoint_every
+        return step != self._first_step and every > 0 and step % every == 0
+
+    def _replica_due(self, step: int) -> bool:
+        return self._replicated_at is None or step % self._intervals.replica_every == 0
 
     def stop_after(self, step: int) -> None:
         """End the session after `step`; a step that is already complete stays."""
@@ -89,5 +120,5 @@ class Program:
                 return self._contract.microbatches
             case "evaluate":
                 return self._contract.heldout_microbatches
-            case "checkpoint":
+            case "checkpoint" | "replicate":
                 return 0

@@ -289,7 +289,7 @@ async def test_replica_that_is_not_what_was_announced_is_given_up(
         for _, saved in pair.announced[:2]:
             wrong = SegmentSaved(
                 stamp=STAMP, step=1, segment=saved.segment, blob=saved.blob,
-                blob_bytes=saved.blob_bytes, state=Digest("0" * 64),
+                blob_bytes=saved.blob_bytes, state=Digest("0" * 64), checkpoint=False,
             )  # fmt: skip
             keeper.announce(OWNER, wrong)
         keeper.announce(OWNER, pair.announced[2][1])
@@ -309,7 +309,7 @@ async def test_wild_announcements_are_refused(engine: Engine, tmp_path: Path) ->
                 "stamp": STAMP, "step": 5, "segment": 1, "blob": "1" * 64, "blob_bytes": 1000,
                 "state": "2" * 64,
             }  # fmt: skip
-            return SegmentSaved(**{**fields, **changes})
+            return SegmentSaved(**{"checkpoint": False, **fields, **changes})
 
         for changes in ({"segment": -1}, {"segment": SEGMENTS}, {"blob_bytes": 0},
                         {"blob_bytes": 1 << 40}):  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import trio
 
-from p2ptrain.errors import BundleError, PeerLost
+from p2ptrain.errors import BundleError, P2PTrainError
 from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.reports import PlanReport, TrainRequest, TrainResult
 from p2ptrain.store.bundles import Bundle
@@ -44,7 +44,7 @@ def request(path: Path, bundle: Bundle, **changes: object) -> TrainRequest:
 
 async def wait_idle(group: MemoryGroup) -> None:
     def idle() -> bool:
-        alive = [member for member in group.members.values() if member.alive]
+        alive = [member for member in group.members.values() if member.lives]
         return all(member.runs.current_run is None for member in alive)
 
     await until(idle)
@@ -114,17 +114,16 @@ async def test_stopped_run_keeps_what_was_fetched_and_goes_on_without_the_origin
 ) -> None:
     whole = await train(tmp_path, 2, request(tmp_path, bundle, stages=2))
     async with memory_group(tmp_path, 3) as group:
+        first: list[TrainResult] = []
 
         async def conduct() -> None:
-            with pytest.raises(Exception, match="peer-2") as caught:
-                await group[0].train(request(tmp_path, bundle, stages=3, steps=6))
-            assert isinstance(caught.value, PeerLost)
+            first.append(await group[0].train(request(tmp_path, bundle, stages=3, steps=6)))
 
         with trio.fail_after(SECONDS_MAX):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(conduct)
                 await group.wait(lambda: len(group.reports("step")) >= 2)
-                group.kill(group[2])
+                group[0].runs.stop()
             await wait_idle(group)
             (run,) = (path.name for path in group[0].runs_path.iterdir() if path.name != whole.run)
             kept = {path.name for path in (group[1].runs_path / run / "weights").iterdir()}
@@ -132,10 +131,10 @@ async def test_stopped_run_keeps_what_was_fetched_and_goes_on_without_the_origin
             (bundle.directory / "weights.safetensors").unlink()
             group[0].senders.clear()
             group[0].received.clear()
-            # Nothing was saved yet: all stages start from the weights again, with other cuts.
+            # Frozen tensors come from the weights again, with other cuts.
             again = await group[0].train(request(tmp_path, bundle, resume=run, stages=2))
             await wait_idle(group)
-    assert (again.first_step, again.losses) == (0, whole.losses)
+    assert first[0].losses + again.losses == whole.losses
     assert again.state_digest == whole.state_digest
     segments = {f"segment-{index:04d}.safetensors": index for index in range(6)}
     had = {
@@ -177,7 +176,7 @@ async def test_disk_that_refuses_the_weights_ends_the_session(
     async with memory_group(tmp_path, 2) as group:
         group[1].runs_path.write_text("not a folder")
         with trio.fail_after(SECONDS_MAX):
-            with pytest.raises(BundleError, match="the weights cannot be stored"):
+            with pytest.raises(P2PTrainError, match=r"cannot be (stored|written)"):
                 await group[0].train(request(tmp_path, bundle, stages=2))
             await wait_idle(group)
         assert not group.broken

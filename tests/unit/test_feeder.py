@@ -16,7 +16,7 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.feeder import Feeder
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.feed import Feed
-from p2ptrain.training.program import Program
+from p2ptrain.training.program import Intervals, Program
 from p2ptrain.wire.frames import TensorHeader
 from tests.bundles import contract_for, tiny_bundle
 from tests.sim.plans import device, make_plan
@@ -82,7 +82,9 @@ async def fed(
     feeder = Feeder(
         job=job,  # type: ignore[arg-type]  # the part of it that is read
         plan=PLAN, contract=CONTRACT, outlet=outlet, signal=Signal(), completed=lambda: 100,
-        program=Program(CONTRACT, first_step=0, checkpoint_every=0),
+        program=Program(
+            CONTRACT, first_step=0, intervals=Intervals(checkpoint_every=0, replica_every=100)
+        ),
     )  # fmt: skip
     await feeder.run()
     return outlet.sent

@@ -35,7 +35,7 @@ def test_reasons_name_every_peer() -> None:
     assert any(reason.startswith("cccccccc left out: the best step found with it takes")
                for reason in choice.plan.reasons)  # fmt: skip
     assert "owns the data" in choice.stage_reasons[0]
-    assert choice.plan.members == (device("a"), device("b"))
+    assert choice.plan.members == (device("a"), device("b"), device("c"))  # c is in reserve
 
 
 def test_home_that_only_holds_data_is_a_member() -> None:

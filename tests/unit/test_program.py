@@ -8,8 +8,10 @@ import pytest
 
 from p2ptrain.errors import InvariantBroken
 from p2ptrain.training.contract import Contract
-from p2ptrain.training.program import Item, Program
+from p2ptrain.training.program import Intervals, Item, Program
 from tests.sim.plans import make_contract
+
+NEVER = Intervals(checkpoint_every=0, replica_every=100)
 
 
 def contract(*, steps: int = 4, evaluate_every: int = 0) -> Contract:
@@ -33,10 +35,10 @@ def items(program: Program) -> str:
         (3, 0, 0, 0, "E0 T1 T2 T3 E3 C3"),
         (1, 0, 1, 1, "E0 T1 E1 C1"),
         (4, 0, 2, 0, "E0 T1 T2 E2 T3 T4 E4 C4"),
-        (4, 0, 0, 2, "E0 T1 T2 C2 T3 T4 C4 E4"),
+        (4, 0, 0, 2, "E0 T1 T2 C2 T3 T4 E4 C4"),
         (3, 0, 1, 1, "E0 T1 E1 C1 T2 E2 C2 T3 E3 C3"),
-        (4, 2, 0, 0, "E2 T3 T4 E4 C4"),
-        (4, 2, 2, 2, "E2 T3 T4 E4 C4"),
+        (4, 2, 0, 0, "E2 R2 T3 T4 E4 C4"),
+        (4, 2, 2, 2, "E2 R2 T3 T4 E4 C4"),
         (4, 4, 2, 2, "E4"),
         (2, 5, 0, 0, "E5"),
     ],
@@ -47,7 +49,7 @@ def test_items_come_in_this_order(
     program = Program(
         contract(steps=steps, evaluate_every=evaluate_every),
         first_step=first_step,
-        checkpoint_every=checkpoint_every,
+        intervals=Intervals(checkpoint_every=checkpoint_every, replica_every=100),
     )
     assert items(program) == expected
     assert program.current is None
@@ -70,7 +72,7 @@ def test_items_come_in_this_order(
 def test_stop_shortens_the_session_at_a_step_nobody_has_begun(
     done: int, stop_at: int, expected: str
 ) -> None:
-    program = Program(contract(), first_step=0, checkpoint_every=0)
+    program = Program(contract(), first_step=0, intervals=NEVER)
     for _ in range(done):
         item = program.current
         assert item is not None
@@ -81,14 +83,14 @@ def test_stop_shortens_the_session_at_a_step_nobody_has_begun(
 
 
 def test_stop_can_only_come_earlier() -> None:
-    program = Program(contract(steps=9), first_step=0, checkpoint_every=0)
+    program = Program(contract(steps=9), first_step=0, intervals=NEVER)
     program.stop_after(3)
     program.stop_after(7)
     assert items(program) == "E0 T1 T2 T3 E3 C3"
 
 
 def test_microbatches_follow_the_kind() -> None:
-    program = Program(contract(), first_step=0, checkpoint_every=0)
+    program = Program(contract(), first_step=0, intervals=NEVER)
     counts = [
         program.microbatches(Item(kind=k, step=1)) for k in ("train", "evaluate", "checkpoint")
     ]
@@ -96,7 +98,7 @@ def test_microbatches_follow_the_kind() -> None:
 
 
 def test_completing_another_item_is_a_bug() -> None:
-    program = Program(contract(), first_step=0, checkpoint_every=0)
+    program = Program(contract(), first_step=0, intervals=NEVER)
     with pytest.raises(InvariantBroken, match="train step 1 completed while evaluate step 0"):
         program.complete(Item(kind="train", step=1))
 
@@ -106,3 +108,22 @@ def test_contract_without_heldout_microbatches_is_refused() -> None:
         dataclasses.replace(make_contract(), heldout_microbatches=0)
     with pytest.raises(ValueError, match="evaluations"):
         dataclasses.replace(make_contract(), evaluate_every=-1)
+
+
+@pytest.mark.parametrize(
+    ("resume_step", "expected"),
+    [
+        (0, "E0 R0 T1 T2 R2 T3 C3 T4 E4 C4"),  # the first evaluation may not have been made
+        (1, "R1 T2 R2 T3 C3 T4 E4 C4"),
+        (3, "C3 T4 E4 C4"),  # the checkpoint at once, for it may not have been stored
+        (4, "E4 C4"),
+    ],
+)
+def test_view_that_follows_another_replicates_first(resume_step: int, expected: str) -> None:
+    program = Program(
+        contract(),
+        intervals=Intervals(checkpoint_every=3, replica_every=2),
+        first_step=0,
+        resume_step=resume_step,
+    )
+    assert items(program) == expected

@@ -28,7 +28,7 @@ from p2ptrain.runtime.foreign import SURVIVABLE, as_ours
 from p2ptrain.runtime.outlet import send_whole
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
-from p2ptrain.training.messages import Go, stamp_of
+from p2ptrain.training.messages import Ready, stamp_of
 from p2ptrain.wire.frames import TensorHeader
 from tests.memory_group import model_meter
 from tests.sim.plans import device, make_plan
@@ -37,7 +37,7 @@ from tests.unit.test_inbox import header
 HOME, MEMBER, STRANGER = device(0), device(1), device(2)
 PLAN = make_plan(HOME, MEMBER)
 LATER = make_plan(HOME, MEMBER, view=2)
-GO = Go(stamp=stamp_of(PLAN))
+GO = Ready(stamp=stamp_of(PLAN))
 
 
 # The plan that is promised and not yet decided.

@@ -1,0 +1,96 @@
+"""Let devices that arrive during a run take part in it: offer, measure, admit by a new view.
+
+The home peer of the view does this. A newcomer fetches the model and measures itself while the
+run goes on; the next view names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from p2ptrain.agreement.view import View
+from p2ptrain.errors import PeerLost
+from p2ptrain.ids import DeviceId, Digest
+from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.runtime.services import Services
+from p2ptrain.store.bundles import Bundle
+from p2ptrain.training.messages import Declined, Offer, Profiled
+
+
+class Admission:
+    """Who was offered the run during one view, and who may be taken into the next."""
+
+    def __init__(
+        self, *, view: View, bundle: Bundle, services: Services, admit: Callable[[str], None]
+    ) -> None:
+        """`admit` is told, in words, that somebody new is ready for the next view."""
+        self._view, self._bundle, self._services, self._admit = view, bundle, services, admit
+        self._offered: set[DeviceId] = set()
+        self._published: list[Digest] = []
+        self._newcomers: dict[DeviceId, PeerProfile] = {}
+        self.declined: dict[DeviceId, str] = {}
+
+    @property
+    def profiles(self) -> tuple[PeerProfile, ...]:
+        """Of those who may be taken into the next view, by device."""
+        return tuple(self._newcomers[device] for device in sorted(self._newcomers))
+
+    def begin(self) -> None:
+        """Offer the run to every device that is there and not in it."""
+        for content in (self._bundle.manifest_bytes, *self._bundle.graphs().values()):
+            self._published.append(self._services.blobs.publish(content))
+        for record in self._services.directory.alive():
+            self.arrived(record.device)
+
+    def close(self) -> None:
+        """The view is over: nothing is offered any more."""
+        for digest in self._published:
+            self._services.blobs.withdraw(digest)
+        self._published.clear()
+
+    def arrived(self, device: DeviceId) -> None:
+        """A device can be talked to: offer it the run unless it takes part or was asked."""
+        going = self._services.directory.leaving()
+        if device in self._view.members or device in self._offered or device in going:
+            return
+        contract = self._view.contract
+        offer = Offer(
+            run=self._view.run,
+            view=self._view.number + 1,  # type: ignore[arg-type]  # a ViewNumber again
+            bundle=self._bundle.digest,
+            bundle_bytes=len(self._bundle.manifest_bytes),
+            microbatch_size=contract.microbatch_size,
+            form=contract.form,
+            threads=contract.threads,
+        )
+        with contextlib.suppress(PeerLost):
+            self._services.outlet.send(device, offer)
+            self._offered.add(device)
+
+    def gone(self, device: DeviceId) -> None:
+        """A device went away: when it returns it is asked again."""
+        self._offered.discard(device)
+        self._newcomers.pop(device, None)
+
+    def answered(self, device: DeviceId, answer: Profiled | Declined) -> None:
+        """Take a newcomer's answer."""
+        if device not in self._offered:
+            return
+        reason = answer.reason if isinstance(answer, Declined) else self._objection(device, answer)
+        if reason is not None:
+            self.declined[device] = reason
+            return
+        if isinstance(answer, Profiled) and device not in self._newcomers:
+            self._newcomers[device] = answer.profile
+            self._admit(f"{self._services.directory.name_of(device)} joins")
+
+    def _objection(self, device: DeviceId, answer: Profiled | Declined) -> str | None:
+        if isinstance(answer, Declined):
+            return answer.reason
+        profile = answer.profile
+        if profile.device != device or profile.kinds.keys() != self._bundle.manifest.kinds.keys():
+            return "its measurement does not fit the model"
+        if profile.build not in self._view.contract.builds:
+            return "its runtime build is not in the run's numerics contract"
+        return None

@@ -1,0 +1,153 @@
+"""Plan the next view of a run: who is left or new, who takes what, and where each state comes from.
+
+Pure computation on what the promises of the present view's members say. Whoever proposes does it;
+agreement sees to it that one proposal counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from p2ptrain.agreement.run_events import ProposalWanted
+from p2ptrain.agreement.view import View
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.errors import PlanInfeasible
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.choose import choose_plan
+from p2ptrain.planner.input import PlanningInput
+from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.recovery.inventory import Inventory
+from p2ptrain.recovery.placing import placing
+from p2ptrain.recovery.planning import Losses, Unrecoverable, restoration
+from p2ptrain.recovery.successor import Succession, successor_plans
+from p2ptrain.runtime.placement import planning_profile
+from p2ptrain.training.memory import stage_memory
+from p2ptrain.training.ties import tie_groups
+
+GAIN_PERCENT = 10
+"""By how much a step must get shorter before segments move for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextView:
+    """Everything a proposal follows from."""
+
+    wanted: ProposalWanted
+    manifest: Manifest
+    leaving: tuple[DeviceId, ...]
+    """Give what they have, but get no part any more."""
+    newcomers: tuple[PeerProfile, ...]
+    """Measured and ready to be taken in."""
+    reason: str
+    """Why a new view is wanted, one phrase."""
+
+
+def next_view(given: NextView) -> View | str:
+    """The view to propose, or why there can be none now, as `cannot_propose` takes it.
+
+    Candidates are tried from the shortest predicted step on, until one whose states can be had.
+    """
+    planner = _Planner(given)
+    sentence = "nobody who is left has the run's data"
+    for plan in planner.candidates():
+        found = planner.view(plan)
+        if isinstance(found, View):
+            return found
+        sentence = found.sentence
+    return sentence
+
+
+class _Planner:
+    def __init__(self, given: NextView) -> None:
+        self._given, self._wanted = given, given.wanted
+        self._base = given.wanted.base
+        self._promises: dict[DeviceId, Inventory] = {
+            promise.device: promise.inventory for promise in given.wanted.promises
+        }
+        staying = [d for d in self._promises if d not in given.leaving]
+        fresh = {p.device: p for p in given.newcomers if p.device not in self._promises}
+        known = {profile.device: profile for profile in self._base.profiles}
+        self._profiles = {d: p for d, p in {**known, **fresh}.items() if d in {*staying, *fresh}}
+        self._usable = tuple(sorted({*staying, *fresh}))
+        self._has_newcomers = bool(fresh)
+
+    def candidates(self) -> Iterator[Plan]:
+        """Plans, the best first: another cut where that is worth its moves, else least movement."""
+        succession = Succession(
+            base=self._base.plan,
+            usable=self._usable,
+            holding=[d for d, held in self._promises.items() if held.has_data],
+            reason=self._given.reason,
+        )
+        nearest = successor_plans(succession, placing(self._planning(self._base.plan.home)))
+        if self._has_newcomers or not nearest:
+            searched = self._searched(nearest)
+            if searched is not None:
+                yield searched
+        yield from nearest
+
+    def view(self, plan: Plan) -> View | Unrecoverable:
+        """The whole view of a plan, if every segment's state can be had for it."""
+        wanted = self._wanted
+        found = restoration(
+            Losses(
+                base=self._base,
+                plan=plan,
+                promises=self._promises,
+                records=wanted.records,
+                resume_step=wanted.resume_step,
+                tie_segments=tuple(
+                    {holder.segment for holder in group.holders}
+                    for group in tie_groups(self._given.manifest)
+                ),
+            )
+        )
+        if isinstance(found, Unrecoverable):
+            return found
+        return replace(
+            self._base,
+            plan=plan,
+            profiles=tuple(self._profiles[d] for d in sorted(self._profiles)),
+            previous=self._base.plan.digest,
+            resume_step=wanted.resume_step,
+            records=wanted.records,
+            restoration=found,
+            journals=(),  # the machine names those that have a vote
+        )
+
+    def _searched(self, nearest: Sequence[Plan]) -> Plan | None:
+        """The planner's own choice, where it is enough better than staying, or the only one."""
+        like = nearest[0] if nearest else None
+        home = self._base.plan.home if like is None else like.home
+        if home not in self._usable:
+            return None
+        try:
+            choice = choose_plan(self._planning(home)).plan
+        except PlanInfeasible:
+            return None
+        if like is not None and choice.step_ns * 100 > like.step_ns * (100 - GAIN_PERCENT):
+            return None
+        return replace(choice, reasons=(self._given.reason, *choice.reasons))
+
+    def _planning(self, home: DeviceId) -> PlanningInput:
+        contract, plan, manifest = self._base.contract, self._base.plan, self._given.manifest
+        holding = (d for d, held in self._promises.items() if held.has_data)
+        able = [p for p in self._profiles.values() if p.build in contract.builds]
+        return PlanningInput(
+            manifest=manifest,
+            contract=contract,
+            profiles=tuple(planning_profile(profile, contract) for profile in able),
+            home=home,
+            stage_memory=lambda segments, in_flight: (
+                stage_memory(manifest, segments, contract, in_flight).total
+            ),
+            run=plan.run,
+            lineage=plan.lineage,
+            view=self._wanted.number,
+            schedule=plan.schedule,
+            keep_data_here=plan.keep_data_here,
+            holding=tuple(sorted(holding)),
+            replica_every=plan.replica_every,
+        )

@@ -1,0 +1,261 @@
+"""Get this member's segments as they were after the step where a view goes on.
+
+First every survivor settles: it applies the resumed step if it has not, or drops a later one that
+it had begun. Then lost ranges are replayed, moved segments fetched, and what is here already stays.
+DESIGN section 7, rules 1, 4 and 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import trio
+
+from p2ptrain.agreement.view import View
+from p2ptrain.engine.contract import Array
+from p2ptrain.errors import CheckpointError, InvariantBroken, PeerLost
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.plan import StagePlan
+from p2ptrain.recovery.restoration import Replay, SpanAt
+from p2ptrain.runtime.asking import Asker
+from p2ptrain.runtime.replay import Replayer
+from p2ptrain.runtime.run_state import WEIGHTS_FOLDER, RunState
+from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.stage_run import apply_update
+from p2ptrain.runtime.stage_weights import StageWeights
+from p2ptrain.training.messages import Wanted, stamp_of
+from p2ptrain.training.replay_inputs import StepPlace, needed_places, step_inputs
+from p2ptrain.training.step_record import StepRecord
+
+
+class Restorer:
+    """One view's restoration at one member, and what it gives to the others."""
+
+    def __init__(self, *, view: View, state: RunState, changed: Callable[[], None]) -> None:
+        """`changed` is called whenever `read` may give more than before."""
+        self._view, self._state, self._changed = view, state, changed
+        self._services = state.services
+        self.asker = Asker(
+            stamp=stamp_of(view.plan),
+            outlet=state.services.outlet,
+            blobs=state.services.blobs,
+            signal=state.signal,
+        )
+        self._settled = False
+        self._replayed: list[StageWorker] = []
+        self.replayed_steps = 0
+
+    @property
+    def draws(self) -> bool:
+        """Whether somebody begins with the bundle's own parameters."""
+        restoration = self._view.restoration
+        if restoration is None:
+            return self._view.first_step == 0
+        return any(replay.step == 0 for replay in restoration.replays)
+
+    async def settle(self) -> None:
+        """Bring what is here to the view's step; blocking work happens in a thread."""
+        state, step = self._state, self._view.resume_step
+        worker = state.worker
+        if worker is not None:
+            if worker.applied_step == step - 1 and worker.gradients_complete:
+                record = self._record(step)
+                await trio.to_thread.run_sync(apply_update, worker, self._view.contract, record)
+            elif worker.applied_step == step:
+                await trio.to_thread.run_sync(worker.abandon_step)
+            else:
+                state.worker = None  # it was away while others went on: its state is an old one
+        state.log.finish(step)
+        state.log.truncate(step)
+        state.released_step = step
+        self._settled = True
+
+    async def restore(self) -> StageWorker | None:
+        """This member's stage of the view, with its state; None without a stage.
+
+        Raises:
+            PeerLost: a giver is gone; the view must change.
+            CheckpointError, BundleError, EngineError: what is needed is damaged or does not run.
+        """
+        if self._view.restoration is not None:
+            for replay in self._view.restoration.replays:
+                if replay.replayer == self._services.device:
+                    self._replayed.append(await self._replay(replay))
+                    self._changed()
+        stage = self._own_stage()
+        return None if stage is None else await self._assemble(stage)
+
+    def adopt(self, worker: StageWorker | None) -> None:
+        """Everybody is ready: from now on this is our stage, the old one may go."""
+        self._state.worker = worker
+        self._replayed.clear()
+
+    async def read(self, wanted: Wanted) -> bytes | None:
+        """What another member may have of us; None while it is not there yet."""
+        if not self._settled:
+            await trio.lowlevel.checkpoint()
+            return None
+        if wanted.what != "state":
+            return await self._read_step(wanted)
+        if wanted.step != self._view.resume_step:
+            return await trio.to_thread.run_sync(
+                self._state.read_replica, wanted.step, wanted.segment
+            )
+        worker = self._holder(wanted.segment)
+        if worker is None:
+            await trio.lowlevel.checkpoint()
+            return None
+        return await trio.to_thread.run_sync(
+            self._state.serialise, worker, wanted.segment, wanted.stamp, wanted.step
+        )
+
+    async def _read_step(self, wanted: Wanted) -> bytes | None:
+        place = StepPlace(wanted.what, wanted.segment)  # type: ignore[arg-type]  # checked: WANTED
+        return await trio.to_thread.run_sync(self._state.read_log, place, wanted.step)
+
+    # Our stage.
+
+    def _own_stage(self) -> StagePlan | None:
+        index = self._view.plan.stage_of(self._services.device)
+        return None if index is None else self._view.plan.stages[index]
+
+    async def _assemble(self, stage: StagePlan) -> StageWorker:
+        """Keep a worker that covers exactly this stage; else make one and load every segment."""
+        workers = [w for w in (self._state.worker, *self._replayed) if w is not None]
+        for worker in workers:
+            if worker.segments == stage.segments and worker.in_flight >= stage.in_flight_max:
+                return worker
+        made = await self._make_worker(stage.segments, stage.in_flight_max)
+        if self._view.restoration is None:
+            await self._start(made)
+            return made
+        for segment in stage.segments:
+            holder = self._holder(segment)
+            if holder is not None:
+                step = self._view.resume_step
+                saved = await trio.to_thread.run_sync(holder.state, segment, step)
+                await trio.to_thread.run_sync(made.load, segment, saved)
+            else:
+                source = _device_of(self._view.restoration.sources, segment)
+                await self._load_from(made, segment, source, self._view.resume_step)
+        return made
+
+    async def _make_worker(self, segments: range, in_flight: int) -> StageWorker:
+        weights = await self._weights(segments)
+        return await trio.to_thread.run_sync(
+            lambda: self._state.make_worker(segments, in_flight, weights)
+        )
+
+    async def _weights(self, segments: range) -> Mapping[str, Array]:
+        """The bundle's weights of these segments: our own bundle's, or the home peer's."""
+        if self._state.own_weights is not None:
+            return self._state.own_weights
+        stage_weights = StageWeights(
+            self._state.path / WEIGHTS_FOLDER, manifest=self._state.manifest, segments=segments
+        )
+        return await stage_weights.fetch(
+            self._services.blobs, self._view.plan.home, resumed=not self.draws
+        )
+
+    async def _start(self, worker: StageWorker) -> None:
+        """The state with which a lineage begins: drawn, or of the checkpoint that it resumes."""
+        if self._view.first_step == 0:
+            await trio.to_thread.run_sync(worker.draw_parameters)
+            return
+        for segment in worker.segments:
+            saved = self._state.checkpoint_listing.get(segment)
+            if saved is None:
+                raise CheckpointError(f"the checkpoint lacks segment {segment}")
+            content = await self._services.blobs.fetch(
+                self._view.plan.home, saved.blob, size=saved.blob_bytes
+            )
+            await trio.to_thread.run_sync(
+                self._state.load, worker, segment, self._view.first_step, content
+            )
+
+    def _holder(self, segment: int) -> StageWorker | None:
+        """A worker of ours with this segment's state at the view's step."""
+        step = self._view.resume_step
+        for worker in (self._state.worker, *self._replayed):
+            if worker is not None and segment in worker.segments and worker.applied_step == step:
+                return worker
+        return None
+
+    async def _load_from(
+        self, worker: StageWorker, segment: int, source: DeviceId, step: int
+    ) -> None:
+        if source == self._services.device:
+            content = await trio.to_thread.run_sync(self._state.read_replica, step, segment)
+        else:
+            content = await self.asker.fetch(source, "state", segment, step)
+        if content is None:
+            raise CheckpointError(f"the replica of segment {segment} at step {step} is gone")
+        await trio.to_thread.run_sync(self._state.load, worker, segment, step, content)
+
+    # Replay.
+
+    async def _replay(self, replay: Replay) -> StageWorker:
+        """Make a lost range again: its replica, then every step since, from logs and records."""
+        segments, stage = replay.span.segments, self._own_stage()
+        in_flight = stage.in_flight_max if stage is not None and stage.segments == segments else 1
+        worker = await self._make_worker(segments, in_flight)
+        if replay.step == 0:
+            await trio.to_thread.run_sync(worker.draw_parameters)
+        else:
+            for segment in segments:
+                source = _device_of(replay.replicas, segment)
+                await self._load_from(worker, segment, source, replay.step)
+        replayer = Replayer(
+            worker,
+            manifest=self._state.manifest,
+            contract=self._view.contract,
+            on_sent=self._state.log_replayed,
+        )
+        for step in range(replay.step + 1, self._view.resume_step + 1):
+            packed = {
+                place: await self._packed(replay, place, step)
+                for place in needed_places(self._state.manifest, segments)
+            }
+            inputs = step_inputs(self._state.manifest, self._view.contract, segments, packed)
+            record = self._record(step)
+            await trio.to_thread.run_sync(replayer.run_step, inputs, record)
+            self._state.log.finish(step)
+            self.replayed_steps += 1
+        return worker
+
+    async def _packed(self, replay: Replay, place: StepPlace, step: int) -> bytes:
+        giver = _giver(replay, place)
+        if giver is None:
+            raise InvariantBroken(f"the view names nobody for {place}")
+        if giver != self._services.device:
+            return await self.asker.fetch(giver, place.kind, place.segment, step)
+        content = await trio.to_thread.run_sync(self._state.read_log, place, step)
+        if content is None:
+            raise PeerLost(f"the log of step {step} is not here any more")
+        return content
+
+    def _record(self, step: int) -> StepRecord:
+        for record in reversed(self._view.records):
+            if record.step == step:
+                return record
+        raise InvariantBroken(f"the view lacks the record of step {step}")
+
+
+def _device_of(spans: tuple[SpanAt, ...], segment: int) -> DeviceId:
+    for at in spans:
+        if segment in at.span.segments:
+            return at.device
+    raise InvariantBroken(f"the view names nobody for segment {segment}")
+
+
+def _giver(replay: Replay, place: StepPlace) -> DeviceId | None:
+    match place.kind:
+        case "activation":
+            return replay.activations_from
+        case "cotangent":
+            return replay.cotangents_from
+        case "tied":
+            tied = (at.device for at in replay.tied_from if at.segment == place.segment)
+            return next(tied, None)
+        case _:
+            return replay.data_from

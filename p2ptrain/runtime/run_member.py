@@ -1,0 +1,445 @@
+"""This device's part in a run, from its first view here to the end.
+
+The machine decides (agreement.run_machine); here its events are acted on: a committed step is
+released, a decided view is entered, a wanted view is planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from p2ptrain import limits
+from p2ptrain.agreement.run_events import (
+    Fenced,
+    Paused,
+    ProposalWanted,
+    StepCommitted,
+    Unpaused,
+    ViewDecided,
+)
+from p2ptrain.agreement.run_machine import RunMachine
+from p2ptrain.agreement.view import View
+from p2ptrain.engine.contract import Array
+from p2ptrain.errors import P2PTrainError, PeerLost
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.plan import Plan
+from p2ptrain.runtime.admission import Admission
+from p2ptrain.runtime.driver import Driver
+from p2ptrain.runtime.early import EarlyMessages
+from p2ptrain.runtime.foreign import as_ours
+from p2ptrain.runtime.home_duty import HomeSession
+from p2ptrain.runtime.inbox import BodyReader, discard
+from p2ptrain.runtime.replanning import NextView, next_view
+from p2ptrain.runtime.run_state import RunState
+from p2ptrain.runtime.usage import RunMeter
+from p2ptrain.runtime.view_work import ViewWork, WorkHooks, givers
+from p2ptrain.training.messages import (
+    Begin,
+    Declined,
+    Profiled,
+    ReplicaStored,
+    SegmentSaved,
+    Stamp,
+    stamp_of,
+)
+from p2ptrain.training.step_record import StepRecord
+from p2ptrain.wire.frames import TensorHeader
+
+
+class LeftOut(P2PTrainError):
+    """The run goes on without this peer, which may join it again."""
+
+
+class RunMember:
+    """One run at one device; `run` owns every task of it.
+
+    Args:
+        state: What is held of the run.
+        driver: Makes the driver of the run's machine; its events come to `follow`.
+        home: Where this device has the run's data.
+        founding: The plan whose first view is about to begin; None: a view was decided already.
+    """
+
+    def __init__(
+        self,
+        *,
+        state: RunState,
+        open_driver: Callable[[RunMember], Driver[RunMachine]],
+        home: HomeSession | None,
+        founding: Plan | None,
+    ) -> None:
+        self.state, self.home, self.founding = state, home, founding
+        self._services, self._signal = state.services, state.signal
+        self._meter: RunMeter | None = None
+        self.driver = open_driver(self)
+        state.on_stored = self._replica_stored
+        self._admission: Admission | None = None
+        self.history: dict[int, StepRecord] = {}
+        self._early = EarlyMessages()
+        self._begin: Begin | None = None
+        self._work: ViewWork | None = None
+        self._view_scope: trio.CancelScope | None = None
+        self._nursery: trio.Nursery | None = None
+        self.failure: P2PTrainError | None = None
+        self.paused: Paused | None = None
+        self._released = 0
+
+    @property
+    def machine(self) -> RunMachine:
+        """What decides; read only."""
+        return self.driver.machine
+
+    @property
+    def view(self) -> View | None:
+        """The newest decided view."""
+        return self.machine.view
+
+    @property
+    def plan(self) -> Plan | None:
+        """Of the newest view, or the one that is about to begin."""
+        view = self.machine.view
+        return self.founding if view is None else view.plan
+
+    @property
+    def work(self) -> ViewWork | None:
+        """What this device does in the view it is in."""
+        return self._work
+
+    @property
+    def started(self) -> bool:
+        """Whether a view's work has begun here: from then on a lost peer does not end the run."""
+        view = self.machine.view
+        work = self._work
+        return view is not None and (
+            view.restoration is not None or (work is not None and work.started)
+        )
+
+    async def run(self) -> None:
+        """Take part until the run is finished. Cancelling it abandons the run on this device.
+
+        Raises:
+            LeftOut: a view without this device was decided.
+            P2PTrainError: the run cannot go on; the others must be told.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                await nursery.start(self.driver.run)
+                await trio.to_thread.run_sync(self.state.replicas.scan)
+                nursery.start_soon(self.state.keeper.run)
+                await self._await_begin()
+                while not await self._enter_newest():
+                    pass
+                nursery.cancel_scope.cancel()
+        finally:
+            self._nursery = None
+            self.state.close()
+            if self._meter is not None:
+                self._meter.close()
+
+    def stop(self) -> None:
+        """End the session after the step that has begun, where this device conducts it."""
+        if self.home is not None:
+            self.home.stopping = True
+        if self._work is not None:
+            self._work.stop()
+
+    # What arrives.
+
+    def receive(self, device: DeviceId, stamp: Stamp, message: object) -> None:
+        """Take a stamped control message of this run from a device of the group.
+
+        Raises:
+            RemoteProtocolError: one that its view does not allow, or too many ahead of theirs.
+        """
+        if isinstance(message, Begin):
+            self._take_begin(device, message)
+            return
+        work = self._work
+        if work is not None and work.stamp == stamp:
+            if device not in (*work.plan.members, *work.others):
+                return
+            if isinstance(message, ReplicaStored):
+                self.state.sets.stored(message, device)
+                work.replica_stored(device, message)
+                self._release()
+            else:
+                work.receive(device, message)
+        elif self._is_later(stamp):
+            self._early.keep(device, stamp, message)
+
+    async def receive_tensor(
+        self, device: DeviceId, header: TensorHeader, length: int, reader: BodyReader
+    ) -> None:
+        """Take a tensor frame; one of another view is dropped."""
+        work = self._work
+        stamp = Stamp(run=header.run, lineage=header.lineage, view=header.view, plan=header.plan)
+        if work is None or work.stamp != stamp or device not in work.plan.members:
+            await discard(reader, length)
+            return
+        await work.receive_tensor(header, length, reader)
+
+    def deliver(self, header: TensorHeader, array: Array) -> None:
+        """Take inputs or labels that this very peer feeds."""
+        if self._work is not None and self._work.stamp.view == header.view:
+            self._work.deliver(header, array)
+
+    def lost(self, device: DeviceId, reason: str, *, sure: bool) -> None:
+        """A member of the group is gone or its link broke: what was under way to it is lost."""
+        plan = self.plan
+        if self._admission is not None:
+            self._admission.gone(device)
+        if plan is None or device not in plan.members:
+            return
+        if not self.started:
+            name = self._services.directory.name_of(device)
+            self.fail(PeerLost(f"peer {name} ({device[:8]}) is gone: {reason}"))
+            return
+        wait_s = limits.VIEW_WAIT_SURE_S if sure else limits.VIEW_WAIT_SILENT_S
+        self.want(reason, after_s=wait_s)
+
+    def forget(self) -> None:
+        """The run is finished: what was kept for going on with it may go. Blocking."""
+        work = self._work
+        self.state.forget(complete=work is None or not work.stopped)
+
+    def leave(self) -> str | None:
+        """Ask for a view without this device; why there can be none, or None."""
+        plan, own = self.plan, self._services.device
+        if plan is None or not self.started:
+            return "the run has not begun"
+        if len(plan.members) == 1:
+            return "nobody else takes part in the run"
+        if plan.keep_data_here and plan.home == own:
+            return "the run's data stays on this device"
+        name = self._services.directory.name_of(own)
+        self.want(f"{name} leaves", after_s=0.0)
+        return None
+
+    def safety(self) -> str:
+        """Whether any one device may vanish without costing a committed step; else why not."""
+        machine = self.machine
+        return self.state.safety(machine.statistics().committed_step, len(machine.records))
+
+    def arrived(self, device: DeviceId) -> None:
+        """A device can be talked to; where it has no part in the run yet, it may get one."""
+        if self._admission is not None:
+            self._admission.arrived(device)
+
+    def answered(self, device: DeviceId, answer: Profiled | Declined) -> None:
+        """Take a newcomer's answer to the offer."""
+        if self._admission is not None:
+            self._admission.answered(device, answer)
+
+    def want(self, reason: str, *, after_s: float) -> None:
+        """Ask for a new view."""
+        self.driver.call(RunMachine.want, reason, self.driver.now(), after_s=after_s)
+
+    def reachable(self) -> None:
+        """Who can be talked to has changed."""
+        here = (self._services.device, *self._services.directory.linked())
+        self.driver.call(RunMachine.reachable, frozenset(here), self.driver.now())
+
+    def fail(self, error: P2PTrainError) -> None:
+        """End the run on this device; the first reason stays."""
+        if self.failure is None:
+            self.failure = error
+            if self._nursery is not None:
+                self._nursery.cancel_scope.cancel()
+
+    # What the machine says.
+
+    def follow(self, event: object) -> None:
+        """Act on one event of the machine."""
+        match event:
+            case StepCommitted(record=record):
+                self._step_committed(record)
+            case ViewDecided(view=view):
+                self._view_decided(view)
+            case ProposalWanted():
+                self._start(self._propose, event)
+            case Paused():
+                self.paused = event
+            case Unpaused():
+                self.paused = None
+            case Fenced():
+                pass
+        self._signal.notify()
+
+    def _step_committed(self, record: StepRecord) -> None:
+        self._remember(record, live=True)
+        view, work = self.machine.view, self._work
+        if work is not None and view is not None and work.stamp == stamp_of(view.plan):
+            work.committed(record)
+
+    def _remember(self, record: StepRecord, *, live: bool) -> None:
+        if record.step in self.history:
+            return
+        self.history[record.step] = record
+        if self.home is not None:
+            self.home.progress.step_committed(record, live=live)
+
+    def _view_decided(self, view: View) -> None:
+        if view.restoration is not None:
+            for record in view.records:
+                self._remember(record, live=False)
+        superseded = self._work is not None and self._work.stamp != stamp_of(view.plan)
+        if self._view_scope is not None and superseded:
+            self._view_scope.cancel()
+
+    async def _propose(self, wanted: ProposalWanted) -> None:
+        """Plan the next view in a thread and hand it to the machine."""
+        given = NextView(
+            wanted=wanted,
+            manifest=self.state.manifest,
+            leaving=self._services.directory.leaving(),
+            newcomers=() if self._admission is None else self._admission.profiles,
+            reason=", ".join(self.machine.wanted) or "the view before lost its proposer",
+        )
+        answer = await trio.to_thread.run_sync(next_view, given)
+        now = self.driver.now()
+        if isinstance(answer, View):
+            self.driver.call(RunMachine.propose, answer, now, ballot=wanted.ballot)
+        else:
+            self.driver.call(RunMachine.cannot_propose, answer, now, ballot=wanted.ballot)
+
+    def _replica_stored(self, saved: SegmentSaved) -> None:
+        if self._work is not None:
+            self._work.tell_replica(saved)
+
+    def _release(self) -> None:
+        """Logs and records that a whole replica set has made needless may go."""
+        step = self.state.release()
+        if step is not None and step > self._released:
+            self._released = step
+            self.driver.call(RunMachine.forget_before, step)
+            self._start(self._forget_replicas, step)
+
+    async def _forget_replicas(self, step: int) -> None:
+        forget = self.state.replicas.forget_before
+        await trio.to_thread.run_sync(forget, self.state.lineage, step)
+
+    # Views.
+
+    def _take_begin(self, device: DeviceId, begin: Begin) -> None:
+        plan = self.founding
+        if plan is None or device != plan.home or begin.stamp != stamp_of(plan):
+            return
+        if self._begin is None and self.machine.view is None:
+            self._begin = begin
+            self._signal.notify()
+
+    async def _await_begin(self) -> None:
+        """Wait for the home peer to begin the lineage, unless a later view is known."""
+        plan = self.founding
+        if plan is None:
+            await trio.lowlevel.checkpoint()
+            return
+        limit_s = limits.PREPARE_TIMEOUT_S + limits.PROPOSAL_TIMEOUT_S
+        with trio.move_on_after(limit_s):
+            await self._signal.wait_until(
+                lambda: self._begin is not None or self.machine.view is not None
+            )
+        begin = self._begin
+        if begin is None and self.machine.view is None:
+            name = self._services.directory.name_of(plan.home)
+            raise PeerLost(f"the home peer {name} did not begin the run within {limit_s:.0f} s")
+        if begin is not None:
+            await self.state.take_listing(plan.home, begin)
+            view = View(
+                plan=plan,
+                contract=self.state.contract,
+                profiles=begin.profiles,
+                previous=None,
+                resume_step=begin.first_step,
+                records=(),
+                restoration=None,
+                first_step=begin.first_step,
+                checkpoint_every=begin.checkpoint_every,
+            )
+            self.driver.call(RunMachine.found, view, self.driver.now())
+            self.reachable()
+
+    async def _enter_newest(self) -> bool:
+        """Work in the newest view until it ends; whether the run is finished with it."""
+        entered = self._work
+        await self._signal.wait_until(
+            lambda: (
+                self.machine.view is not None
+                and (entered is None or stamp_of(self.machine.view.plan) != entered.stamp)
+            )
+        )
+        view = self.machine.view
+        if view is None or self._services.device not in (*view.members, *givers(view)):
+            raise LeftOut("the run goes on without this peer")
+        with trio.CancelScope() as self._view_scope:
+            finished = await self._work_in(view)
+            if self._services.device not in view.members:
+                raise LeftOut("this peer has handed over its part of the run")
+            return finished
+        return False
+
+    async def _work_in(self, view: View) -> bool:
+        self.state.enter(view)
+        self._services.say_activity(activity(view.plan, self._services.device))
+        meter = self._meter
+        if meter is None:
+            meter = self._services.open_meter(view.plan, view.contract.minibatch_size)
+            self._meter = meter
+        hooks = WorkHooks(complete=self._complete, fail=self.fail)
+        work = ViewWork(view=view, state=self.state, hooks=hooks, home=self.home, meter=meter)
+        self._work = work
+        for device, message in self._early.take(work.stamp):
+            self.receive(device, work.stamp, message)
+        if view.plan.home == self._services.device:
+            self._open_admission(view)
+        try:
+            await work.run()
+        except* PeerLost as group:
+            if not self.started:
+                raise
+            self.want(as_ours(group).message, after_s=limits.VIEW_WAIT_SILENT_S)
+        else:
+            return True
+        finally:
+            self._close_admission()
+        await trio.sleep_forever()  # until the next view
+        return False
+
+    def _open_admission(self, view: View) -> None:
+        self._admission = Admission(
+            view=view,
+            bundle=self.state.bundle,
+            services=self._services,
+            admit=lambda reason: self.want(reason, after_s=0.0),
+        )
+        self._admission.begin()
+
+    def _close_admission(self) -> None:
+        if self._admission is not None:
+            self._admission.close()
+            self._admission = None
+
+    def _complete(self, record: StepRecord) -> None:
+        self.driver.call(RunMachine.complete, record, self.driver.now())
+
+    def _is_later(self, stamp: Stamp) -> bool:
+        work = self._work
+        here = (-1, -1) if work is None else (work.stamp.lineage, work.stamp.view)
+        return (stamp.lineage, stamp.view) > here
+
+    def _start(self, task: Callable[..., object], *args: object) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(task, *args)  # type: ignore[arg-type]  # an async function
+
+
+def activity(plan: Plan, device: DeviceId) -> str:
+    """`run 3f2a1b2c, stage 1 of 3`, for status."""
+    index = plan.stage_of(device)
+    if index is not None:
+        what = f"stage {index + 1} of {len(plan.stages)}"
+    else:
+        what = "data" if device == plan.home else "in reserve"
+    return f"run {plan.run[:8]}, {what}"

@@ -1,0 +1,288 @@
+"""What a member holds of a run across its views: its stage, its logs, its replicas, the data."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from p2ptrain import limits
+from p2ptrain.agreement.view import View
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.engine.contract import Array, Engine
+from p2ptrain.errors import CheckpointError, InvariantBroken
+from p2ptrain.ids import DeviceId, Lineage, RunId
+from p2ptrain.recovery.inventory import Inventory, LiveStage, LogKind, SegmentSpan
+from p2ptrain.recovery.protection import Provisional, Safeguards, protection
+from p2ptrain.recovery.replica_sets import ReplicaSets
+from p2ptrain.recovery.step_log import LogKey, StepLog
+from p2ptrain.runtime.checkpoint_listing import parse_listing
+from p2ptrain.runtime.home_duty import HomeSession
+from p2ptrain.runtime.replication import ReplicaKeeper
+from p2ptrain.runtime.services import Services
+from p2ptrain.runtime.signal import Signal
+from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.store.bundles import Bundle
+from p2ptrain.store.replicas import Replica, ReplicaPlace, ReplicaStore
+from p2ptrain.store.runs import SavedSegment
+from p2ptrain.training.contract import Contract
+from p2ptrain.training.messages import Begin, SegmentSaved, Stamp
+from p2ptrain.training.minibatch import FedKind, read_minibatch
+from p2ptrain.training.program import Item
+from p2ptrain.training.replay_inputs import StepPlace
+from p2ptrain.training.segment_state import StateHeader, read_segment_state
+from p2ptrain.training.step_tensors import PackedTensor, encoded, expected_tensors, pack
+
+JOURNAL_FILE = "agreement.jsonl"
+WEIGHTS_FOLDER = "weights"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogPlace:
+    """One microbatch's tensors at one place, as the log names them."""
+
+    kind: LogKind
+    step: int
+    microbatch: int
+    segment: int
+
+
+class RunState:
+    """One run's holdings at one device; what is blocking says so."""
+
+    def __init__(
+        self,
+        *,
+        run: RunId,
+        bundle: Bundle,
+        contract: Contract,
+        engine: Engine | None,
+        services: Services,
+    ) -> None:
+        """`engine` is None at a device that has no stage, ever."""
+        self.run, self.bundle, self.contract, self.services = run, bundle, contract, services
+        self._engine = engine
+        self.signal = Signal()
+        self.path: Path = services.runs_path / run
+        self.worker: StageWorker | None = None
+        """Our stage; None: we have none, or not yet."""
+        self.released_step = 0
+        """The newest step whose update may be on its way into `worker`."""
+        self.checkpoint_listing: dict[int, SavedSegment] = {}
+        self.log = StepLog(bytes_max=limits.STEP_LOG_BYTES_MAX)
+        self.own_weights: Mapping[str, Array] | None = None
+        self.data_copies: set[DeviceId] = set()
+        """Members known to have the run's data."""
+        self._session: HomeSession | None = None
+        self.state_names = self.manifest.updates[contract.optimizer.name].state
+        self.replicas = ReplicaStore(self.path, self.manifest, self.state_names)
+        self.sets = ReplicaSets()
+        self.lineage = Lineage(0)
+        self.view: View | None = None
+        self.on_stored: Callable[[SegmentSaved], None] = lambda saved: None
+        """Told when a replica that is kept here has become durable."""
+        self.keeper = ReplicaKeeper(
+            store=self.replicas,
+            manifest=self.manifest,
+            state_names=self.state_names,
+            blobs=services.blobs,
+            on_stored=lambda saved: self.on_stored(saved),
+        )
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the model."""
+        return self.bundle.manifest
+
+    def take_session(self, session: HomeSession) -> None:
+        """This device holds the run's data."""
+        self._session = session
+        self.own_weights = session.weights
+        self.data_copies.add(self.services.device)
+
+    async def take_listing(self, home: DeviceId, begin: Begin) -> None:
+        """Learn where the segments of a resumed checkpoint are.
+
+        Raises:
+            PeerLost: the home peer is gone.
+            CheckpointError: what came is no listing.
+        """
+        if begin.checkpoint is None:
+            await trio.lowlevel.checkpoint()
+            return
+        content = await self.services.blobs.fetch(
+            home, begin.checkpoint, size=begin.checkpoint_bytes
+        )
+        self.checkpoint_listing = parse_listing(content)
+
+    # Stages. All of these block.
+
+    def make_worker(
+        self, segments: range, in_flight: int, weights: Mapping[str, Array] | None
+    ) -> StageWorker:
+        """A stage over these segments, neither drawn nor loaded."""
+        if self._engine is None:
+            raise InvariantBroken("a stage on a device without an engine")
+        return StageWorker(
+            engine=self._engine,
+            bundle=self.bundle,
+            segments=segments,
+            contract=self.contract,
+            in_flight=in_flight,
+            weights=weights,
+        )
+
+    def load(self, worker: StageWorker, segment: int, step: int, content: bytes) -> None:
+        """Give a worker one segment's state; CheckpointError when it is something else."""
+        stored = read_segment_state(
+            content,
+            self.manifest,
+            bundle=self.manifest.digest,
+            state_names=self.state_names,
+        )
+        place = (stored.header.run, stored.header.segment, stored.header.step)
+        if place != (self.run, segment, step):
+            raise CheckpointError(f"what came as segment {segment} is something else")
+        worker.load(segment, stored.state)
+
+    def serialise(self, worker: StageWorker, segment: int, stamp: Stamp, step: int) -> bytes:
+        """One segment's state as a checkpoint file."""
+        header = StateHeader(
+            run=stamp.run,
+            lineage=stamp.lineage,
+            view=stamp.view,
+            plan=stamp.plan,
+            step=step,
+            segment=segment,
+            bundle=self.bundle.digest,
+        )
+        return worker.state(segment, step).to_bytes(header)
+
+    # The log.
+
+    def log_sent(self, place: LogPlace, arrays: tuple[Array, ...]) -> None:
+        """Keep a copy of what is sent at one place in a microbatch of a training step."""
+        self.log_replayed(place.kind, place.step, place.microbatch, place.segment, arrays)
+
+    def log_replayed(
+        self, kind: LogKind, step: int, microbatch: int, segment: int, arrays: tuple[Array, ...]
+    ) -> None:
+        """Keep again what a lost stage had sent."""
+        expected = [
+            each.index
+            for each in expected_tensors(self.manifest, self.contract, kind, segment)
+            if each.microbatch == microbatch
+        ]
+        for index, array in zip(expected, arrays, strict=True):
+            key = LogKey(kind=kind, step=step, microbatch=microbatch, segment=segment, index=index)
+            self.log.put(key, encoded(array))
+
+    def read_log(self, place: StepPlace, step: int) -> bytes | None:
+        """One step at a place, packed; None where it is not whole here. Blocking."""
+        if place.kind == "input" or place.kind == "labels":  # narrows as `in` does not
+            return self._read_feed(place.kind, step)
+        bodies = self.log.read(place.kind, place.segment, step)
+        if bodies is None:
+            return None
+        expected = expected_tensors(self.manifest, self.contract, place.kind, place.segment)
+        return pack([
+            PackedTensor(microbatch=each.microbatch, index=each.index, body=body)
+            for each, body in zip(expected, bodies, strict=True)
+        ])  # fmt: skip
+
+    def _read_feed(self, kind: FedKind, step: int) -> bytes | None:
+        """What a data holder feeds in a step, packed; None without the data."""
+        if self._session is None:
+            return None
+        item = Item(kind="train", step=step)
+        samples, loss = self._session.job.samples, self.manifest.loss
+        return read_minibatch(samples, self.contract, loss, item).packed(kind)
+
+    def read_replica(self, step: int, segment: int) -> bytes | None:
+        """A replica that is kept here; None where there is none. Blocking."""
+        place = ReplicaPlace(lineage=self.lineage, step=step, segment=segment)
+        if self.replicas.replica(place) is None:
+            return None
+        return bytes(self.replicas.content(place))
+
+    # Replicas.
+
+    def enter(self, view: View) -> None:
+        """Another view counts: owners and members may have changed."""
+        self.lineage, self.view = view.lineage, view
+        self.sets.begin(view)
+
+    def kept(self) -> tuple[Replica, ...]:
+        """Replicas of this lineage that are durable here, to be told again in each view."""
+        return self.replicas.kept(self.lineage)
+
+    def release(self) -> int | None:
+        """Forget what a whole replica set has made needless; the step up to which, or None."""
+        step = self.sets.releasable_step()
+        if step is not None:
+            self.log.release(step)
+            self.sets.forget_before(step)
+        return step
+
+    @property
+    def whole_step(self) -> int | None:
+        """The newest step from which any one lost stage can be replayed."""
+        return self.sets.whole_step((self.services.device, *self.services.directory.linked()))
+
+    def safety(self, committed_step: int, record_count: int) -> str:
+        """`protected`, or `provisional` and why."""
+        if self.view is None:
+            return "provisional: the run has not begun"
+        present = (self.services.device, *self.services.directory.linked())
+        verdict = protection(
+            self.view.plan,
+            Safeguards(
+                present=present,
+                whole_step=self.sets.whole_step(present),
+                data_copies=self.data_copies,
+                log_full=self.log.full,
+                record_count=record_count,
+                newest_step=committed_step,
+                replicated_step=committed_step if len(present) > 1 else 0,
+            ),
+        )
+        if isinstance(verdict, Provisional):
+            return f"provisional: {verdict.reason}"
+        return f"protected: any one device may vanish (replicas of step {verdict.replica_step})"
+
+    def inventory(self) -> Inventory:
+        """What this device holds now, for a promise."""
+        return Inventory(
+            live=self._live(),
+            states=self.replicas.held(self.lineage),
+            logs=self.log.inventory(),
+            has_data=self._session is not None,
+            linked=self.services.directory.linked(),
+        )
+
+    def close(self) -> None:
+        """The run is over here: give the memory back."""
+        self.worker = None
+        self.log = StepLog(bytes_max=limits.STEP_LOG_BYTES_MAX)
+
+    def forget(self, *, complete: bool) -> None:
+        """Delete what only a run that goes on needs; weights stay for a resumption. Blocking."""
+        self.replicas.forget_before(self.lineage, limits.STEPS_MAX)
+        (self.path / JOURNAL_FILE).unlink(missing_ok=True)
+        if complete:
+            shutil.rmtree(self.path / WEIGHTS_FOLDER, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a folder that holds the run's record stays
+            self.path.rmdir()
+
+    def _live(self) -> LiveStage | None:
+        worker = self.worker
+        if worker is None or worker.applied_step is None:
+            return None
+        span = SegmentSpan(first=worker.segments.start, count=len(worker.segments))
+        step = worker.applied_step
+        complete = worker.gradients_complete or self.released_step > step
+        return LiveStage(span=span, step=step, gradients_complete=complete)

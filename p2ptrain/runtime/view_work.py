@@ -1,0 +1,362 @@
+"""One view of a run on one member: get ready, work, until it is finished or superseded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from p2ptrain.agreement.view import View
+from p2ptrain.engine.contract import Array
+from p2ptrain.errors import NumericsError, P2PTrainError, PeerLost, RemoteProtocolError
+from p2ptrain.ids import DeviceId
+from p2ptrain.runtime.giving import Giver
+from p2ptrain.runtime.home_duty import HomeDuty, HomeSession
+from p2ptrain.runtime.inbox import BodyReader, discard
+from p2ptrain.runtime.replication import SnapshotOwner
+from p2ptrain.runtime.restoring import Restorer
+from p2ptrain.runtime.run_state import RunState
+from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.stage_run import StageHooks, StageRun
+from p2ptrain.runtime.stage_weights import prepare_timeout_s
+from p2ptrain.runtime.usage import RunMeter
+from p2ptrain.training.barrier import StepBarrier
+from p2ptrain.training.messages import (
+    CheckpointStored,
+    Done,
+    Evaluated,
+    Finish,
+    Given,
+    Ready,
+    ReplicaStored,
+    SegmentSaved,
+    StopAfter,
+    Usage,
+    Wanted,
+    stamp_of,
+)
+from p2ptrain.training.program import Intervals, Item, Program
+from p2ptrain.training.step_record import StepRecord
+from p2ptrain.wire.frames import TensorHeader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkHooks:
+    """What the work of a view tells the run."""
+
+    complete: Callable[[StepRecord], None]
+    """Every stage has its gradients of a step: it can be recorded."""
+    fail: Callable[[P2PTrainError], None]
+    """The run cannot go on anywhere."""
+
+
+class ViewWork:
+    """From a decided view to its end, or, for who leaves, until the others do without it.
+
+    `run` owns all of its tasks.
+
+    What outlives the view (the stage's worker, logs, replicas) is the `RunState`'s.
+    """
+
+    def __init__(
+        self,
+        *,
+        view: View,
+        state: RunState,
+        hooks: WorkHooks,
+        home: HomeSession | None,
+        meter: RunMeter,
+    ) -> None:
+        self.view, self.plan, self.stamp = view, view.plan, stamp_of(view.plan)
+        self._state, self._services, self._signal = state, state.services, state.signal
+        self._hooks, self._meter = hooks, meter
+        self._program = self._make_program()
+        self._barrier = StepBarrier(
+            plan=view.plan,
+            manifest=state.manifest,
+            clip_norm=view.contract.optimizer.clip_norm,
+            first_step=view.resume_step,
+        )
+        self._next_step = view.resume_step + 1
+        self._commits: dict[int, StepRecord] = {}
+        self._numerics: NumericsError | None = None
+        self._ready: set[DeviceId] = set()
+        self._finished = False
+        self.started = False
+        """Whether every member got ready and the work began."""
+        self._stage_run: StageRun | None = None
+        self._snapshots: SnapshotOwner | None = None
+        self._giver = Giver(
+            outlet=self._services.outlet, blobs=self._services.blobs, read=self._read_wanted
+        )
+        self._restorer = Restorer(view=view, state=state, changed=self._giver.look_again)
+        self._duty: HomeDuty | None = None
+        if home is not None and self.plan.home == self._services.device:
+            self._duty = HomeDuty(
+                session=home,
+                view=view,
+                program=self._make_program(),
+                services=self._services,
+                signal=self._signal,
+            )
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the session ends, or has ended, before the contract's last step."""
+        return self._program.stopped
+
+    @property
+    def others(self) -> tuple[DeviceId, ...]:
+        """Devices that are not members, but give what the members need to begin."""
+        return givers(self.view)
+
+    @property
+    def waits_for(self) -> tuple[DeviceId, ...]:
+        """Members that are not ready yet; empty once the work has begun."""
+        return () if self.started else tuple(d for d in self.plan.members if d not in self._ready)
+
+    async def run(self) -> None:
+        """Work until the run is finished. Cancelled: the stage is between two actions.
+
+        Raises:
+            PeerLost: somebody is gone or did not get ready; the view must change.
+            NumericsError, EngineError, DataError, CheckpointError: the run ends.
+        """
+        try:
+            await self._prepare_together()
+            if self._services.device in self.plan.members:
+                await self._work()
+        finally:
+            if self._duty is not None:
+                self._duty.withdraw()
+            if self._stage_run is not None:
+                self._stage_run.inbox.close()
+
+    def replica_stored(self, device: DeviceId, stored: ReplicaStored) -> None:
+        """A keeper has made a segment of our stage, or of another's, durable."""
+        if self._snapshots is not None:
+            self._snapshots.stored(device, stored.step, stored.segment, stored.state)
+
+    def tell_replica(self, saved: SegmentSaved) -> None:
+        """We have made a replica durable: tell all."""
+        self._tell_all(
+            ReplicaStored(
+                stamp=self.stamp, step=saved.step, segment=saved.segment, state=saved.state
+            )
+        )
+
+    def stop(self) -> None:
+        """End the session after the step that has begun, where this is its home peer."""
+        if self._duty is not None:
+            self._duty.stop()
+
+    def committed(self, record: StepRecord) -> None:
+        """A step of this view can no longer be lost: it may be applied."""
+        self._commits[record.step] = record
+        self._signal.notify()
+
+    def receive(self, device: DeviceId, message: object) -> None:
+        """Take a control message of this view, already checked to come from a member.
+
+        Raises:
+            RemoteProtocolError: one that the view does not allow; its sender's link is dropped.
+        """
+        from_home = device == self.plan.home
+        match message:
+            case Ready():
+                self._ready.add(device)
+            case Done():
+                self._take_done(device, message)
+            case Wanted():
+                self._giver.ask(device, message)
+            case Given():
+                self._restorer.asker.receive(device, message)
+            case SegmentSaved():
+                self._saved(device, message)
+            case Evaluated() | Usage() if self._duty is not None:
+                self._duty.receive(device, message)
+            case StopAfter(step=step) if from_home:
+                self._program.stop_after(step)
+            case Finish() if from_home:
+                self._finished = True
+            case CheckpointStored(step=step) if from_home:
+                if self._snapshots is not None:
+                    self._snapshots.collected(step)
+        self._signal.notify()
+
+    async def receive_tensor(self, header: TensorHeader, length: int, reader: BodyReader) -> None:
+        """Take a tensor frame of this view."""
+        if self._stage_run is None:
+            await discard(reader, length)
+            return
+        await self._stage_run.inbox.receive(header, length, reader)
+
+    def deliver(self, header: TensorHeader, array: Array) -> None:
+        """Take inputs or labels that this very peer feeds."""
+        if self._stage_run is not None:
+            self._stage_run.inbox.deliver(header, array)
+
+    # Getting ready.
+
+    async def _prepare_together(self) -> None:
+        """Restore our part and help the others, until everybody is ready."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._giver.run)
+            if self._duty is not None:
+                self._duty.publish_weights(resumed=not self._restorer.draws)
+            await self._restorer.settle()
+            self._giver.look_again()
+            worker = await self._restorer.restore()
+            self._make_stage_run(worker)
+            self._tell_all(Ready(stamp=self.stamp), *self.others)
+            await self._wait_ready()
+            nursery.cancel_scope.cancel()
+        self._restorer.adopt(worker)
+        self.started = True
+        for replica in self._state.kept():
+            self._tell_all(
+                ReplicaStored(
+                    stamp=self.stamp,
+                    step=replica.place.step,
+                    segment=replica.place.segment,
+                    state=replica.state,
+                )
+            )
+        self._signal.notify()
+
+    async def _wait_ready(self) -> None:
+        limit_s = prepare_timeout_s(self._state.manifest, resumed=not self._restorer.draws)
+        with trio.move_on_after(limit_s) as scope:
+            await self._signal.wait_until(lambda: self._ready >= set(self.plan.members))
+        if scope.cancelled_caught:
+            late = ", ".join(map(self._services.directory.name_of, self.waits_for))
+            raise PeerLost(f"{late} did not get ready within {limit_s:.0f} s")
+
+    async def _read_wanted(self, wanted: Wanted) -> bytes | None:
+        return await self._restorer.read(wanted)
+
+    # Working.
+
+    async def _work(self) -> None:
+        async with trio.open_nursery() as nursery:
+            if self._duty is not None:
+                nursery.start_soon(self._duty.run)
+            if self._stage_run is not None and self._snapshots is not None:
+                nursery.start_soon(self._snapshots.run)
+                nursery.start_soon(self._stage_run.run)
+            await self._signal.wait_until(lambda: self._finished)
+            nursery.cancel_scope.cancel()
+
+    def _make_stage_run(self, worker: StageWorker | None) -> None:
+        if worker is None:
+            return
+        keeper = self._own_keeper()
+        self._snapshots = SnapshotOwner(
+            worker=worker,
+            manifest=self._state.manifest,
+            state_names=self._state.state_names,
+            keepers=() if keeper is None else (keeper,),
+            blobs=self._services.blobs,
+            announce=self._services.outlet.send,
+        )
+        self._stage_run = StageRun(
+            plan=self.plan,
+            contract=self.view.contract,
+            manifest=self._state.manifest,
+            worker=worker,
+            program=self._program,
+            outlet=self._services.outlet,
+            meter=self._meter,
+            device=self._services.device,
+            signal=self._signal,
+            hooks=StageHooks(
+                save=self._save,
+                done=self._tell_done,
+                committed=self._wait_committed,
+                log=self._state.log_sent,
+            ),
+        )
+
+    def _make_program(self) -> Program:
+        view = self.view
+        return Program(
+            view.contract,
+            intervals=Intervals(
+                checkpoint_every=view.checkpoint_every, replica_every=view.plan.replica_every
+            ),
+            first_step=view.first_step,
+            resume_step=None if view.restoration is None else view.resume_step,
+        )
+
+    def _tell_done(self, done: Done) -> None:
+        """Our gradients of a step are complete, and so is what we logged of it."""
+        self._state.log.finish(done.step)
+        self._tell_all(done)
+
+    def _take_done(self, device: DeviceId, done: Done) -> None:
+        """Note one stage's result; with the last one the step can be recorded."""
+        self._barrier.add(device, done)
+        while self._numerics is None and not self._barrier.missing(self._next_step):
+            try:
+                totals = self._barrier.take(self._next_step)
+            except NumericsError as error:
+                self._numerics = error
+                self._hooks.fail(error)
+                return
+            self._next_step += 1
+            self._hooks.complete(
+                StepRecord(
+                    step=totals.step,
+                    loss=totals.loss,
+                    gradient_norm=totals.gradient_norm,
+                    clip_scale=totals.clip_scale,
+                )
+            )
+
+    async def _wait_committed(self, step: int) -> StepRecord:
+        await self._signal.wait_until(lambda: step in self._commits)
+        record = self._commits.pop(step)
+        self._state.released_step = step
+        return record
+
+    async def _save(self, item: Item) -> None:
+        """Snapshot our stage for its keeper, and for home where it is a checkpoint."""
+        keeper, checkpoint = self._own_keeper(), item.kind == "checkpoint"
+        if self._snapshots is not None and (keeper is not None or checkpoint):
+            home = self.plan.home if checkpoint else None
+            await self._snapshots.snapshot(self.stamp, item.step, collector=home)
+
+    def _own_keeper(self) -> DeviceId | None:
+        index = self.plan.stage_of(self._services.device)
+        return None if index is None or not self.plan.replicas else self.plan.replicas[index]
+
+    def _saved(self, device: DeviceId, saved: SegmentSaved) -> None:
+        """A stage has a snapshot for us: as its replica's keeper, as the home peer, or both."""
+        stage = self.plan.stage_of(device)
+        if stage is None or saved.segment not in self.plan.stages[stage].segments:
+            raise RemoteProtocolError(f"segment {saved.segment} was saved against the plan")
+        if saved.checkpoint and self._duty is not None:
+            self._duty.receive(device, saved)
+        if self.plan.replicas and self.plan.replicas[stage] == self._services.device:
+            self._state.keeper.announce(device, saved)
+
+    def _tell_all(self, message: object, *others: DeviceId) -> None:
+        """To every member, ourselves included; one that is gone is noticed elsewhere."""
+        for device in (*self.plan.members, *others):
+            with contextlib.suppress(PeerLost):
+                self._services.outlet.send(device, message)
+
+
+def givers(view: View) -> tuple[DeviceId, ...]:
+    """Who is not in the view, but has what its members need to begin: those that leave."""
+    if view.restoration is None:
+        return ()
+    named = {at.device for at in view.restoration.sources}
+    for replay in view.restoration.replays:
+        named |= {at.device for at in replay.replicas}
+        named |= {at.device for at in replay.tied_from}
+        optional = (replay.activations_from, replay.cotangents_from, replay.data_from)
+        named |= {device for device in optional if device is not None}
+    return tuple(sorted(named - set(view.members)))
