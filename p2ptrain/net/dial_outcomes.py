@@ -12,7 +12,7 @@ from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.net.dialler import Attempt
 from p2ptrain.net.listener import connect
-from p2ptrain.net.tls_link import LinkBroken, LinkRefused
+from p2ptrain.net.tls_link import CLOCKS_DIFFER, LinkBroken, LinkRefused
 from p2ptrain.wire import hello as wire_hello
 from p2ptrain.wire.hello import Hello
 
@@ -36,8 +36,11 @@ async def is_refused(address: str) -> bool:
 
 
 def failed(error: LinkBroken | RemoteProtocolError, device: DeviceId | None) -> Attempt:
-    """A dial that broke: pointless to repeat when a certificate was not accepted."""
-    if isinstance(error, LinkRefused):
+    """A dial that broke: pointless to repeat when a certificate was not accepted.
+
+    One that is out of date is renewed by itself, and a wrong clock may be set right.
+    """
+    if isinstance(error, LinkRefused) and not error.reason.endswith(CLOCKS_DIFFER):
         return Attempt(device=device, refusal=error.reason)
     return Attempt(device=device, failure=str(error))
 
@@ -47,8 +50,10 @@ def refused_by_hello(ours: Hello, theirs: Hello) -> Attempt:
     if theirs.refusal == wire_hello.REFUSE_VERSION:
         reason = wire_hello.version_gap(ours, theirs) or "it refuses our protocol version"
         return Attempt(device=theirs.device, refusal=reason)
-    if theirs.refusal in wire_hello.REFUSED_FOR_GOOD:
-        return Attempt(device=theirs.device, refusal=wire_hello.REFUSED_FOR_GOOD[theirs.refusal])
+    if theirs.refusal == wire_hello.REFUSE_REVOKED:
+        return Attempt(device=theirs.device, refusal=wire_hello.REVOKED)
+    if theirs.refusal == wire_hello.REFUSE_DATES:
+        return Attempt(device=theirs.device, failure=f"{wire_hello.OUT_OF_DATE}; {CLOCKS_DIFFER}")
     if theirs.refusal == wire_hello.REFUSE_DUPLICATE:
         return Attempt(device=theirs.device)  # the other connection is on its way
     return Attempt(device=theirs.device, failure=f"the peer refused: {theirs.refusal:.40}")

@@ -70,6 +70,12 @@ class Dialler:
         elif self._may_begin(target):
             self._begin(address, _Target(device))
 
+    def forgive(self) -> None:
+        """Let addresses that were refused be added again at once: something changed here."""
+        for address, target in list(self._targets.items()):
+            if target.refused_at is not None and not target.last.is_self:
+                del self._targets[address]
+
     def refusals(self) -> dict[str, str]:
         """Addresses that are not dialled any more, and why."""
         found = {a: t.last.refusal for a, t in self._targets.items()}

@@ -152,6 +152,10 @@ class Links:
         """Hint that a peer may be at host:port; ConfigError when that is no address."""
         self._dialler.add(address, device)
 
+    def forgive(self) -> None:
+        """Forget which addresses were refused: what was wrong with us may be right now."""
+        self._dialler.forgive()
+
     def refusals(self) -> dict[str, str]:
         """Addresses that are not dialled any more, and why: ourselves, or another group."""
         return self._dialler.refusals()

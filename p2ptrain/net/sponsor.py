@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import trio
@@ -14,19 +15,23 @@ from p2ptrain import limits
 from p2ptrain.errors import P2PTrainError, RemoteProtocolError, TrustError
 from p2ptrain.net.enrol_stream import receive_frame, send_frame, wait_end
 from p2ptrain.store.codes import claim_code, open_code, spend_try
-from p2ptrain.store.granting import grant_membership
+from p2ptrain.store.granting import grant_membership, live_issuer
 from p2ptrain.store.groups import Group, claim_invite, find_invite
+from p2ptrain.store.trust_log import read_revoked, read_roots
 from p2ptrain.trust import certificates as certs
+from p2ptrain.trust.chains import check_in_date
 from p2ptrain.trust.code import PendingCode
 from p2ptrain.trust.code_enrolment import NONCE_BYTES, CodeSponsor
 from p2ptrain.trust.enrolment import (
     CODE_OFFER,
+    RENEW_OFFER,
     EnrolFrame,
     EnrolmentRequest,
     Sealed,
     Sponsor,
     refusal,
 )
+from p2ptrain.trust.renewal import RenewalServer, renew
 
 
 def ignore_change() -> None:
@@ -37,9 +42,15 @@ class EnrolmentServer:
     """The sponsor's side, for Links' `enrolment`; at most ENROLMENTS_MAX at a time."""
 
     def __init__(
-        self, group: Group, *, on_code_changed: Callable[[], None] = ignore_change
+        self,
+        group: Group,
+        *,
+        on_code_changed: Callable[[], None] = ignore_change,
+        now: Callable[[], float] = time.time,
     ) -> None:
+        """Takes what tells the time to put into certificates, seconds since 1970."""
         self._group = group
+        self._now = now
         self._on_code_changed = on_code_changed
         self._running = 0
         self._one_guess = trio.Lock()
@@ -51,7 +62,8 @@ class EnrolmentServer:
             return
         self._running += 1
         try:
-            await serve_enrolment(trio.SocketStream(sock), self._group, self._one_guess)
+            stream = trio.SocketStream(sock)
+            await serve_enrolment(stream, self._group, self._one_guess, now=self._now)
         except (P2PTrainError, trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             return  # the joiner was told why where that was possible
         finally:
@@ -60,8 +72,16 @@ class EnrolmentServer:
             self._on_code_changed()
 
 
-async def serve_enrolment(stream: trio.abc.Stream, group: Group, one_guess: trio.Lock) -> None:
-    """Admit whoever holds a pending invite or the code of this device, in ENROL_TIMEOUT_S.
+async def serve_enrolment(
+    stream: trio.abc.Stream,
+    group: Group,
+    one_guess: trio.Lock,
+    *,
+    now: Callable[[], float] = time.time,
+) -> None:
+    """Admit whoever holds an invite or the code of this device, or renew a member's certificates.
+
+    At most ENROL_TIMEOUT_S.
 
     An invite or code is used up once the joiner has proved that it knows the secret; cancelling
     after that means a new one is needed.
@@ -76,7 +96,7 @@ async def serve_enrolment(stream: trio.abc.Stream, group: Group, one_guess: trio
     """
     try:
         with trio.fail_after(limits.ENROL_TIMEOUT_S):
-            await _serve(stream, group, one_guess)
+            await _serve(stream, group, one_guess, now)
             await wait_end(stream)
     except trio.TooSlowError as error:
         raise RemoteProtocolError("a joiner was too slow") from error
@@ -84,43 +104,61 @@ async def serve_enrolment(stream: trio.abc.Stream, group: Group, one_guess: trio
         await trio.aclose_forcefully(stream)
 
 
-async def _serve(stream: trio.abc.Stream, group: Group, one_guess: trio.Lock) -> None:
+async def _serve(
+    stream: trio.abc.Stream, group: Group, one_guess: trio.Lock, now: Callable[[], float]
+) -> None:
     offer = await receive_frame(stream)
+    if offer.kind == RENEW_OFFER:
+        await _renew(stream, group, offer, now())
+        return
     if offer.kind == CODE_OFFER:
-        await _admit_by_code(stream, group, offer, one_guess)
+        invited = await _invited_by_code(stream, group, offer, one_guess)
     else:
-        await _admit_by_invite(stream, group, offer)
+        invited = await _invited_by_secret(stream, group, offer)
+    if invited is not None:
+        await _grant(stream, group, invited, now())
 
 
-async def _admit_by_invite(stream: trio.abc.Stream, group: Group, offer: EnrolFrame) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Invited:
+    """Somebody who has proved that it was invited, and what it asks."""
+
+    keys: Sealed
+    request: EnrolmentRequest
+    admits: bool
+
+
+async def _invited_by_secret(
+    stream: trio.abc.Stream, group: Group, offer: EnrolFrame
+) -> _Invited | None:
     invite_id = Sponsor.invite_id(offer)
     pending = find_invite(group, invite_id)
     if pending is None:
         await _refuse(stream, "unknown")
-        return
+        return None
     if pending.expires_at_s < time.time():
         claim_invite(group, invite_id)
         await _refuse(stream, "expired")
-        return
+        return None
     sponsor = Sponsor(X25519PrivateKey.generate(), root_hash=certs.root_hash(group.root))
     answer, keys = sponsor.answer(offer, bytes.fromhex(pending.shared_key))
     await send_frame(stream, answer)
     request = await _asked(stream, keys)
     if request is None:
-        return
+        return None
     if not claim_invite(group, invite_id):
         await _refuse(stream, "unknown")
-        return
-    await _grant(stream, group, keys, request, admits=pending.admits)
+        return None
+    return _Invited(keys=keys, request=request, admits=pending.admits)
 
 
-async def _admit_by_code(
+async def _invited_by_code(
     stream: trio.abc.Stream, group: Group, offer: EnrolFrame, one_guess: trio.Lock
-) -> None:
+) -> _Invited | None:
     pending = open_code(group)
     if pending is None:
         await _refuse(stream, "no code")
-        return
+        return None
     sponsor = CodeSponsor(group.id, secrets.token_bytes(NONCE_BYTES))
     password = bytes.fromhex(pending.password)
     # Pure Python arithmetic of some milliseconds: not in the thread that serves the links.
@@ -131,12 +169,13 @@ async def _admit_by_code(
         judged = await _judge_guess(group, pending, sponsor, proof)
     if isinstance(judged, str):
         await _refuse(stream, judged)
-        return
+        return None
     confirm, keys = judged
     await send_frame(stream, confirm)
     request = await _asked(stream, keys)
-    if request is not None:
-        await _grant(stream, group, keys, request, admits=pending.admits)
+    if request is None:
+        return None
+    return _Invited(keys=keys, request=request, admits=pending.admits)
 
 
 async def _judge_guess(
@@ -162,20 +201,46 @@ async def _asked(stream: trio.abc.Stream, keys: Sealed) -> EnrolmentRequest | No
         return None
 
 
-async def _grant(
-    stream: trio.abc.Stream,
-    group: Group,
-    keys: Sealed,
-    request: EnrolmentRequest,
-    *,
-    admits: bool,
-) -> None:
+async def _grant(stream: trio.abc.Stream, group: Group, invited: _Invited, now: float) -> None:
     try:
-        granted = grant_membership(group, request, admits=admits)
+        granted = grant_membership(group, invited.request, admits=invited.admits, now=now)
     except TrustError:
         await _refuse(stream, "chain")
         raise
-    await send_frame(stream, keys.grant(granted))
+    await send_frame(stream, invited.keys.grant(granted))
+
+
+async def _renew(stream: trio.abc.Stream, group: Group, offer: EnrolFrame, now: float) -> None:
+    """Vouch for the time, and certify the keys of a member again."""
+    try:
+        issuer = live_issuer(group)
+        check_in_date(issuer.chain, now=now)
+    except TrustError:
+        await _refuse(stream, "chain")
+        raise
+    roots = read_roots(group.folder, group.root, group.id)
+    server = RenewalServer(group.id, issuer, X25519PrivateKey.generate())
+    await send_frame(stream, server.answer(offer, rotations=roots.rotations, now=now))
+    frame = await receive_frame(stream)  # or it hangs up: the time was all that it wanted
+    revoked = read_revoked(group.folder, roots, group.id)
+    try:
+        chain, asked = server.asked(frame, roots=roots, revoked=revoked, now=now)
+    except TrustError as error:
+        await _refuse(stream, error.message)
+        raise
+    try:
+        granted = renew(
+            issuer,
+            chain,
+            gid=group.id,
+            device_csr=asked.device_csr,
+            issuer_csr=asked.issuer_csr,
+            now=now,
+        )
+    except TrustError:
+        await _refuse(stream, "request")
+        raise
+    await send_frame(stream, server.grant(granted))
 
 
 async def _refuse(stream: trio.abc.Stream, reason: str) -> None:

@@ -29,6 +29,10 @@ PLAINTEXT_CHUNK_BYTES: Final = 256 * 1024
 CIPHERTEXT_BUFFER_BYTES: Final = 512 * 1024
 _PRIORITIZE_CHACHA: Final = 1 << 21
 """SSL_OP_PRIORITIZE_CHACHA: a client without AES instructions puts ChaCha20 first and gets it."""
+_NO_CHECK_TIME: Final = ssl.VerifyFlags(0x200000)
+"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python passes on."""
+CLOCKS_DIFFER: Final = "check the clocks of both devices"
+"""How a refusal because of dates ends."""
 _ENCODING_DER: Final = 2
 """OpenSSL's X509_FILETYPE_ASN1, as `_ssl.Certificate.public_bytes` takes it."""
 _CUT_SHORT: Final = "the peer closed the link in the middle of a frame"
@@ -370,6 +374,8 @@ def _configured(context: ssl.SSLContext, credentials: Credentials) -> ssl.SSLCon
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
+    if not credentials.dates_checked:
+        context.verify_flags |= _NO_CHECK_TIME
     try:
         context.load_verify_locations(cadata=credentials.root_pem)
         context.load_cert_chain(credentials.chain_file, credentials.key_file)
@@ -391,7 +397,7 @@ def _verified_chain(tls: ssl.SSLObject) -> tuple[bytes, ...]:
 
 def _verification(message: str) -> str:
     if "expired" in message or "not yet valid" in message:
-        return f"the peer's {message}; check the clocks of both devices"
+        return f"the peer's {message}; {CLOCKS_DIFFER}"
     if "issuer" in message or "self-signed" in message or "self signed" in message:
         return "the peer belongs to another group, or to none"
     return f"the peer's certificate is refused: {message}"

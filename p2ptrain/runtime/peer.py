@@ -28,6 +28,7 @@ from p2ptrain.net.addresses import reachable_addresses
 from p2ptrain.net.discovery import DiscoveryState, discover
 from p2ptrain.net.inviting import Inviting
 from p2ptrain.net.links import LinkDown, Links, LinkUp
+from p2ptrain.net.listener import split_address
 from p2ptrain.net.sponsor import EnrolmentServer
 from p2ptrain.planner.plan import Plan
 from p2ptrain.power.host import available_memory_bytes, host_identity
@@ -86,7 +87,9 @@ class Peer:
             build=self._build,
             listen_host=config.listen_host,
             listen_port=config.port,
-            enrolment=EnrolmentServer(group, on_code_changed=self.inviting.look),
+            enrolment=EnrolmentServer(
+                group, on_code_changed=self.inviting.look, now=self.trust.now
+            ),
             on_tensor=self._tensor_arrived,
             on_bulk=self._bulk_arrived,
             objection=self.trust.objection,
@@ -142,7 +145,8 @@ class Peer:
             nursery.start_soon(self._book_energy)
             nursery.start_soon(self._keep_own_record)
             for address in self.config.peers:
-                self.links.dial(address)
+                split_address(address)  # a wrong one ends the start
+                self._dial_hint(address)
             for address in self._addresses:
                 self._dial_hint(address)
             task_status.started()
@@ -271,7 +275,7 @@ class Peer:
             now = trio.current_time()
             match event:
                 case LinkUp(device=device, address=address):
-                    self.trust.link_up(device, now)
+                    self.trust.link_up(device, event.clock_ahead_s, now)
                     self.membership.call(Membership.link_up, device, now)
                     self._remember(device, address)
                     self.runs.peer_up(device)
@@ -363,9 +367,16 @@ class Peer:
         return TrustHooks(
             send=self._send_or_drop,
             use=lambda credentials: self.links.use(credentials),
+            dial=self._dial_again,
+            refusals=lambda: {**self.links.failures(), **self.links.refusals()},
             expel=self._expel,
             violation=self._violation,
         )
+
+    def _dial_again(self, addresses: Sequence[str]) -> None:
+        self.links.forgive()
+        for address in addresses:
+            self._dial_hint(address)
 
     def _expel(self, device: DeviceId, reason: str) -> None:
         """A member is out: what it had here ends now, without waiting for suspicion."""
@@ -388,6 +399,9 @@ class Peer:
 
     def _dial_hint(self, address: str, device: DeviceId | None = None) -> None:
         """Dial what others say; what is no address is no reason to stop."""
+        self.trust.hint(address)
+        if self.trust.away:
+            return  # dialled when our certificates are valid again
         with contextlib.suppress(ConfigError):
             self.links.dial(address, device=device)
 

@@ -9,10 +9,12 @@ import trio
 from p2ptrain.membership.machine import Membership, MemberView
 from p2ptrain.net.discovery import DiscoveryState
 from p2ptrain.net.links import Links
+from p2ptrain.net.tls_link import CLOCKS_DIFFER
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.reports import LinksReport, MemberReport, PeerStatus
 from p2ptrain.runtime.run_service import RunService
 from p2ptrain.runtime.run_status import run_status_report
+from p2ptrain.runtime.trust_service import TrustService
 from p2ptrain.store.groups import Group
 from p2ptrain.store.home import Home
 from p2ptrain.store.runs import summaries
@@ -27,6 +29,7 @@ class StatusSource(Protocol):
     links: Links
     membership: Driver[Membership]
     runs: RunService
+    trust: TrustService
 
     def addresses(self) -> tuple[str, ...]:
         """Where other devices may reach this peer."""
@@ -100,7 +103,11 @@ def member_report(view: MemberView) -> MemberReport:
 def _alone_because(peer: StatusSource) -> str | None:
     if peer.membership.machine.alive():
         return None
-    refusals = [f"{address}: {reason}" for address, reason in peer.links.refusals().items()]
+    if peer.trust.notices:
+        return "; ".join(peer.trust.notices)
+    outdated = {a: r for a, r in peer.links.failures().items() if r.endswith(CLOCKS_DIFFER)}
+    known = {**outdated, **peer.links.refusals()}
+    refusals = [f"{address}: {reason}" for address, reason in known.items()]
     if refusals:
         return "; ".join(refusals)
     return f"no other member was found ({peer.discovery.text}); try --peer host:port"

@@ -6,10 +6,12 @@ are on disk, and is the only task that replaces what links show.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, cast
 
 import trio
@@ -18,11 +20,15 @@ from cryptography import x509
 from p2ptrain import limits
 from p2ptrain.errors import RemoteProtocolError, TrustError
 from p2ptrain.ids import DeviceId
+from p2ptrain.net.renew import Wanted
+from p2ptrain.net.tls_link import CLOCKS_DIFFER
+from p2ptrain.runtime.credential_keeper import CredentialKeeper, KeeperHooks, issuers_among
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.revoking import RevokeRequest, sign_revocation
 from p2ptrain.runtime.trust_reports import Known as KnownMembers
 from p2ptrain.runtime.trust_reports import RevocationReport
-from p2ptrain.store.groups import Group, refresh
+from p2ptrain.store.granting import live_issuer
+from p2ptrain.store.groups import Group
 from p2ptrain.store.trust_log import (
     append_statements,
     read_revoked,
@@ -31,7 +37,13 @@ from p2ptrain.store.trust_log import (
     save_roster,
 )
 from p2ptrain.trust import certificates as certs
-from p2ptrain.trust.chains import MemberChain, key_fingerprint, member_chain, read_chain
+from p2ptrain.trust.chains import (
+    MemberChain,
+    check_in_date,
+    key_fingerprint,
+    member_chain,
+    read_chain,
+)
 from p2ptrain.trust.credentials import Chain, Credentials, Objection
 from p2ptrain.trust.gossip import (
     ChainLearned,
@@ -40,13 +52,28 @@ from p2ptrain.trust.gossip import (
     Statement,
     TrustGossip,
 )
-from p2ptrain.trust.gossip_messages import ChainShown, Known, Summary
+from p2ptrain.trust.gossip_messages import (
+    ChainShown,
+    Known,
+    RenewAnswered,
+    RenewAsked,
+    Summary,
+)
+from p2ptrain.trust.renewal import RenewalGranted, renew
 from p2ptrain.trust.revocation import Revocation, RevokedKeys
 from p2ptrain.trust.roster import Roster
 from p2ptrain.trust.rotation import Rotation
-from p2ptrain.wire.hello import REFUSE_REVOKED
+from p2ptrain.wire.hello import REFUSE_DATES, REFUSE_REVOKED
 
-TRUST_MESSAGES: Final = (Summary, Known, ChainShown, Revocation, Rotation)
+TRUST_MESSAGES: Final = (
+    Summary,
+    Known,
+    ChainShown,
+    Revocation,
+    Rotation,
+    RenewAsked,
+    RenewAnswered,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +84,10 @@ class TrustHooks:
     """Queue a message for a linked peer; may drop it."""
     use: Callable[[Credentials], None]
     """Show these from the next handshake on."""
+    dial: Callable[[Sequence[str]], None]
+    """Dial these now, also those that were refused a moment ago."""
+    refusals: Callable[[], dict[str, str]]
+    """Addresses whose last dial was refused, and why."""
     expel: Callable[[DeviceId, str], None]
     """Close the links with a peer and count it as gone, now."""
     violation: Callable[[DeviceId, RemoteProtocolError], None]
@@ -67,12 +98,15 @@ class TrustService:
 
     def __init__(self, group: Group, hooks: TrustHooks, *, rng: random.Random) -> None:
         """Raises TrustError when a log on disk is damaged: a peer must not run without it."""
-        self._group = group
         self._hooks = hooks
+        self._keeper = CredentialKeeper(group, self._keeper_hooks())
+        self._ahead_s: dict[DeviceId, float] = {}
+        self._requests = itertools.count(1)
+        self._answers: dict[int, trio.MemorySendChannel[RenewAnswered]] = {}
         roots = read_roots(group.folder, group.root, group.id)
         self._effective = read_revoked(group.folder, roots, group.id)
         self._shown: dict[DeviceId, Chain] = {}
-        self._stale = trio.Event()
+        self._roster_changed = trio.Event()
         self._took_effect = trio.Event()
         self._machine = Driver(
             TrustGossip(
@@ -91,12 +125,33 @@ class TrustService:
     @property
     def group(self) -> Group:
         """The membership as it is now."""
-        return self._group
+        return self._keeper.group
+
+    @property
+    def away(self) -> bool:
+        """Whether no member would let us in yet: certificates or clock are out of date."""
+        return self._keeper.away
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a person should know about trust on this device, one sentence each."""
+        statement = self.revoked_by
+        if statement is None:
+            return self._keeper.notices
+        return (f"this device was revoked: {statement.reason}",)
+
+    def now(self) -> float:
+        """The time to put into certificates: the clock's, or one that an issuer vouched for."""
+        return self._keeper.now()
+
+    def hint(self, address: str) -> None:
+        """A member may be at host:port: asked for the time or a renewal where that is needed."""
+        self._keeper.hint(address)
 
     @property
     def revoked_by(self) -> Revocation | None:
         """The statement that puts this device itself out of the group, if there is one."""
-        return self._effective.against([key_fingerprint(c) for c in self._group.chain])
+        return self._effective.against([key_fingerprint(c) for c in self.group.chain])
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Spread and take in what is said about trust, and keep our certificates valid.
@@ -105,8 +160,11 @@ class TrustService:
         """
         async with trio.open_nursery() as nursery:
             await nursery.start(self._machine.run)
-            self._show_own()
-            nursery.start_soon(self._keep_credentials)
+            self._machine.call(TrustGossip.show, self._own())
+            if not self._keeper.away:
+                await self._keeper.look()
+            nursery.start_soon(self._keeper.run)
+            nursery.start_soon(self._save_roster)
             task_status.started()
 
     # What links ask and tell.
@@ -117,14 +175,22 @@ class TrustService:
         statement = self._effective.against([key_fingerprint(c) for c in read])
         if statement is not None:
             return Objection(refusal=REFUSE_REVOKED, reason=self._explained(statement, read[0]))
+        if self._keeper.clock_is_vouched:
+            # TLS did not look at dates, which our clock cannot judge.
+            try:
+                check_in_date(read, now=self.now())
+            except TrustError as error:
+                return Objection(refusal=REFUSE_DATES, reason=error.message)
         device = certs.certificate_device(read[0])
         while len(self._shown) >= limits.ROSTER_MAX and device not in self._shown:
             self._shown.pop(next(iter(self._shown)))
         self._shown[device] = chain[:-1]
         return None
 
-    def link_up(self, device: DeviceId, now: float) -> None:
+    def link_up(self, device: DeviceId, clock_ahead_s: float, now: float) -> None:
         """A peer is up: learn its certificates and compare what both know."""
+        self._ahead_s[device] = clock_ahead_s
+        self._keeper.poke()
         self._machine.call(TrustGossip.link_up, device, now)
         chain = self._shown.get(device)
         if chain is None:
@@ -140,10 +206,20 @@ class TrustService:
         """A peer is down."""
         self._machine.call(TrustGossip.link_down, device)
         self._shown.pop(device, None)
+        self._ahead_s.pop(device, None)
 
     async def deliver(self, sender: DeviceId, message: object) -> None:
         """Take one of TRUST_MESSAGES."""
-        await self._machine.deliver(sender, message)
+        match message:
+            case RenewAsked():
+                await self._answer_renewal(sender, message)
+            case RenewAnswered(request=request):
+                waiting = self._answers.pop(request, None)
+                if waiting is not None:
+                    waiting.send_nowait(message)
+                await trio.lowlevel.checkpoint()
+            case _:
+                await self._machine.deliver(sender, message)
 
     # What people ask.
 
@@ -164,7 +240,7 @@ class TrustService:
         """What is known now, which may not be on disk yet; a copy, for use in a thread."""
         machine = self._machine.machine
         return KnownMembers(
-            group=self._group,
+            group=self.group,
             roster=Roster(machine.roster.chains),
             revoked=RevokedKeys(machine.revoked.statements),
         )
@@ -173,14 +249,16 @@ class TrustService:
 
     async def _persist(self, records: Sequence[object]) -> None:
         statements = cast(Sequence[Statement], records)
-        await trio.to_thread.run_sync(append_statements, self._group.folder, statements)
+        await trio.to_thread.run_sync(append_statements, self.group.folder, statements)
 
     def _event(self, event: object) -> None:
         match event:
             case RevocationLearned(statement=statement):
                 self._take_effect(statement)
-            case RootRotated() | ChainLearned():
-                self._stale.set()
+            case RootRotated():
+                self._keeper.poke()
+            case ChainLearned():
+                self._roster_changed.set()
 
     def _take_effect(self, statement: Revocation) -> None:
         self._effective.add(statement)
@@ -189,7 +267,7 @@ class TrustService:
             against = self._effective.against([key_fingerprint(c) for c in read])
             if against is not None:
                 self._hooks.expel(device, self._explained(against, read[0]))
-        self._stale.set()
+        self._keeper.poke()
         self._took_effect.set()
         self._took_effect = trio.Event()
 
@@ -199,39 +277,96 @@ class TrustService:
             return f"{name} was revoked: {statement.reason}"
         return f"{name} was admitted by {statement.name}, which was revoked: {statement.reason}"
 
-    # Our own certificates.
+    # Certificates: ours from others, others' from us.
 
-    async def _keep_credentials(self) -> None:
-        """Bring our certificates up to date whenever something was learnt, and when due."""
-        while True:
-            with trio.move_on_after(self._wait_s()):
-                await self._stale.wait()
-            self._stale = trio.Event()
-            await self._refresh()
+    def _keeper_hooks(self) -> KeeperHooks:
+        return KeeperHooks(
+            use=self._hooks.use,
+            shown=lambda chain: self._machine.call(TrustGossip.show, chain),
+            rotated=lambda rotation: self._machine.call(TrustGossip.state_rotation, rotation),
+            ask=self._ask_linked,
+            date_refusals=self._date_refusals,
+            linked_ahead_s=lambda: tuple(self._ahead_s.values()),
+            came_back=self._hooks.dial,
+        )
 
-    def _wait_s(self) -> float:
-        due_s = certs.renew_at_s(self._group.chain[0]) - time.time()
-        return min(max(due_s, limits.TRUST_REFRESH_MIN_S), limits.TRUST_REFRESH_MAX_S)
+    async def _ask_linked(
+        self, wanted: Wanted, take: Callable[[RenewalGranted], Awaitable[bool]]
+    ) -> bool:
+        chains = {device: self._read(chain) for device, chain in self._shown.items()}
+        able = issuers_among(tuple(self._ahead_s), chains)
+        for device in able:
+            granted = await self._ask_one(device, wanted)
+            if granted is not None and await take(granted):
+                break
+        return bool(able)
 
-    async def _refresh(self) -> None:
-        await trio.to_thread.run_sync(save_roster, self._group.folder, self._machine.machine.roster)
+    async def _ask_one(self, device: DeviceId, wanted: Wanted) -> RenewalGranted | None:
+        request = next(self._requests)
+        send, receive = trio.open_memory_channel[RenewAnswered](1)
+        self._answers[request] = send
+        asked = RenewAsked(
+            request=request, device_csr=wanted.device_csr, issuer_csr=wanted.issuer_csr
+        )
+        self._hooks.send(device, asked)
         try:
-            now = await trio.to_thread.run_sync(_refreshed, self._group)
-        except (TrustError, OSError):
-            return  # a file was damaged under us: what is shown stays, the next start tells
-        if now != self._group:
-            self._group = now
-            self._hooks.use(now.credentials)
-            self._show_own()
+            with trio.move_on_after(limits.RENEW_ANSWER_S):
+                answer = await receive.receive()
+                if answer.issuers:
+                    return RenewalGranted(issuers=answer.issuers, leaf=answer.leaf)
+        finally:
+            self._answers.pop(request, None)
+        return None
 
-    def _show_own(self) -> None:
+    async def _answer_renewal(self, sender: DeviceId, asked: RenewAsked) -> None:
+        """Certify a linked member's keys again, or answer that somebody else must."""
+        chain = self._shown.get(sender)
+        answer = RenewAnswered(request=asked.request)
+        if chain is not None:
+            renewing = partial(_renew, self.group, self._read(chain), asked, self.now())
+            granted = await trio.to_thread.run_sync(renewing)
+            if granted is not None:
+                answer = replace(answer, issuers=granted.issuers, leaf=granted.leaf)
+        self._hooks.send(sender, answer)
+
+    def _date_refusals(self) -> tuple[str, ...]:
+        return tuple(
+            address
+            for address, reason in self._hooks.refusals().items()
+            if "not yet valid" in reason and reason.endswith(CLOCKS_DIFFER)
+        )
+
+    async def _save_roster(self) -> None:
+        while True:
+            await self._roster_changed.wait()
+            self._roster_changed = trio.Event()
+            roster = Roster(self._machine.machine.roster.chains)
+            with contextlib.suppress(OSError):  # heard of again; a full disk is told elsewhere
+                await trio.to_thread.run_sync(save_roster, self.group.folder, roster)
+            if self._machine.machine.roots.rotations:
+                self._keeper.poke()  # an old root may not be needed any more
+
+    def _own(self) -> MemberChain:
         roots = self._machine.machine.roots
-        own = member_chain(self._group.chain, gid=self._group.id, roots=roots.ever)
-        self._machine.call(TrustGossip.show, own)
+        return member_chain(self.group.chain, gid=self.group.id, roots=roots.ever)
 
     def _read(self, chain: Chain) -> MemberChain:
-        return read_chain(chain, gid=self._group.id, roots=self._machine.machine.roots.ever)
+        return read_chain(chain, gid=self.group.id, roots=self._machine.machine.roots.ever)
 
 
-def _refreshed(group: Group) -> Group:
-    return refresh(group, now=time.time())
+def _renew(
+    group: Group, chain: MemberChain, asked: RenewAsked, now: float
+) -> RenewalGranted | None:
+    try:
+        issuer = live_issuer(group)
+        check_in_date(issuer.chain, now=now)
+        return renew(
+            issuer,
+            chain,
+            gid=group.id,
+            device_csr=asked.device_csr,
+            issuer_csr=asked.issuer_csr,
+            now=now,
+        )
+    except TrustError:
+        return None

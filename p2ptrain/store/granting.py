@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from cryptography import x509
 
 from p2ptrain.errors import TrustError
@@ -29,7 +27,9 @@ def live_issuer(group: Group) -> certs.Issuer:
     return issuer
 
 
-def grant_membership(group: Group, request: EnrolmentRequest, *, admits: bool) -> EnrolmentGrant:
+def grant_membership(
+    group: Group, request: EnrolmentRequest, *, admits: bool, now: float
+) -> EnrolmentGrant:
     """What makes a member of a device that has proved that it was invited.
 
     Args:
@@ -38,7 +38,6 @@ def grant_membership(group: Group, request: EnrolmentRequest, *, admits: bool) -
     Raises:
         TrustError: this member may not admit, or the request does not prove its keys.
     """
-    now = time.time()
     issuer = live_issuer(group)
     device_request = certs.request_from_der(request.device_csr)
     device = certs.device_id(certs.requested_key(device_request))

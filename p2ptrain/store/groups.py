@@ -226,13 +226,31 @@ def install_chain(group: Group, chain: Sequence[x509.Certificate]) -> None:
     write_atomic(group.folder / "chain.pem", [certs.to_pem(*chain)])
 
 
+def install_issuer(group: Group, issuers: Sequence[x509.Certificate], *, now: float) -> None:
+    """Take a fresh certificate of our issuer key, and sign a leaf below it.
+
+    Raises:
+        TrustError: it is for another key, or not valid at `now`; nothing was changed.
+    """
+    issuer = load_issuer(group)
+    fresh = certs.Issuer(key=issuer.key, certificate=issuers[0], above=tuple(issuers[1:]))
+    key = load_device_key(group)
+    request = certs.request_certificate(key, name=group.device_name)
+    leaf = certs.issue_leaf(fresh, request, gid=group.id, name=group.device_name, now=now)
+    install_chain(group, (leaf, *issuers))
+
+
+def load_device_key(group: Group) -> Ed25519PrivateKey:
+    """The key that this device is known by."""
+    return certs.key_from_pem(read_bounded(group.folder / "device.key", _FILE_BYTES_MAX))
+
+
 def renew_leaf(group: Group, *, now: float) -> bool:
     """Sign a fresh leaf for ourselves; False when we may not, or our issuer is out of date."""
     issuer = find_issuer(group)
     if issuer is None:
         return False
-    key = certs.key_from_pem(read_bounded(group.folder / "device.key", _FILE_BYTES_MAX))
-    request = certs.request_certificate(key, name=group.device_name)
+    request = certs.request_certificate(load_device_key(group), name=group.device_name)
     try:
         check_in_date(issuer.chain, now=now)
     except TrustError:

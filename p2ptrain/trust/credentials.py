@@ -15,11 +15,14 @@ class Credentials:
     group: GroupId
     device: DeviceId
     root_pem: str
-    """The group's root: the only certificate that links trust."""
+    """The group's root, or roots while one is rotated: all that links trust."""
     chain_file: str
     """Path of chain.pem: our leaf, then its issuers, without the root."""
     key_file: str
     """Path of device.key."""
+    dates_checked: bool = True
+    """Whether TLS judges dates by this device's clock; otherwise the objection must, by a time
+    that was vouched for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,14 +99,12 @@ class TrustGossip:
         self._take_chain(chain)
 
     def receive(self, message: object, sender: DeviceId, now: float) -> None:
-        """Take what a linked peer says; others' late messages are dropped.
+        """Take what a peer says; its link may not have been told of yet, or not any more.
 
         Raises:
             RemoteProtocolError: a statement that does not hold; the caller drops the link.
             LocalProtocolError: not a message of this machine; the caller's dispatch is wrong.
         """
-        if sender not in self._linked:
-            return
         try:
             self._take(message, sender)
         except UnknownRoot:

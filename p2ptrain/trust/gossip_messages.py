@@ -53,3 +53,35 @@ class ChainShown:
             raise ValueError("a chain has a leaf and 1 to 16 issuers")
         if any(len(der) > limits.CERTIFICATE_BYTES_MAX for der in self.certificates):
             raise ValueError("a certificate is too large")
+
+
+@message("trust.renew")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenewAsked:
+    """Certify my keys again; the link proves who asks."""
+
+    request: int
+    """Repeated in the answer."""
+    device_csr: bytes
+    issuer_csr: bytes = b""
+    """Empty: a leaf; otherwise the issuer key that the sender shows."""
+
+    def __post_init__(self) -> None:
+        if max(len(self.device_csr), len(self.issuer_csr)) > limits.CERTIFICATE_BYTES_MAX:
+            raise ValueError("a request is too large")
+
+
+@message("trust.renewed")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenewAnswered:
+    """The fresh certificates (DER), or none: ask another member."""
+
+    request: int
+    issuers: tuple[bytes, ...] = ()
+    leaf: bytes = b""
+
+    def __post_init__(self) -> None:
+        if len(self.issuers) > ISSUERS_MAX or any(
+            len(der) > limits.CERTIFICATE_BYTES_MAX for der in (self.leaf, *self.issuers)
+        ):
+            raise ValueError("too many or too large certificates")

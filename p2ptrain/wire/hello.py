@@ -30,11 +30,8 @@ REFUSE_FULL: Final = "full"
 REFUSE_VERSION: Final = "version"
 REFUSE_REVOKED: Final = "revoked"
 REFUSE_DATES: Final = "dates"
-REFUSED_FOR_GOOD: Final = {
-    REFUSE_REVOKED: "this device, or the member that admitted it, was revoked",
-    REFUSE_DATES: "this device's certificate is out of date there; compare the clocks",
-}
-"""Refusals that dialling again does not change, and what they mean to the one refused."""
+REVOKED: Final = "this device, or the member that admitted it, was revoked"
+OUT_OF_DATE: Final = "this device's certificate is out of date there"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 
 import pytest
@@ -126,16 +127,8 @@ async def test_statement_is_on_disk_before_it_takes_effect(
             seen.append(log.exists() and two.device in log.read_text())
             expel(two.device, reason)
 
-        monkeypatch.setattr(
-            first.trust,
-            "_hooks",
-            first.trust._hooks.__class__(
-                send=first.trust._hooks.send,
-                use=first.trust._hooks.use,
-                expel=look,
-                violation=first.trust._hooks.violation,
-            ),
-        )
+        hooks = dataclasses.replace(first.trust._hooks, expel=look)
+        monkeypatch.setattr(first.trust, "_hooks", hooks)
         await first.trust.revoke(request(two))
         assert seen == [True]
 

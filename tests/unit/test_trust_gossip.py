@@ -214,13 +214,20 @@ def test_statement_that_does_not_hold_costs_the_link(group: MintedGroup) -> None
     assert not machine.writes()
 
 
-def test_messages_of_peers_that_are_not_linked_are_dropped(group: MintedGroup) -> None:
+def test_message_that_overtakes_the_news_of_its_link_counts(group: MintedGroup) -> None:
     network, members = line_of(group, 2)
+    network.cut(*members)
     machine = network.machines[members[0].device]
-    machine.receive(group.revoke(members[0], by=members[1]), DeviceId("z" * 26), 0.0)
-    assert len(machine.revoked) == 0
+    statement = group.revoke(group.admit(members[0], "phone"), by=members[0])
+    machine.receive(statement, members[1].device, 0.0)
+    assert len(machine.revoked) == 1
+    assert not machine.outgoing()
+
+
+def test_message_of_another_machine_is_our_own_mistake(group: MintedGroup) -> None:
+    network, members = line_of(group, 2)
     with pytest.raises(LocalProtocolError):
-        machine.receive(Ping(sequence=1), members[1].device, 0.0)
+        network.machines[members[0].device].receive(Ping(sequence=1), members[1].device, 0.0)
 
 
 def test_number_of_statements_is_bounded(
