@@ -2,7 +2,7 @@
 
     python tools/check.py full      what `make test` runs
     python tools/check.py lint      ruff and mypy
-    python tools/check.py sim       the simulator's tests alone
+    python tools/check.py sim       the simulator's tests and 5,000 seeds of it
 
 Every step is a plain command that can be run by hand; a failing step does not hide the later
 ones. The last line counts tests as pytest does.
@@ -32,6 +32,7 @@ STOCK_VARIABLES: Final = ("P2PTRAIN_STOCK_PYTHON", "P2PTRAIN_STOCK_PYTHON_3_13")
 STOCK_FOLDERS: Final = ("tests/unit", "tests/property", "tests/numerics", "tests/interop")
 STOCK_SKIPS: Final = (("tests/unit", "tests/property"), ("tests/property",))
 """What says nothing about the other runtime; the unit tests run once more on Python 3.13."""
+SIM_SEEDS: Final = 5000
 OUTCOMES: Final = ("passed", "failed", "errors", "skipped", "deselected", "xfailed", "xpassed")
 
 
@@ -81,8 +82,13 @@ def lint_steps() -> list[Step]:
 
 
 def sim_steps() -> list[Step]:
-    """The simulator."""
-    return [tests("simulator", RUNTIME, "tests/sim")]
+    """The simulator: its tests, then many seeds of runs that change their views."""
+    python = str(RUNTIME / "bin" / "python")
+    campaign = (python, "-m", "tests.sim.run", "--story", "run", "--seeds", str(SIM_SEEDS))
+    return [
+        tests("simulator", RUNTIME, "tests/sim"),
+        Step(name=f"{SIM_SEEDS} runs", command=campaign),
+    ]
 
 
 def full_phases() -> list[tuple[list[Step], ...]]:

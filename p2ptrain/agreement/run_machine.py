@@ -418,7 +418,9 @@ class RunMachine:
             accepted_now = ViewAccepted(**self._out.place(), ballot=message.ballot)
             self._out.send(sender, accepted_now, now)
         else:
+            self._proposer.hindrance = message.hindrance
             self._out.send(sender, self._promise(message.ballot), now)
+            self._judge()
 
     def _note_promise(self, ballot: Ballot, before: Ballot | None, now: float) -> None:
         """The ballot is promised: make it durable, give way to it, stop recording steps."""

@@ -27,6 +27,12 @@ class ViewPrepare:
     view: ViewNumber
     plan: Digest
     ballot: Ballot
+    hindrance: str = ""
+    """Why the proposer's last ballot came to nothing, for everybody's status; mostly empty."""
+
+    def __post_init__(self) -> None:
+        if len(self.hindrance) > limits.REASON_CHARACTERS_MAX:
+            raise ValueError("the reason is too long")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,7 +47,7 @@ class Proposer:
     ) -> None:
         self.wishes = Wishes(rng)
         self.hindrance = ""
-        """Why the shell could not plan when it was last asked; empty: it could."""
+        """Why the shell, here or at another proposer, could not plan; empty: it could."""
         self.round_seen = 0
         """The highest round of any ballot of this instance."""
         self.ballot_count = 0
@@ -174,7 +174,9 @@ class Proposer:
             )
             answered: Collection[DeviceId] = round_.accepted
         else:
-            message = ViewPrepare(**self._out.place(), ballot=round_.ballot)
+            message = ViewPrepare(
+                **self._out.place(), ballot=round_.ballot, hindrance=self.hindrance
+            )
             answered = round_.promises
             if round_.phase is Phase.PLANNING:
                 answered = (self._out.device,)

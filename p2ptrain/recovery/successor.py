@@ -67,12 +67,12 @@ def successor_plans(succession: Succession, place: Place) -> tuple[Plan, ...]:
 
 def _home(succession: Succession) -> DeviceId | None:
     """Who feeds the next view: as before if it can, else another holder unless the data stays."""
-    base, usable = succession.base, set(succession.usable)
-    if base.home in usable:
+    base = succession.base
+    holding = set(succession.usable) & set(succession.holding)
+    if base.home in holding:
         return base.home
     if base.keep_data_here:
         return None
-    holding = usable & set(succession.holding)
     known = [device for device in base.holders if device in holding]
     return next(iter([*known, *sorted(holding)]), None)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from p2ptrain.agreement.view import View
+from p2ptrain.agreement.view import View, is_quorum
 from p2ptrain.ids import DeviceId, Digest
-from p2ptrain.recovery.planning import Losses, restoration
+from p2ptrain.recovery.planning import Losses, last_whole_set, restoration
 from p2ptrain.recovery.restoration import Replay, Restoration
 from p2ptrain.recovery.successor import Succession, successor_plans
 from p2ptrain.training.step_record import StepRecord
@@ -30,12 +30,14 @@ class RunChecker:
         self._world = world
         self.reference = Reference(model=world.model)
         self.views: dict[tuple[int, int], Digest] = {}
-        self._resumes: dict[tuple[int, int], int] = {}
+        self.resumes: dict[tuple[int, int], int] = {}
         self._committed_in: dict[int, tuple[int, int]] = {}
         self._lineage = 0
         self.check_every_claim = False
         self.commit_count = self.claim_count = self.checked_count = 0
         self.told: set[tuple[DeviceId, int, int, int]] = set()
+        self.applied: set[tuple[DeviceId, int, int, int]] = set()
+        """(device, life, lineage, step) of every update that a stage made, replays apart."""
 
     # Views.
 
@@ -44,9 +46,9 @@ class RunChecker:
         first = self.views.setdefault(key, view.digest)
         if first != view.digest:
             raise Violation(f"two views are decided as view {key}")
-        if key in self._resumes or view.lineage < self._lineage:
+        if key in self.resumes or view.lineage < self._lineage:
             return
-        self._resumes[key] = view.resume_step
+        self.resumes[key] = view.resume_step
         if view.lineage > self._lineage:
             self._go_back(view)
             return
@@ -76,7 +78,7 @@ class RunChecker:
         self.told.add(told)
         if view.lineage < self._lineage:
             return  # the losing side of a forced lineage does not know yet
-        for later, resume_step in self._resumes.items():
+        for later, resume_step in self.resumes.items():
             if later > key and resume_step < step:
                 raise Violation(f"step {step} is committed in view {key}, fenced by {later}")
         self._commit(record, key)
@@ -91,6 +93,13 @@ class RunChecker:
         elif known != record:
             raise Violation(f"step {record.step} is committed twice, with different records")
         self._committed_in.setdefault(record.step, key)
+
+    def on_applied(self, node: RunNode, lineage: int, step: int) -> None:
+        """A stage made the update of a step; nobody rolls back."""
+        key = (node.device, node.life, lineage, step)
+        if key in self.applied:
+            raise Violation(f"{node.device[0]} made the update of step {step} twice")
+        self.applied.add(key)
 
     def on_states(self, node: RunNode, step: int, states: dict[int, Value]) -> None:
         """A device trains on from these states after `step` updates."""
@@ -125,18 +134,21 @@ class RunChecker:
         same = all(n.up and not n.frozen and n.stage.position == (view.lineage, view.number)
                    for n in nodes)  # fmt: skip
         linked = all(self._world.linked(a.device, b.device) for a in nodes for b in nodes)
-        return same and linked and all(n.stage.ready or n.stage.own is None for n in nodes)
+        seen = all(a.seen.get(b.device) == b.life for a in nodes for b in nodes if a is not b)
+        return same and linked and seen and all(n.stage.ready or n.stage.own is None for n in nodes)
 
     def _try_without(self, view: View, gone: DeviceId, step: int) -> None:
         nodes = self._world.nodes
         left = [device for device in view.members if device != gone]
-        records = max(
-            (nodes[d].machine.records for d in left), key=lambda r: r[-1].step if r else 0
-        )
+        promises = {device: nodes[device].stage.inventory() for device in left}
+        forcible = last_whole_set(promises, self._world.model.count) >= step
+        if forcible and not is_quorum(view.plan, left):
+            return  # they pause, and a person may go back to a set that has the step
+        held = [nodes[device].machine.records for device in left]
+        records = max(held, key=lambda each: each[-1].step if each else 0)
         newest = records[-1].step if records else view.resume_step
         if newest < step:
             raise Violation(f"step {step} was protected, but only {gone[0]} has its record")
-        promises = {device: nodes[device].stage.inventory() for device in left}
         holding = [d for d in left if nodes[d].disk.has_data]
         succession = Succession(base=view.plan, usable=left, holding=holding, reason="")
         for plan in successor_plans(succession, place):

@@ -51,13 +51,19 @@ class Mutation:
     says: tuple[str, ...]
     rules: Rules = field(default_factory=Rules)
     flaws: Flaws = field(default_factory=Flaws)
+    first_seed: int = 0
+    """Where to begin, for what few seeds notice."""
 
 
 MUTATIONS: dict[str, Mutation] = {
     "plain half as quorum": Mutation(
         rules=HalfIsEnough(), says=("two views are decided", "fenced by", "lost step")
     ),
-    "accepted value not adopted": Mutation(rules=IgnoreAccepted(), says=("two views are decided",)),
+    "accepted value not adopted": Mutation(
+        rules=IgnoreAccepted(),
+        first_seed=30,
+        says=("two views are decided", "follows a view nobody knows"),
+    ),
     "resume not read from promises": Mutation(rules=ResumeAtBase(), says=("lost step",)),
     "commit not fenced by promise": Mutation(rules=NoFence(), says=("lost step", "fenced by")),
     "log released too early": Mutation(

@@ -11,7 +11,13 @@ from p2ptrain.agreement.run_events import (
     StepCommitted,
     ViewDecided,
 )
-from p2ptrain.agreement.run_journal import RunJournalRecord, decode_run_record, encode_run_record
+from p2ptrain.agreement.run_journal import (
+    AcceptanceRecord,
+    RunJournalRecord,
+    ViewRecord,
+    decode_run_record,
+    encode_run_record,
+)
 from p2ptrain.agreement.run_machine import RunMachine
 from p2ptrain.agreement.view import View
 from p2ptrain.errors import RemoteProtocolError
@@ -134,7 +140,10 @@ class RunNode:
             if len(self.disk.journal) > 60:
                 kept = self.machine.snapshot()
                 self.disk.journal = [encode_run_record(w) if whole else w for w in kept]
-            if writes and self.world.rng.random() < self.world.crash_after_write:
+            # Votes are few beside steps, and more depends on their being durable.
+            votes = any(isinstance(write, AcceptanceRecord | ViewRecord) for write in writes)
+            chance = self.world.crash_after_write * (20.0 if votes else 1.0)
+            if writes and self.world.rng.random() < chance:
                 self.world.crash(self)
                 return
             for out in sends:

@@ -97,8 +97,8 @@ class SimStage:
         if self.view is not None and view.lineage > self.view.lineage:
             self.states.clear()  # a forced lineage takes states from its whole set
         self.view, self.ready, self._pass = view, False, None
-        if view.records:
-            self._apply(view.records[-1])
+        if view.records and self._apply(view.records[-1]):
+            self.world.checker.on_applied(self.node, view.lineage, view.resume_step)
         self.gradients.clear()
         self._tensors.clear()
         self.log.truncate(view.resume_step)
@@ -173,7 +173,7 @@ class SimStage:
         if all(self.states.get(segment, (-1, b""))[0] == step for segment in own.segments):
             self.world.checker.on_states(self.node, step, self._own_states(own))
             self.ready = True
-            self._begin_step()
+            self.begin_step()
         elif self.world.now - since < RESTORE_PATIENCE_S:
             self._later(RESTORE_RETRY_S, lambda: self._restore(pending, since))
         else:
@@ -288,7 +288,7 @@ class SimStage:
 
     # Steps.
 
-    def _begin_step(self) -> None:
+    def begin_step(self) -> None:
         """The step after the applied one; inputs may have come early."""
         own = self.own
         if own is None or not self.ready:
@@ -373,11 +373,12 @@ class SimStage:
         if self.ready and self._apply(record):
             own = self.own
             assert own is not None
-            self.world.checker.on_states(self.node, record.step, self._own_states(own))
             assert self.view is not None
+            self.world.checker.on_applied(self.node, self.view.lineage, record.step)
+            self.world.checker.on_states(self.node, record.step, self._own_states(own))
             if record.step % self.view.plan.replica_every == 0:
                 self._snapshot(own, record.step)
-            self._begin_step()
+            self.begin_step()
 
     def _apply(self, record: StepRecord) -> bool:
         """Update what has complete gradients of exactly this step."""
@@ -399,6 +400,7 @@ class SimStage:
             self.log.release(step)
         for segment in own.segments if keeper is not None else ():
             state = self.states[segment][1]
+            self.disk.replicas[segment, step] = state  # for a forced return to the whole set
             replica = Replica(
                 position=self.position, step=step, segment=segment, state=state,
                 digest=digest(state),

@@ -212,6 +212,13 @@ class RunWorld:
             if each.up:
                 self.at(self.rng.uniform(0.01, 0.1), each.consider)
 
+    def train_until(self, step: int) -> None:
+        """No step after this one begins until this is called again."""
+        self.last_step = step
+        for node in self.nodes.values():
+            if node.up:
+                node.stage.begin_step()
+
     def partition(self, islands: dict[DeviceId, int]) -> None:
         self.island = islands
         self.refresh()

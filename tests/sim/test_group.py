@@ -26,7 +26,7 @@ def test_group_keeps_its_rules(first: int) -> None:
         try:
             decided += run_seed(seed).decided
         except AssertionError as error:
-            pytest.fail(f"seed {seed}: {error}; replay: {replay_command(seed)}")
+            pytest.fail(f"seed {seed}: {error}; replay: {replay_command(seed, 'group')}")
     assert decided >= 6
 
 
@@ -72,17 +72,17 @@ def test_same_seed_gives_the_same_story() -> None:
 def test_campaign_prints_how_to_replay_a_failing_seed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["--seeds", "1", "--first", "4"]) == 0
-    assert "1 seeds, 0 violations" in capsys.readouterr().out
+    assert main(["--story", "group", "--seeds", "1", "--first", "4"]) == 0
+    assert "group: 1 seeds, 0 violations" in capsys.readouterr().out
 
     def broken(seed: int) -> None:
         raise Violation("two plans decided")
 
     monkeypatch.setattr("tests.sim.run.run_seed", broken)
-    assert main(["--seeds", "1", "--first", "4"]) == 1
+    assert main(["--story", "group", "--seeds", "1", "--first", "4"]) == 1
     printed = capsys.readouterr().out
     assert "seed 4: two plans decided" in printed
-    assert "replay: python -m tests.sim.run --seeds 1 --first 4" in printed
+    assert "replay: python -m tests.sim.run --story group --seeds 1 --first 4" in printed
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -323,6 +323,11 @@ def test_unrecoverable_loss_pauses_and_is_tried_again_when_somebody_returns() ->
     net.settle()
     assert net.machines[A].standing.reason == "segments 4 to 6 are with c"
     assert net.last(A, Paused) == Paused(reason="segments 4 to 6 are with c", missing=())
+    net.wait(limits.HINDERED_RETRY_S * 2)
+    assert net.last(B, Paused) == net.last(A, Paused)  # everybody's status says why
+    wanted = net.wanted(A)
+    net.machines[A].cannot_propose("segments 4 to 6 are with c", net.now, ballot=wanted.ballot)
+    net.settle()
     net.see(A, B, C)
     net.wait(1.0)
     again = net.wanted(A)
