@@ -226,6 +226,7 @@ class RunMachine:
         if self._reachable == before:
             return
         self._wishes.reachable_changed(now)
+        self._proposer.reachable_changed(now)
         if before is not None and not self._reachable <= before:
             self._wishes.somebody_returned(now)
         for device in sorted(self._reachable - (before or frozenset())):

@@ -95,6 +95,11 @@ class Proposer:
         if self._round is not None and self._round.ballot != ballot:
             self._round = None
 
+    def reachable_changed(self, now: float) -> None:
+        """Whoever is gone is not waited for."""
+        if self._round is not None and self._round.phase is Phase.GATHERING:
+            self._weigh(self._round, now)
+
     def tick(self, now: float) -> None:
         """Repeat what is unanswered, or end a phase whose time is up."""
         round_ = self._round
@@ -198,10 +203,23 @@ class Proposer:
         adopted = self._rules.adopted(round_.promises)
         if adopted is not None:
             self._ask_acceptance(round_, adopted, now)
-        elif self._present(round_.base) <= round_.promises.keys():
+            return
+        if round_.phase is Phase.PREPARING:
+            round_.enter(Phase.GATHERING, now, now)
+            round_.gathers_since_s = now
+        round_.phase_due_s = round_.gathers_since_s + self._patience_s(round_)
+        if now >= round_.phase_due_s:
             self._ask_plan(round_, now)
-        elif round_.phase is Phase.PREPARING:
-            round_.enter(Phase.GATHERING, now + self._gather_s, now)
+
+    def _patience_s(self, round_: Round) -> float:
+        """How long those that seem to be reachable are waited for once there is a quorum.
+
+        A stage whose device is left out is replayed, which takes longer than a slow link.
+        """
+        missing = self._present(round_.base) - round_.promises.keys()
+        if any(round_.base.plan.stage_of(device) is not None for device in missing):
+            return max(self._gather_s, limits.GATHER_STAGE_S)
+        return self._gather_s if missing else 0.0
 
     def _resume_step(self, round_: Round) -> int:
         return self._rules.resume_step(round_.promises, round_.base)

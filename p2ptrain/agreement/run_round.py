@@ -32,6 +32,8 @@ class Round:
     phase_due_s: float
     """When the phase ends by itself: gathering goes on to plan, any other gives up."""
     repeat_at_s: float
+    gathers_since_s: float = 0.0
+    """When there was a quorum of promises."""
     repeat_s: float = limits.RETRANSMIT_FIRST_S
     promises: dict[DeviceId, ViewPromise] = field(default_factory=dict)
     value: View | None = None

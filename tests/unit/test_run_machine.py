@@ -273,6 +273,17 @@ def test_proposer_that_still_plans_is_not_overtaken() -> None:
     assert net.views() == [2, 2, 1]
 
 
+def test_slow_promise_of_a_stage_is_waited_for_while_its_device_is_reachable() -> None:
+    net = three()
+    net.cut = {B}  # silent, but nobody has noticed
+    net.machines[A].want("d joined", 0.0, after_s=0.3)
+    net.wait(0.3 + limits.GATHER_STAGE_S - 0.1)
+    assert net.last(A, ProposalWanted) is None
+    net.machines[A].reachable(frozenset({C}), net.now)  # now somebody has
+    net.settle()
+    assert [each.device for each in net.wanted(A).promises] == [A, C]
+
+
 def test_want_waits_for_stability_and_can_be_taken_back() -> None:
     net = three()
     net.machines[A].want("b is silent", 0.0, after_s=1.0)
