@@ -8,13 +8,15 @@ from p2ptrain import limits
 from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
+from p2ptrain.runtime.blobs import blob_digest
 from p2ptrain.runtime.job import Job
+from p2ptrain.runtime.replication import saved_header
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.store.runs import CheckpointRecord, SavedSegment
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import CheckpointStored, SegmentSaved, stamp_of
-from p2ptrain.training.segment_state import saved_bytes_max
+from p2ptrain.training.segment_state import segment_head, values_bytes
 
 
 class CheckpointCollector:
@@ -25,7 +27,9 @@ class CheckpointCollector:
     ) -> None:
         self._job, self._plan, self._contract = job, plan, contract
         self._services, self._signal = services, signal
-        self._segment_count = len(job.bundle.manifest.segments)
+        self._manifest = job.bundle.manifest
+        self._state_names = self._manifest.updates[contract.optimizer.name].state
+        self._segment_count = len(self._manifest.segments)
         self._stored: dict[int, dict[int, SavedSegment]] = {}
         self._send, self._announced = trio.open_memory_channel[tuple[DeviceId, SegmentSaved]](
             limits.SEGMENTS_MAX
@@ -36,8 +40,8 @@ class CheckpointCollector:
         """A stage peer has a segment ready to fetch.
 
         Raises:
-            RemoteProtocolError: not a segment of its stage, not a step of the run, not a size that
-                a segment has, or more than can be waiting.
+            RemoteProtocolError: not a segment of its stage, not a step of the run, or more than
+                can be waiting.
         """
         if not self._fits(device, saved):
             raise RemoteProtocolError(f"segment {saved.segment} was saved against the plan")
@@ -50,28 +54,28 @@ class CheckpointCollector:
         stage = self._plan.stage_of(device)
         if stage is None or saved.segment not in self._plan.stages[stage].segments:
             return False
-        manifest = self._job.bundle.manifest
-        state_names = manifest.updates[self._contract.optimizer.name].state
-        size_max = saved_bytes_max(manifest, saved.segment, state_names)
-        steps = range(self._job.first_step, self._contract.steps + 1)
-        return saved.step in steps and 0 < saved.blob_bytes <= size_max
+        return saved.step in range(self._job.first_step, self._contract.steps + 1)
 
     async def run(self) -> None:
         """Fetch and store until cancelled; a half stored step is no checkpoint."""
         async for device, saved in self._announced:
-            content = await self._services.blobs.fetch(device, saved.blob, size=saved.blob_bytes)
-            await trio.to_thread.run_sync(
-                self._job.directory.write_segment, saved.step, saved.segment, content
-            )
+            size = values_bytes(self._manifest, saved.segment, self._state_names)
+            values = await self._services.blobs.fetch(device, saved.state, size=size)
             segments = self._stored.setdefault(saved.step, {})
-            segments[saved.segment] = SavedSegment(
-                segment=saved.segment,
-                blob=saved.blob,
-                blob_bytes=saved.blob_bytes,
-                state=saved.state,
-            )
+            segments[saved.segment] = await trio.to_thread.run_sync(self._store, saved, values)
             if len(segments) == self._segment_count:
                 await self._commit(saved.step)
+
+    def _store(self, saved: SegmentSaved, values: bytes) -> SavedSegment:
+        header = saved_header(saved, bundle=self._contract.bundle)
+        content = segment_head(self._manifest, header, self._state_names) + values
+        self._job.directory.write_segment(saved.step, saved.segment, content)
+        return SavedSegment(
+            segment=saved.segment,
+            blob=blob_digest(content),
+            blob_bytes=len(content),
+            state=saved.state,
+        )
 
     async def _commit(self, step: int) -> None:
         segments = self._stored.pop(step)

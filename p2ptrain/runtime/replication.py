@@ -23,7 +23,7 @@ from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.store.replicas import ReplicaPlace, ReplicaStore
 from p2ptrain.training.messages import SegmentSaved, Stamp
 from p2ptrain.training.segment_image import SegmentImage
-from p2ptrain.training.segment_state import StateHeader, saved_bytes_max
+from p2ptrain.training.segment_state import StateHeader, values_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,6 @@ class _Snapshot:
     images: dict[int, SegmentImage]
     collector: DeviceId | None = None
     """Who collects it as part of a checkpoint; it stays until that is stored."""
-    blobs: dict[int, Digest] = field(default_factory=dict)
     states: dict[int, Digest] = field(default_factory=dict)
     stored: set[tuple[DeviceId, int]] = field(default_factory=set)
     """Keepers, and the segments that they have."""
@@ -205,13 +204,12 @@ class SnapshotOwner:
         """Hash every segment, then let it take the place of what was offered before."""
         for segment, image in snapshot.images.items():
             snapshot.states[segment] = await trio.to_thread.run_sync(image.state_digest)
-            snapshot.blobs[segment] = await trio.to_thread.run_sync(image.file_digest)
         if self._offered is not None:
             self._replaced_count += 1
         self._withdraw()
         self._fresh, self._offered = None, snapshot
         for segment, image in snapshot.images.items():
-            self._blobs.publish(image.content, digest=snapshot.blobs[segment])
+            self._blobs.publish(image.values, digest=snapshot.states[segment])
         self._signal.notify()
         collector = set() if snapshot.collector is None else {snapshot.collector}
         for device in sorted(self._keepers | collector):
@@ -227,9 +225,23 @@ class SnapshotOwner:
         """Offer nothing any more. A transfer under way keeps its own view of the memory, which
         nobody writes again."""
         if self._offered is not None:
-            for blob in self._offered.blobs.values():
-                self._blobs.withdraw(blob)
+            for state in self._offered.states.values():
+                self._blobs.withdraw(state)
         self._offered = None
+
+
+def saved_header(saved: SegmentSaved, *, bundle: Digest) -> StateHeader:
+    """The header of the file that a snapshot becomes where it is stored."""
+    stamp = saved.stamp
+    return StateHeader(
+        run=stamp.run,
+        lineage=stamp.lineage,
+        view=stamp.view,
+        plan=stamp.plan,
+        step=saved.step,
+        segment=saved.segment,
+        bundle=bundle,
+    )
 
 
 def _saved(snapshot: _Snapshot, segment: int) -> SegmentSaved:
@@ -237,8 +249,6 @@ def _saved(snapshot: _Snapshot, segment: int) -> SegmentSaved:
         stamp=snapshot.stamp,
         step=snapshot.step,
         segment=segment,
-        blob=snapshot.blobs[segment],
-        blob_bytes=len(snapshot.images[segment].content),
         state=snapshot.states[segment],
         checkpoint=snapshot.collector is not None,
     )
@@ -286,6 +296,7 @@ class ReplicaKeeper:
         """
         self._store, self._manifest, self._state_names = store, manifest, state_names
         self._blobs, self._on_stored = blobs, on_stored
+        self._bundle = manifest.digest
         self._wanted: dict[int, _Wanted] = {}
         self._signal = Signal()
         self._stored_count = self._fetched_bytes = self._failed_count = 0
@@ -297,13 +308,12 @@ class ReplicaKeeper:
         The caller has checked that the stamp is the view's and that the device owns the segment.
 
         Raises:
-            RemoteProtocolError: no segment has that size, or the step is older than one before.
+            RemoteProtocolError: no such segment, or the step is older than one before.
         """
         if not 0 <= saved.segment < len(self._manifest.segments):
             raise RemoteProtocolError(f"a snapshot of segment {saved.segment} was announced")
-        size_max = saved_bytes_max(self._manifest, saved.segment, self._state_names)
         before = self._wanted.get(saved.segment)
-        if not 0 < saved.blob_bytes <= size_max or (before and before.saved.step > saved.step):
+        if before is not None and before.saved.step > saved.step:
             raise RemoteProtocolError(f"segment {saved.segment} was saved against the plan")
         self._wanted[saved.segment] = _Wanted(device, saved)
         self._signal.notify()
@@ -359,7 +369,7 @@ class ReplicaKeeper:
             await trio.lowlevel.checkpoint()
             return True
         try:
-            await self._fetch(wanted.device, place, saved)
+            await self._fetch(wanted.device, saved)
         except PeerLost:
             self._failed_count += 1
             return False
@@ -372,18 +382,17 @@ class ReplicaKeeper:
             self._refusal = error.message
             return False
         self._stored_count += 1
-        self._fetched_bytes += saved.blob_bytes
         self._refusal = None
         return True
 
-    async def _fetch(self, device: DeviceId, place: ReplicaPlace, saved: SegmentSaved) -> None:
-        size = saved.blob_bytes
-        writer = await trio.to_thread.run_sync(
-            lambda: self._store.writer(place, saved.state, size=size)
-        )
+    async def _fetch(self, device: DeviceId, saved: SegmentSaved) -> None:
+        size = values_bytes(self._manifest, saved.segment, self._state_names)
+        header = saved_header(saved, bundle=self._bundle)
+        writer = await trio.to_thread.run_sync(self._store.writer, header, saved.state)
         try:
-            await self._blobs.fetch_into(device, saved.blob, size=size, write=writer.write)
-            await trio.to_thread.run_sync(writer.commit)
+            await self._blobs.fetch_into(device, saved.state, size=size, write=writer.write)
+            await trio.to_thread.run_sync(writer.keep, saved.state)
+            self._fetched_bytes += size
         except OSError as error:
             raise CheckpointError(f"a replica cannot be stored: {error.strerror}") from error
         finally:

@@ -43,30 +43,26 @@ class FileWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._path, self.temporary = path, temporary_for(path)
-        self._file = self.temporary.open("xb")
+        self._path, self._temporary = path, temporary_for(path)
+        self._file = self._temporary.open("xb")
 
     def write(self, chunk: ReadableBuffer) -> None:
         """The next bytes."""
         self._file.write(chunk)
-
-    def flush(self) -> None:
-        """Everything written is in `temporary`, where it can be checked before the commit."""
-        self._file.flush()
 
     def commit(self) -> None:
         """Give the file its name, durably."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self.temporary, self._path)
+        os.replace(self._temporary, self._path)
         sync_directory(self._path.parent)
 
     def discard(self) -> None:
         """Forget what was not committed."""
         with contextlib.suppress(OSError):
             self._file.close()
-            self.temporary.unlink()
+            self._temporary.unlink()
 
 
 def temporary_for(path: Path) -> Path:

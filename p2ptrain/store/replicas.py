@@ -15,18 +15,27 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from p2ptrain import limits
 from p2ptrain.bundle.manifest import Manifest
-from p2ptrain.errors import CheckpointError, RemoteProtocolError
+from p2ptrain.errors import CheckpointError, InvariantBroken, RemoteProtocolError
 from p2ptrain.ids import Digest, Lineage, RunId
 from p2ptrain.recovery.inventory import HeldState, SegmentSpan
 from p2ptrain.store.atomic import FileWriter, free_bytes, is_temporary
 from p2ptrain.store.runs import storing
-from p2ptrain.training.segment_state import StoredSegment, read_segment_state
+from p2ptrain.training.segment_state import (
+    StateHeader,
+    StoredSegment,
+    read_segment_state,
+    segment_head,
+    values_bytes,
+)
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 FOLDER: Final = "replicas"
 _SET: Final = re.compile(r"([0-9]{1,16})-([0-9]{8,13})\Z")
@@ -101,22 +110,26 @@ class ReplicaStore:
                 for path in sorted(folder.iterdir()):
                     self._scan(folder, path)
 
-    def writer(self, place: ReplicaPlace, state: Digest, *, size: int) -> ReplicaWriter:
-        """Begin to store a replica whose bytes will arrive.
+    def writer(self, header: StateHeader, state: Digest) -> ReplicaWriter:
+        """Begin to store a replica whose values will arrive.
 
         Args:
-            place: Where it belongs.
+            header: Which state it is, of this run and model.
             state: The digest that its owner announced for its values.
-            size: Of the whole file.
 
         Raises:
             CheckpointError: there is no room for it; its owner's steps stay provisional.
         """
+        if (header.run, header.bundle) != (self._run, self._bundle):
+            raise InvariantBroken("a replica of another run or model")
+        place = ReplicaPlace(lineage=header.lineage, step=header.step, segment=header.segment)
+        head = segment_head(self._manifest, header, self._state_names)
+        size = len(head) + values_bytes(self._manifest, header.segment, self._state_names)
         self._check_room(place, size)
         with storing(_what(place)):
             path = self._folder(place) / f"segment-{place.segment:04d}-{state}.safetensors"
             replica = Replica(place=place, state=state, size_bytes=size, path=path)
-            return ReplicaWriter(self, replica)
+            return ReplicaWriter(self, replica, head)
 
     def held(self, lineage: Lineage) -> tuple[HeldState, ...]:
         """Spans of segments whose replicas are here, by step."""
@@ -190,7 +203,7 @@ class ReplicaStore:
         header = stored.header
         found = (header.run, header.lineage, header.step, header.segment)
         if found != (self._run, place.lineage, place.step, place.segment):
-            raise CheckpointError(f"what came as {_what(place)} is something else")
+            raise CheckpointError(f"{_what(place)} holds something else")
         if len(content) != replica.size_bytes or stored.state.digest() != replica.state:
             raise CheckpointError(f"{_what(place)} is damaged: its hash differs")
 
@@ -257,28 +270,35 @@ class ReplicaStore:
 
 
 class ReplicaWriter(FileWriter):
-    """Takes a replica's bytes in order; `commit` checks them first, `discard` is always due."""
+    """Takes a replica's values in order; `discard` is due whatever happened."""
 
-    def __init__(self, store: ReplicaStore, replica: Replica) -> None:
+    def __init__(self, store: ReplicaStore, replica: Replica, head: bytes) -> None:
         super().__init__(replica.path)
         self._store, self._replica = store, replica
+        self._size = len(head)
+        super().write(head)
 
-    def commit(self) -> None:
-        """Check the whole, then make it durable and known to the store; blocking.
+    def write(self, chunk: ReadableBuffer) -> None:
+        """The next bytes."""
+        super().write(chunk)
+        self._size += memoryview(chunk).nbytes
+
+    def keep(self, hashed: Digest) -> None:
+        """Make it durable and known to the store, if it is what was announced; blocking.
+
+        Args:
+            hashed: sha256 of what was written: who fetches a blob has just computed it.
 
         Raises:
-            RemoteProtocolError: it is not the announced state; it never will be.
+            RemoteProtocolError: it is not, and never will be.
             CheckpointError: the disk refuses; it may do better later.
         """
-        with storing(_what(self._replica.place)):
-            self.flush()
-        try:
-            self._store.checked(self._replica, _mapped(self.temporary))
-        except CheckpointError as error:
-            raise RemoteProtocolError(error.message) from error
-        with storing(_what(self._replica.place)):
-            super().commit()
-        self._store.added(self._replica)
+        replica = self._replica
+        if (self._size, hashed) != (replica.size_bytes, replica.state):
+            raise RemoteProtocolError(f"what came as {_what(replica.place)} is something else")
+        with storing(_what(replica.place)):
+            self.commit()
+        self._store.added(replica)
 
 
 def _named(folder: Path, path: Path) -> Replica | None:

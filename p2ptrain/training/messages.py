@@ -132,10 +132,9 @@ class SegmentSaved:
     segment: int
     checkpoint: bool
     """Part of a checkpoint, which the home peer collects; else a replica only."""
-    blob: Digest
-    blob_bytes: int
     state: Digest
-    """Digest of parameters and optimizer state alone, equal wherever they were computed."""
+    """Digest of the state's values, equal wherever they were computed: the blob to fetch, whose
+    size follows from the manifest."""
 
 
 @message("replica_stored")

@@ -12,13 +12,13 @@ import numpy as np
 
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.ids import Digest
-from p2ptrain.training.safetensors import encode_head, read_layout
+from p2ptrain.training.safetensors import read_layout
 from p2ptrain.training.segment_state import (
     SegmentState,
     StateHeader,
-    metadata_of,
-    saved_shapes,
+    segment_head,
     state_view,
+    values_bytes,
 )
 
 
@@ -28,13 +28,9 @@ class SegmentImage:
     def __init__(
         self, manifest: Manifest, header: StateHeader, state_names: tuple[str, ...]
     ) -> None:
-        shapes = saved_shapes(manifest, header.segment, state_names)
-        dtype = np.dtype("<f4")
-        head = encode_head(
-            {name: (dtype, shape) for name, shape in shapes.items()}, metadata_of(header)
-        )
-        values = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
-        self._buffer = np.empty(len(head) + values, np.uint8)
+        head = segment_head(manifest, header, state_names)
+        size = len(head) + values_bytes(manifest, header.segment, state_names)
+        self._buffer = np.empty(size, np.uint8)
         self._buffer[: len(head)] = np.frombuffer(head, np.uint8)
         self._start = len(head)
         self.header = header
@@ -42,7 +38,7 @@ class SegmentImage:
         self.state: SegmentState = state_view(
             {
                 name: self._buffer[place.start : place.start + place.nbytes]
-                .view(dtype)
+                .view(place.dtype)
                 .reshape(place.shape)
                 for name, place in places.items()
             },
@@ -56,10 +52,11 @@ class SegmentImage:
         """The whole file, read only; it must not be filled again once it is handed out."""
         return self._buffer.data.toreadonly()
 
+    @property
+    def values(self) -> memoryview:
+        """The file without its head, as `content`."""
+        return self.content[self._start :]
+
     def state_digest(self) -> Digest:
         """As `SegmentState.digest`: the values lie in its order, without gaps."""
-        return Digest(hashlib.sha256(self._buffer[self._start :].data).hexdigest())
-
-    def file_digest(self) -> Digest:
-        """sha256 of the whole file: the name of its blob."""
-        return Digest(hashlib.sha256(self._buffer.data).hexdigest())
+        return Digest(hashlib.sha256(self.values).hexdigest())

@@ -18,17 +18,22 @@ from numpy.typing import NDArray
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import CheckpointError
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
-from p2ptrain.training.safetensors import Array, decode_tensors, encode_tensors
+from p2ptrain.training.safetensors import (
+    Array,
+    decode_tensors,
+    encode_head,
+    encode_tensors,
+    raw_bytes,
+)
 
 FORMAT: Final = "p2ptrain-segment"
 VERSION: Final = 2
 """Version 1 knew no running values, and reads as a segment that has none."""
 VERSIONS_READ: Final = ("1", "2")
-HEADER_BYTES_MAX: Final = 64 * 1024
-"""Of what a segment's file says beside names, shapes and values."""
 _PARAMETER: Final = "parameter/"
 _STATE: Final = "state."
 _RUNNING: Final = "running/"
+_VALUE: Final = np.dtype("<f4")
 
 FloatArray = NDArray[np.float32]
 
@@ -66,7 +71,7 @@ class SegmentState:
         """sha256 over parameters, each state vector, then running values, little-endian."""
         digest = hashlib.sha256()
         for tensor in self._named().values():
-            digest.update(np.ascontiguousarray(tensor, "<f4").tobytes())
+            digest.update(raw_bytes(tensor))
         return Digest(digest.hexdigest())
 
     def to_chunks(self, header: StateHeader) -> list[bytes | memoryview]:
@@ -142,7 +147,7 @@ def read_segment_state(
             f"the checkpoint of segment {header.segment} holds other tensors than the model",
             hint="resume with the optimizer that the run was started with",
         )
-    if any(tensor.dtype != np.dtype("<f4") for tensor in file.tensors.values()):
+    if any(tensor.dtype != _VALUE for tensor in file.tensors.values()):
         raise CheckpointError("a checkpoint holds float32 tensors only")
     state = state_view(file.tensors, step=header.step, state_names=state_names)
     return StoredSegment(header=header, state=state)
@@ -161,11 +166,18 @@ def saved_shapes(
     return shapes | {_RUNNING + tensor.name: tensor.shape for tensor in running}
 
 
-def saved_bytes_max(manifest: Manifest, segment_index: int, state_names: tuple[str, ...]) -> int:
-    """What the file of a segment never exceeds: its values, and its header with all names."""
+def values_bytes(manifest: Manifest, segment_index: int, state_names: tuple[str, ...]) -> int:
+    """Size of a segment's values, which follow the head in its file; the sha256 of their bytes is
+    the state's digest."""
     shapes = saved_shapes(manifest, segment_index, state_names)
-    values = 4 * sum(math.prod(shape) for shape in shapes.values())
-    return values + HEADER_BYTES_MAX + sum(256 + len(name.encode()) for name in shapes)
+    return _VALUE.itemsize * sum(math.prod(shape) for shape in shapes.values())
+
+
+def segment_head(manifest: Manifest, header: StateHeader, state_names: tuple[str, ...]) -> bytes:
+    """What a segment's file begins with; the values come after it."""
+    shapes = saved_shapes(manifest, header.segment, state_names)
+    described = {name: (_VALUE, shape) for name, shape in shapes.items()}
+    return encode_head(described, metadata_of(header))
 
 
 def state_view(

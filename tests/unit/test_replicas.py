@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from p2ptrain import limits
-from p2ptrain.errors import CheckpointError, RemoteProtocolError
+from p2ptrain.errors import CheckpointError, InvariantBroken, RemoteProtocolError
 from p2ptrain.ids import Digest
 from p2ptrain.recovery.inventory import HeldState, SegmentSpan
 from p2ptrain.store import replicas
 from p2ptrain.store.replicas import ReplicaPlace, ReplicaStore
 from p2ptrain.training.segment_image import SegmentImage
-from p2ptrain.training.segment_state import StateHeader, read_segment_state, saved_bytes_max
+from p2ptrain.training.segment_state import StateHeader, read_segment_state, values_bytes
 from tests.varied_bundle import varied_bundle
 
 BUNDLE = varied_bundle()
@@ -50,12 +51,12 @@ def opened(path: Path, **limit: int) -> ReplicaStore:
 
 def keep(store: ReplicaStore, at: ReplicaPlace, image: SegmentImage | None = None) -> SegmentImage:
     image = image or made(at.segment, at.step, lineage=at.lineage)
-    writer = store.writer(at, image.state_digest(), size=len(image.content))
+    writer = store.writer(image.header, image.state_digest())
     try:
-        content = image.content
-        for start in range(0, len(content), 5000):
-            writer.write(bytes(content[start : start + 5000]))
-        writer.commit()
+        values = image.values
+        for start in range(0, len(values), 5000):
+            writer.write(bytes(values[start : start + 5000]))
+        writer.keep(Digest(hashlib.sha256(values).hexdigest()))
     finally:
         writer.discard()
     return image
@@ -74,7 +75,8 @@ def test_image_is_the_file_of_its_state() -> None:
             image.content, MANIFEST, bundle=BUNDLE.digest, state_names=NAMES
         )
         assert stored.header == image.header
-        assert len(image.content) <= saved_bytes_max(MANIFEST, segment, NAMES)
+        assert len(image.values) == values_bytes(MANIFEST, segment, NAMES)
+        assert hashlib.sha256(image.values).hexdigest() == image.state_digest()
 
 
 def test_replica_is_read_back_also_by_another_process(tmp_path: Path) -> None:
@@ -107,33 +109,37 @@ def test_held_states_are_spans_by_step(tmp_path: Path) -> None:
         assert each.statistics().replica_count == 6
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"step": 21}, {"segment": 2}, {"lineage": 1}, {"run": "s" * 26}, {"bundle": "4" * 64}],
-)
-def test_replica_of_something_else_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+@pytest.mark.parametrize("changes", [{"run": "s" * 26}, {"bundle": "4" * 64}])
+def test_store_holds_one_run_of_one_model(tmp_path: Path, changes: dict[str, object]) -> None:
     store = opened(tmp_path)
-    image = made(**{"segment": 1, "step": 20, **changes})
-    with pytest.raises(RemoteProtocolError):
-        keep(store, place(1, 20), image)
-    assert files(tmp_path) == []
-    assert store.statistics().replica_count == 0
+    with pytest.raises(InvariantBroken):
+        store.writer(made(1, 20, **changes).header, Digest("0" * 64))
 
 
 def test_replica_that_is_not_the_announced_state_is_refused(tmp_path: Path) -> None:
     store, image = opened(tmp_path), made(1, 20)
-    content = bytearray(image.content)
-    content[-1] ^= 1
-    for wrong, size in ((content, len(content)), (image.content[:-4], len(content))):
-        writer = store.writer(place(1, 20), image.state_digest(), size=size)
-        writer.write(wrong)
-        with pytest.raises(RemoteProtocolError):
-            writer.commit()
-        writer.discard()
-    empty = store.writer(place(1, 20), image.state_digest(), size=0)
-    with pytest.raises(RemoteProtocolError, match="cannot be read"):
-        empty.commit()
-    empty.discard()
+    values = bytearray(image.values)
+    values[-1] ^= 1
+    for wrong in (values, image.values[:-4], bytes(image.values) + b"\0", b""):
+        for announced in (image.state_digest(), Digest(hashlib.sha256(wrong).hexdigest())):
+            if announced == image.state_digest() or len(wrong) != len(values):
+                writer = store.writer(image.header, announced)
+                writer.write(wrong)
+                with pytest.raises(RemoteProtocolError, match="something else"):
+                    writer.keep(Digest(hashlib.sha256(wrong).hexdigest()))
+                writer.discard()
+    assert files(tmp_path) == []
+    assert store.statistics().replica_count == 0
+
+
+@pytest.mark.parametrize("changes", [{"step": 21}, {"segment": 2}, {"lineage": 1}])
+def test_file_that_holds_another_state_than_its_name_says_is_damaged(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    keep(opened(tmp_path), place(1, 20))
+    (path,) = files(tmp_path)
+    path.write_bytes(made(**{"segment": 1, "step": 20, **changes}).content)
+    assert opened(tmp_path).statistics().replica_count == 0
     assert files(tmp_path) == []
 
 
@@ -232,4 +238,4 @@ def test_disk_that_refuses_is_a_checkpoint_error(
     assert files(tmp_path) == []
     assert store.replica(place(1, 20)) is None
     with pytest.raises(CheckpointError):
-        store.writer(place(1, 20), Digest("0" * 64), size=1 << 60)
+        keep(store, place(2, 20))
