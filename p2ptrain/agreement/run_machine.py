@@ -202,7 +202,10 @@ class RunMachine:
     def force(self, view: View, now: float) -> None:
         """A person begins a new lineage here (`--force-view`), and everybody is told.
 
-        Members vote in it with the journals they have named to this peer.
+        Members vote in it with the journals they have named to this peer. With a restoration
+        (and `previous` as the newest plan known here) the view keeps every step that these
+        members can restore; without one its members get their states of `resume_step`. Who is
+        not in it, or hears of it only by a later view, must drop what it holds of the run.
 
         Raises:
             LocalProtocolError: the lineage has begun already.
@@ -235,7 +238,10 @@ class RunMachine:
         self._judge()
 
     def want(self, reason: str, now: float, *, after_s: float) -> None:
-        """A new view is wanted once `after_s` has passed without a later wish."""
+        """A new view is wanted once `after_s` has passed without a later wish.
+
+        A decided view ends all wishes: say it again if the reason is still there.
+        """
         self._wishes.want(reason, now, after_s)
 
     def unwant(self, now: float) -> None:
@@ -276,8 +282,12 @@ class RunMachine:
                 if self._is_about_present(message, sender, now):
                     self._commits.receive(message, sender, now)
             case ViewPrepare() | ViewAccept():
-                if self._is_about_present(message, sender, now) and not self._abstains:
+                if not self._is_about_present(message, sender, now):
+                    return
+                if not self._abstains:
                     self._take_ballot(message, sender, now)
+                elif isinstance(message, ViewPrepare):
+                    self._out.send(sender, self._promise(message.ballot), now)
             case ViewPromise() | ViewRefusal() | ViewAccepted():
                 if self._is_about_present(message, sender, now):
                     self._proposer.receive(message, sender, now)
@@ -292,7 +302,9 @@ class RunMachine:
             self._proposer.open_ballot(now)
         if self._heads_at_s is not None and now >= self._heads_at_s:
             self._heads_at_s = now + limits.HEAD_INTERVAL_S * self._rng.uniform(0.8, 1.2)
-            self._out.tell_members(self._head(), now)
+            others = {*self._out.present.members, *(self._reachable or ())} - {self._device}
+            for device in sorted(others):
+                self._out.send(device, self._head(), now)
         self._commits.tick(now)
 
     # Outputs.
@@ -470,8 +482,8 @@ class RunMachine:
     def _promise(self, ballot: Ballot) -> ViewPromise:
         return ViewPromise(
             **self._out.place(), ballot=ballot, accepted=self._acceptor.accepted,
-            journal=self._journal,
-            records=self._steps.records[-limits.STEP_RECORDS_MAX :],
+            journal=self._journal, votes=not self._abstains,
+            records=() if self._abstains else self._steps.records[-limits.STEP_RECORDS_MAX :],
             inventory=self._inventory(),
         )  # fmt: skip
 

@@ -46,7 +46,10 @@ class AcceptedView:
 @message("view.promise")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewPromise:
-    """A member takes part in no lower ballot and records no further step in its view."""
+    """A member takes part in no lower ballot and records no further step in its view.
+
+    From a member without a vote it only tells what that one holds.
+    """
 
     run: RunId
     lineage: Lineage
@@ -56,12 +59,16 @@ class ViewPromise:
     accepted: AcceptedView | None
     journal: int
     """Names the memory this promise is kept in; the next view gives it a vote."""
+    votes: bool
+    """Whether it counts for a quorum; if not, nothing is accepted and no record is told."""
     records: tuple[StepRecord, ...]
     """What it holds durably, consecutive; the newest ones when there are too many."""
     inventory: Inventory
 
     def __post_init__(self) -> None:
         _check_records(self.records)
+        if not self.votes and (self.accepted is not None or self.records):
+            raise ValueError("a member without a vote promises nothing")
         if max(len(self.inventory.states), len(self.inventory.logs)) > limits.HOLDINGS_MAX:
             raise ValueError("an inventory has too many entries")
 

@@ -182,7 +182,7 @@ class Proposer:
             message = ViewPrepare(
                 **self._out.place(), ballot=round_.ballot, hindrance=self.hindrance
             )
-            answered = round_.promises
+            answered = round_.answers
             if round_.phase is Phase.PLANNING:
                 answered = (self._out.device,)
         for member in sorted(set(round_.base.members) - set(answered)):
@@ -216,7 +216,7 @@ class Proposer:
 
         A stage whose device is left out is replayed, which takes longer than a slow link.
         """
-        missing = self._present(round_.base) - round_.promises.keys()
+        missing = self._present(round_.base) - round_.answers.keys()
         if any(round_.base.plan.stage_of(device) is not None for device in missing):
             return max(self._gather_s, limits.GATHER_STAGE_S)
         return self._gather_s if missing else 0.0
@@ -226,7 +226,7 @@ class Proposer:
 
     def _ask_plan(self, round_: Round, now: float) -> None:
         round_.enter(Phase.PLANNING, now + limits.PLANNING_TIMEOUT_S, now)
-        promises = sorted(round_.promises.items())
+        promises = sorted(round_.answers.items())
         resume_step = self._resume_step(round_)
         told = [round_.base.records, *(promise.records for _, promise in promises)]
         self._out.events.append(

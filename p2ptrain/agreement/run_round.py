@@ -36,8 +36,16 @@ class Round:
     """When there was a quorum of promises."""
     repeat_s: float = limits.RETRANSMIT_FIRST_S
     promises: dict[DeviceId, ViewPromise] = field(default_factory=dict)
+    """Of members that have a vote."""
+    voteless: dict[DeviceId, ViewPromise] = field(default_factory=dict)
+    """What the others hold."""
     value: View | None = None
     accepted: set[DeviceId] = field(default_factory=set)
+
+    @property
+    def answers(self) -> dict[DeviceId, ViewPromise]:
+        """Of all members that have answered."""
+        return {**self.voteless, **self.promises}
 
     def enter(self, phase: Phase, due_s: float, now: float) -> None:
         """Go on to a phase; repetition starts anew."""
@@ -67,4 +75,4 @@ class Round:
             known = {record.step: record for record in other.records}
             if any(known.get(record.step, record) != record for record in promise.records):
                 raise RemoteProtocolError("a step is recorded differently by two members")
-        self.promises.setdefault(sender, promise)
+        (self.promises if promise.votes else self.voteless).setdefault(sender, promise)

@@ -18,7 +18,7 @@ class StepLedger:
         self._device = device
         self._records: list[StepRecord] = []
         self._acks: dict[int, dict[DeviceId, StepRecord]] = {}
-        self._resumed = 0
+        self._resumed = self._lineage = 0
         self._newest_elsewhere = 0
         self.committed = 0
         """The newest step that a quorum is known to hold, in this life of the process."""
@@ -44,8 +44,13 @@ class StepLedger:
         return min(self.newest, self._newest_elsewhere)
 
     def begin(self, view: View) -> None:
-        """A view counts from now: what it gives comes first, what it leaves out never happened."""
-        self._records = _succeed(self._records, view)
+        """A view counts from now: what it gives comes first, what it leaves out never happened.
+
+        Of another lineage only what the view gives is kept: histories may have parted before.
+        """
+        own = self._records if view.lineage == self._lineage else []
+        self._records = _succeed(own, view)
+        self._lineage = view.lineage
         self._acks.clear()
         self._newest_elsewhere = 0
         self._resumed = self.committed = view.resume_step

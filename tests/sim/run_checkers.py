@@ -34,6 +34,8 @@ class RunChecker:
         self._committed_in: dict[int, tuple[int, int]] = {}
         self._lineage = 0
         self.check_every_claim = False
+        self._claimed = 0
+        self._lost: set[DeviceId] = set()
         self.commit_count = self.claim_count = self.checked_count = 0
         self.told: set[tuple[DeviceId, int, int, int]] = set()
         self.applied: set[tuple[DeviceId, int, int, int]] = set()
@@ -62,6 +64,9 @@ class RunChecker:
 
     def _go_back(self, view: View) -> None:
         """Somebody forced a lineage, knowing that later steps are redone."""
+        if view.resume_step < self._claimed and len(self._lost) <= 1:
+            raise Violation(f"step {self._claimed} was protected, and one loss has undone it")
+        self._claimed = 0
         self._lineage = view.lineage
         self.reference.go_back(view.resume_step)
         self._committed_in = {
@@ -119,14 +124,23 @@ class RunChecker:
         """A device says that any one may vanish; now and then that is tried on paper."""
         self.claim_count += 1
         view = node.machine.view
+        if view is None or not self._undisturbed(view):
+            return
+        if not view.plan.keep_data_here:
+            self._claimed = step
+            self._lost.clear()
         share = 1.0 if self.check_every_claim else CLAIMS_CHECKED_SHARE
-        if view is None or self._world.rng.random() >= share or not self._undisturbed(view):
+        if self._world.rng.random() >= share:
             return
         self.checked_count += 1
         for gone in view.members:
             if view.plan.keep_data_here and gone == view.plan.home:
                 continue  # that the run waits for it is what was asked for
             self._try_without(view, gone, step)
+
+    def on_loss(self, device: DeviceId) -> None:
+        """A process ended: what it had in memory is gone, perhaps its disk, too."""
+        self._lost.add(device)
 
     def _undisturbed(self, view: View) -> bool:
         """Nobody has vanished yet: a loss that is not noticed would be the second."""

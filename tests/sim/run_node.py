@@ -93,6 +93,7 @@ class RunNode:
 
     def crash(self, *, disk: bool) -> None:
         self.up = False
+        self.world.checker.on_loss(self.device)
         if not disk:
             self.disk = Disk()
 

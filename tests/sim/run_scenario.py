@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from p2ptrain.agreement.run_events import Stance
 from p2ptrain.agreement.run_rules import Rules
 from p2ptrain.agreement.view import View, is_quorum
-from p2ptrain.ids import Lineage, ViewNumber
+from p2ptrain.ids import DeviceId, Lineage, ViewNumber
 from p2ptrain.planner.keepers import data_holders, replica_keepers
+from p2ptrain.planner.plan import Plan
 from p2ptrain.recovery.planning import Losses, last_whole_set, restoration
 from p2ptrain.recovery.restoration import Restoration
 from p2ptrain.recovery.successor import Succession, successor_plans
+from p2ptrain.training.step_record import StepRecord
 from tests.sim.run_checkers import Violation
 from tests.sim.run_node import RunNode
 from tests.sim.run_shell import Flaws, place
@@ -172,26 +174,62 @@ def check_stuck(world: RunWorld) -> None:
         if behind:
             raise Violation(f"{behind} never hear of view {base.number} after healing")
         return
-    promises = {device: nodes[device].stage.inventory() for device in voters}
-    records = max((nodes[d].machine.records for d in voters), key=lambda r: r[-1].step if r else 0)
-    holding = [device for device in voters if nodes[device].disk.has_data]
-    succession = Succession(base=base.plan, usable=tuple(nodes), holding=holding, reason="")
+    if _candidate(world, base, voters, base.lineage) is not None:
+        raise Violation(f"no progress after healing in view {base.number}, which could go on")
+
+
+def _candidate(
+    world: RunWorld, base: View, sources: list[DeviceId], lineage: int
+) -> tuple[Plan, Restoration, tuple[StepRecord, ...]] | None:
+    """A next plan of everybody with the states that these devices hold; None: there is none."""
+    nodes = world.nodes
+    promises = {device: nodes[device].stage.inventory() for device in sources}
+    held = [nodes[device].machine.records for device in sources]
+    records = max(held, key=lambda each: each[-1].step if each else 0, default=())
+    newest = max(base.resume_step, records[-1].step if records else 0)
+    holding = [device for device in sources if nodes[device].disk.has_data]
+    succession = Succession(base=base.plan, usable=tuple(nodes), holding=holding, reason="forced")
     for plan in successor_plans(succession, place):
         found = restoration(
             Losses(
-                base=base, plan=plan, promises=promises, records=records,
-                resume_step=max(base.resume_step, records[-1].step if records else 0),
+                base=base, plan=plan, promises=promises, records=records, resume_step=newest,
                 tie_segments=world.model.ties,
             )
         )  # fmt: skip
         if isinstance(found, Restoration):
-            raise Violation(f"no progress after healing in view {base.number}, which could go on")
+            number = plan.view if lineage == base.lineage else ViewNumber(1)
+            return replace(plan, lineage=Lineage(lineage), view=number), found, records
+    return None
 
 
 def force(world: RunWorld) -> bool:
-    """`--force-view`: a new lineage of everybody from the last whole set; False: no data left."""
+    """`--force-view`: a new lineage of everybody; False: no data is left.
+
+    With all committed steps if those that remember the run can restore them, else from the last
+    whole set.
+    """
     nodes, base = world.nodes, world.newest_view()
     assert base is not None
+    sources = [
+        device for device, node in nodes.items()
+        if node.machine.view == base and node.machine.standing.stance is not Stance.ABSTAINING
+    ]  # fmt: skip
+    kept = _candidate(world, base, sources, base.lineage + 1)
+    if kept is None:
+        return _fall_back(world, base)
+    plan, found, records = kept
+    view = View(
+        plan=plan, contract=CONTRACT, profiles=tuple(map(make_profile, plan.members)),
+        previous=base.plan.digest, records=records, restoration=found,
+        resume_step=max(base.resume_step, records[-1].step if records else 0),
+    )  # fmt: skip
+    nodes[sources[0]].force(view)
+    return True
+
+
+def _fall_back(world: RunWorld, base: View) -> bool:
+    """From the last whole set, in stages of one segment as far as there are devices."""
+    nodes = world.nodes
     holding = [device for device, node in nodes.items() if node.disk.has_data]
     if not holding:
         return False

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from p2ptrain.agreement.view import View
+from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import StagePlan
 from p2ptrain.recovery.inventory import HeldState, Inventory, LiveStage, LogKind, SegmentSpan
@@ -14,6 +15,7 @@ from p2ptrain.recovery.restoration import Replay
 from p2ptrain.recovery.step_log import LogKey, StepLog
 from p2ptrain.training.messages import ReplicaStored, stamp_of
 from p2ptrain.training.step_record import StepRecord
+from tests.sim.checkers import Violation
 from tests.sim.run_model import (
     Pass,
     ReplayInputs,
@@ -95,7 +97,7 @@ class SimStage:
     def begin(self, view: View) -> None:
         """Go by a decided view: apply its step, forget later ones, get the stage's state."""
         if self.view is not None and view.lineage > self.view.lineage:
-            self.states.clear()  # a forced lineage takes states from its whole set
+            self._change_lineage(view)
         self.view, self.ready, self._pass = view, False, None
         if view.records and self._apply(view.records[-1]):
             self.world.checker.on_applied(self.node, view.lineage, view.resume_step)
@@ -125,6 +127,17 @@ class SimStage:
         early, self._early = self._early, []
         for message, sender in early:
             self.take(message, sender)
+
+    def _change_lineage(self, view: View) -> None:
+        """Somebody forced a lineage: what was made after its beginning is another history."""
+        inside = view.number == 1 and self.node.device in view.members
+        if inside and view.restoration is not None:
+            return  # it counts on what is held here
+        self.states.clear()
+        self.log.truncate(0)
+        for key in list(self.disk.replicas):
+            if not inside or key[1] != view.resume_step:
+                del self.disk.replicas[key]
 
     def _later(self, delay_s: float, action: Callable[[], None]) -> None:
         """Do something later, unless the process or the view is another one by then."""
@@ -433,7 +446,10 @@ class SimStage:
         self._tell_members((self.position, stored))
 
     def _note_stored(self, message: ReplicaStored, sender: DeviceId) -> None:
-        self.sets.stored(message, sender)
+        try:
+            self.sets.stored(message, sender)
+        except RemoteProtocolError as error:
+            raise Violation(f"{sender[0]} keeps a wrong replica: {error}") from error
         step = self.sets.releasable_step()
         if step is not None and step > 0:
             self.log.release(step)

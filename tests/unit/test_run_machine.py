@@ -397,7 +397,9 @@ def test_member_that_lost_its_disk_has_no_vote_until_the_next_view() -> None:
     assert net.last(A, ProposalWanted) is None  # nor its promise
     net.see(A, B, C)
     net.wait(8.0)
-    net.propose(A if net.last(A, ProposalWanted) else C, A, B, C)
+    proposer = A if net.last(A, ProposalWanted) else C
+    assert B in [each.device for each in net.wanted(proposer).promises]  # what it holds counts
+    net.propose(proposer, A, B, C)
     assert net.views() == [2, 2, 2]
     assert net.machines[B].standing.stance is Stance.MEMBER
     assert net.start(B).standing.stance is Stance.MEMBER
@@ -569,7 +571,7 @@ def test_promise_of_a_long_history_fits_in_a_message() -> None:
     place = {"run": RUN, "lineage": 0, "view": 1, "plan": first_view(A).plan.digest}
     promise = ViewPromise(
         **place, ballot=Ballot(round=1, device=A), accepted=None, records=records,  # type: ignore[arg-type]
-        inventory=NOTHING, journal=1 << 61,
+        inventory=NOTHING, journal=1 << 61, votes=True,
     )  # fmt: skip
     room = limits.CONTROL_BODY_BYTES_MAX - limits.VIEW_BYTES_MAX
     assert len(encode(promise)) < room - limits.HOLDINGS_MAX * 80
