@@ -181,6 +181,8 @@ class RunMachine:
             self._restore(record)
         if self._acceptor.promised is not None:
             self._wishes.promised(now)
+        if self._out.view is not None:
+            self._plan_heads(now)
 
     def found(self, view: View, now: float) -> None:
         """A lineage begins: all members accepted this view, or somebody forced it.
@@ -301,7 +303,7 @@ class RunMachine:
         if propose_at_s is not None and now >= propose_at_s:
             self._proposer.open_ballot(now)
         if self._heads_at_s is not None and now >= self._heads_at_s:
-            self._heads_at_s = now + limits.HEAD_INTERVAL_S * self._rng.uniform(0.8, 1.2)
+            self._plan_heads(now)
             others = {*self._out.present.members, *(self._reachable or ())} - {self._device}
             for device in sorted(others):
                 self._out.send(device, self._head(), now)
@@ -360,7 +362,7 @@ class RunMachine:
         self._adopt(view, abstains)
         self._wishes.settle()
         self._decided_count += 1
-        self._heads_at_s = now + limits.HEAD_INTERVAL_S * self._rng.uniform(0.5, 1.0)
+        self._plan_heads(now)
         self._out.events.append(ViewDecided(view=view))
         self._judge()
 
@@ -463,6 +465,9 @@ class RunMachine:
         return self._proposer.propose_at_s(promised=self.promised)
 
     # What is said and known.
+
+    def _plan_heads(self, now: float) -> None:
+        self._heads_at_s = now + limits.HEAD_INTERVAL_S * self._rng.uniform(0.8, 1.2)
 
     def _head(self) -> ViewHead:
         votes = self._is_member(self._device) and not self._abstains

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 RESTORE_PATIENCE_S = 12.0
 RESTORE_RETRY_S = 0.2
+_stamp = functools.lru_cache(maxsize=64)(stamp_of)
 
 
 class SimStage:
@@ -77,19 +79,20 @@ class SimStage:
         )  # fmt: skip
 
     def _live(self) -> LiveStage | None:
-        own = self.own
-        inside = self.states if own is None else set(own.segments) & set(self.states)
-        if not inside:
+        if not self.states:
             return None
-        step = max(self.states[segment][0] for segment in inside)
-        first = min(segment for segment in inside if self.states[segment][0] == step)
-        count = 0
-        while first + count in inside and self.states[first + count][0] == step:
+        inside = sorted(self.gradients)
+        if not inside:
+            # Segments that were given away count as long as no step was made since.
+            newest = max(step for step, _ in self.states.values())
+            inside = sorted(s for s, (step, _) in self.states.items() if step == newest)
+        step = self.states[inside[0]][0]
+        count = 1
+        while inside[count : count + 1] == [inside[0] + count]:
             count += 1
-        complete = all(first + i in self.gradients for i in range(count))
         return LiveStage(
-            span=SegmentSpan(first=first, count=count), step=step,
-            gradients_complete=complete and self.gradient_step == step + 1,
+            span=SegmentSpan(first=inside[0], count=count), step=step,
+            gradients_complete=bool(self.gradients) and self.gradient_step == step + 1,
         )  # fmt: skip
 
     # A view begins.
@@ -440,7 +443,7 @@ class SimStage:
         assert self.view is not None
         state = digest(self.disk.replicas[segment, step]) if known is None else known
         stored = ReplicaStored(
-            stamp=stamp_of(self.view.plan), step=step, segment=segment,
+            stamp=_stamp(self.view.plan), step=step, segment=segment,
             state=state,  # type: ignore[arg-type]  # a digest
         )  # fmt: skip
         self._tell_members((self.position, stored))

@@ -376,6 +376,7 @@ def test_restart_remembers_views_promises_acceptances_and_records() -> None:
     assert again.view == first_view(A, B, C)
     lines = [encode_run_record(record) for record in again.snapshot()]
     net.disk[A] = lines + lines[:1]  # a compacted journal, with a line told twice
+    assert again.deadline() is not None  # it tells others where it stands, and is patient
     assert net.start(A).snapshot() == again.snapshot()
     held = net.machines[A].snapshot()[-1]
     assert isinstance(held, AcceptanceRecord)
@@ -402,7 +403,9 @@ def test_member_that_lost_its_disk_has_no_vote_until_the_next_view() -> None:
     net.propose(proposer, A, B, C)
     assert net.views() == [2, 2, 2]
     assert net.machines[B].standing.stance is Stance.MEMBER
-    assert net.start(B).standing.stance is Stance.MEMBER
+    again = net.start(B)
+    assert again.standing.stance is Stance.MEMBER
+    assert again.deadline() is not None  # it goes on telling others where it stands
 
 
 def test_lost_memory_is_not_given_back_by_hearing_of_an_older_view_first() -> None:
