@@ -163,18 +163,24 @@ async def measure_real(count: int, console: Console) -> RealGroupCost:
                 started_s = time.monotonic() - began_s
                 await group.together(lambda number: progress.update(seen, completed=number))
                 together_s = time.monotonic() - began_s
+                progress.update(seen, completed=0, description="peers that see all again")
+                began_s = time.monotonic()
+                await group.restart()
+                await group.together(lambda number: progress.update(seen, completed=number))
+                restarted_s = time.monotonic() - began_s
             memory = group.memory()
-            console.print(f"together after {together_s:.1f} s; watching idle peers")
+            console.print("watching idle peers, then stopping one and killing one")
             cpu = await group.idle_cpu()
-            killed_s = await group.notice(count - 1, signal.SIGKILL)
             stopped_s = await group.notice(count - 2, signal.SIGSTOP)
             returned_s = await group.notice_return(count - 2)
+            killed_s = await group.notice(count - 1, signal.SIGKILL)
         finally:
             group.end()
     return RealGroupCost(
         peers=count,
         started_s=started_s,
         together_s=together_s,
+        restarted_s=restarted_s,
         resident_bytes=tuple(each.resident_bytes for each in memory),
         proportional_bytes=tuple(each.proportional_bytes for each in memory),
         idle_cpu_fractions=cpu,
@@ -193,7 +199,8 @@ def real_table(cost: RealGroupCost) -> str:
     middle = len(resident) // 2
     return "\n".join((
         f"{cost.peers} peers: all started after {cost.started_s:.1f} s, "
-        f"one group after {cost.together_s:.1f} s",
+        f"one group after {cost.together_s:.1f} s; all started at once again, one group after "
+        f"{cost.restarted_s:.1f} s",
         f"memory of a peer: RSS {resident[middle]:.1f} MiB ({resident[0]:.1f} to "
         f"{resident[-1]:.1f}), PSS {shared[middle]:.1f} MiB ({shared[0]:.1f} to "
         f"{shared[-1]:.1f}), all together PSS {sum(shared):.0f} MiB",

@@ -16,11 +16,11 @@ import trio
 from p2ptrain import limits
 from p2ptrain.demo.group import DemoPeer, make_peers, wait_started, write_invites
 from p2ptrain.errors import PeerLost
-from p2ptrain.runtime.reports import PeerStatus
+from p2ptrain.runtime.reports import MemberReport, PeerStatus
 
 TOGETHER_LIMIT_S: Final = 600.0
 NOTICE_LIMIT_S: Final = 60.0
-POLL_S: Final = 0.2
+POLL_S: Final = 0.5
 IDLE_S: Final = 20.0
 END_S: Final = 30.0
 
@@ -34,6 +34,8 @@ class RealGroupCost:
     """Until every process had enrolled and answered; four enrol at a time."""
     together_s: float
     """Until every peer had a link with every other and held it alive."""
+    restarted_s: float
+    """The same once more, all members started at once."""
     resident_bytes: tuple[int, ...]
     proportional_bytes: tuple[int, ...]
     """Shared pages counted once for all processes together (PSS)."""
@@ -117,30 +119,44 @@ class RealGroup:
 
     async def notice(self, index: int, number: signal.Signals) -> float | None:
         """Send a signal to one peer; seconds until all others that answer hold it dead."""
-        name = self._peers[index].name
+        began_s = time.monotonic()
         os.kill(self._processes[index].pid, number)
-        return await self._until(lambda state: state.startswith("dead"), name, but={index})
+        return await self._entered("dead", index, began_s)
 
     async def notice_return(self, index: int) -> float | None:
         """Let a stopped peer go on; seconds until all others hold it alive."""
-        os.kill(self._processes[index].pid, signal.SIGCONT)
-        return await self._until(lambda state: state == "alive", self._peers[index].name)
-
-    async def _until(
-        self, wanted: Callable[[str], bool], name: str, but: frozenset[int] | set[int] = frozenset()
-    ) -> float | None:
         began_s = time.monotonic()
-        watching = [
+        os.kill(self._processes[index].pid, signal.SIGCONT)
+        return await self._entered("alive", index, began_s)
+
+    async def _entered(self, state: str, index: int, began_s: float) -> float | None:
+        """When the last of the others entered that state, by what each says of its age."""
+        name, slowest_s = self._peers[index].name, 0.0
+        waiting = [
             peer
-            for index, peer in enumerate(self._peers)
-            if peer.name != name and index not in but and self._processes[index].poll() is None
+            for other, peer in enumerate(self._peers)
+            if other != index and self._processes[other].poll() is None
         ]
         with trio.move_on_after(NOTICE_LIMIT_S):
-            while watching:
-                watching = [p for p in watching if not wanted(_state(await p.status(), name))]
-                await trio.sleep(POLL_S / 4)
-            return time.monotonic() - began_s
+            while waiting:
+                for peer in list(waiting):
+                    line = _line_of(await peer.status(), name)
+                    if line is not None and line.state.startswith(state):
+                        waiting.remove(peer)
+                        age_s = line.state_s or 0.0
+                        slowest_s = max(slowest_s, time.monotonic() - age_s - began_s)
+                await trio.sleep(POLL_S)
+            return slowest_s
         return None
+
+    async def restart(self) -> None:
+        """End all processes and start them at once: members already, nobody enrols."""
+        self.end()
+        self._processes.clear()
+        self._start_one(self._peers[0], ())
+        address = (await wait_started(self._peers[0])).address
+        for peer in self._peers[1:]:
+            self._start_one(peer, (address,))
 
     def end(self) -> None:
         """End every process that was started here."""
@@ -161,9 +177,9 @@ def _linked_count(status: PeerStatus | None) -> int:
     return sum(member.state == "alive" and member.linked for member in members)
 
 
-def _state(status: PeerStatus | None, name: str) -> str:
+def _line_of(status: PeerStatus | None, name: str) -> MemberReport | None:
     members = () if status is None else status.members
-    return next((member.state for member in members if member.name == name), "unknown")
+    return next((member for member in members if member.name == name), None)
 
 
 def _memory_of(pid: int) -> Memory:
