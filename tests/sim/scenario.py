@@ -159,15 +159,17 @@ def stop_one(world: World) -> float:
 
 
 def deafen(world: World) -> None:
-    """One way of one link is cut, then all ways to one peer: nobody else is blamed for it."""
+    """One link is cut one way, then both, then all ways to one peer: nobody else is blamed."""
     if len(world.nodes) < 3:
         return
     checker, devices = world.membership_checker, list(world.nodes)
     speaker, deaf = world.rng.sample(devices, 2)
     world.loss, since = 0.0, world.now
     world.mute = {(speaker, deaf)}
-    world.run(15.0)
-    checker.require_no_suspicion(since=since)  # others ask for the deaf one
+    world.run(10.0)
+    world.mute = {(speaker, deaf), (deaf, speaker)}
+    world.run(10.0)
+    checker.require_no_suspicion(since=since)  # others ask for both
     world.mute = {(device, deaf) for device in devices if device != deaf}
     since = world.now
     world.run(15.0)
