@@ -64,14 +64,17 @@ class RunChecker:
 
     def _go_back(self, view: View) -> None:
         """Somebody forced a lineage, knowing that later steps are redone."""
-        if view.resume_step < self._claimed and len(self._lost) <= 1:
+        known = self.reference.records
+        parted = [r.step for r in view.records if known.get(r.step, r) != r]
+        kept = min([view.resume_step, *(step - 1 for step in parted)])
+        if kept < self._claimed and len(self._lost) <= 1:
             raise Violation(f"step {self._claimed} was protected, and one loss has undone it")
         self._claimed = 0
         self._lineage = view.lineage
-        self.reference.go_back(view.resume_step)
-        self._committed_in = {
-            step: key for step, key in self._committed_in.items() if step <= view.resume_step
-        }
+        self.reference.go_back(kept)
+        self._committed_in = {s: key for s, key in self._committed_in.items() if s <= kept}
+        for record in view.records:
+            self._commit(record, (view.lineage, view.number))
 
     # Steps.
 
