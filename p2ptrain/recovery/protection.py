@@ -30,7 +30,8 @@ class Safeguards:
     """What is known here of everything that protects."""
 
     present: Collection[DeviceId]
-    """Members that can be reached, this peer included."""
+    """Members that can be reached and have not restarted since the view began, as far as is
+    known, this peer included: who restarted may have lost its disk, and with it what it kept."""
     whole_step: int | None
     """`ReplicaSets.whole_step` of those present."""
     data_copies: Collection[DeviceId]

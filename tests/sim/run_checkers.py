@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from p2ptrain.agreement.run_events import Stance
 from p2ptrain.agreement.view import View, is_quorum
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.recovery.planning import Losses, last_whole_set, restoration
@@ -152,7 +153,14 @@ class RunChecker:
                    for n in nodes)  # fmt: skip
         linked = all(self._world.linked(a.device, b.device) for a in nodes for b in nodes)
         seen = all(a.seen.get(b.device) == b.life for a in nodes for b in nodes if a is not b)
-        return same and linked and seen and all(n.stage.ready or n.stage.own is None for n in nodes)
+        remembers = all(n.machine.standing.stance is not Stance.ABSTAINING for n in nodes)
+        return (
+            same
+            and linked
+            and seen
+            and remembers
+            and all(n.stage.ready or n.stage.own is None for n in nodes)
+        )
 
     def _try_without(self, view: View, gone: DeviceId, step: int) -> None:
         nodes = self._world.nodes

@@ -227,7 +227,8 @@ class RunNode:
     def protection(self) -> Protected | Provisional:
         view, nodes = self.machine.view, self.world.nodes
         assert view is not None
-        present = {self.device, *(d for d in self.seen if self.seen[d])} & set(view.members)
+        same = {d for d, life in self.seen.items() if life == self._view_lives.get(d, life) != 0}
+        present = {self.device, *same} & set(view.members)
         near = [nodes[d] for d in present if nodes[d].up]
         whole = self.stage.sets.whole_step(present)
         copies = {node.device for node in near if node.disk.has_data}
