@@ -388,6 +388,7 @@ def contract_for(
     dropout: float | None = None,
     optimizer: OptimizerChoice | None = None,
     rematerialise: bool = False,
+    codec: str = "fp32",
 ) -> Contract:
     """A contract over a bundle, with digests of no data in particular."""
     return Contract(
@@ -397,7 +398,7 @@ def contract_for(
         microbatch_size=microbatch_size,
         microbatches=microbatches,
         form="portable",
-        codec="fp32",
+        codec=codec,
         threads=1,
         dropout=dropout,
         optimizer=optimizer or OptimizerChoice(warmup_steps=4, clip_norm=0.5),

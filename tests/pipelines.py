@@ -25,6 +25,7 @@ from p2ptrain.training.sampling import Windows, heldout_windows, training_window
 from p2ptrain.training.segment_state import SegmentState, StateHeader, state_digest
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.training.step_tensors import expected_tensors
+from p2ptrain.training.tensor_codec import decode, encode_all, hand_over
 
 NO_DIGEST = Digest("0" * 64)
 
@@ -232,9 +233,12 @@ class LocalPipeline:
             loss_weight=loss_weight(count * feed.labels.size),
         )
         if not last:
-            _send(worker.exit(self.sequence), self.workers[stage + 1].entry(self.sequence))
+            codec = self.contract.codec
+            entry = self.workers[stage + 1].entry(self.sequence)
+            hand_over(codec, worker.exit(self.sequence), entry)
             if training and self.on_sent is not None:
-                segment, arrays = self.segments[stage][-1], worker.exit(self.sequence)
+                segment = self.segments[stage][-1]
+                arrays = encode_all(codec, worker.exit(self.sequence))
                 self.on_sent("activation", step, index, segment, arrays)
         return loss
 
@@ -243,10 +247,16 @@ class LocalPipeline:
         worker.backward(microbatch=index, sequence=sequence)
         if stage > 0:
             before = self.workers[stage - 1]
-            _send(worker.entry_cotangent(sequence), before.exit_cotangent(sequence))
+            segment = self.segments[stage][0] - 1
+            sent = worker.encoded_cotangent(segment, microbatch=index, sequence=sequence)
+            targets = before.exit_cotangent(sequence)
+            for encoded, target in zip(sent, targets, strict=True):
+                if self.contract.codec == "fp32":
+                    np.copyto(target, encoded)
+                else:
+                    decode(self.contract.codec, encoded, target)
             if self.on_sent is not None:
-                segment, arrays = self.segments[stage][0] - 1, worker.entry_cotangent(sequence)
-                self.on_sent("cotangent", step, index, segment, arrays)
+                self.on_sent("cotangent", step, index, segment, sent)
 
     def _clip(self) -> Clip:
         sums: dict[int, float] = {}
@@ -260,8 +270,3 @@ def _samples(data: NDArray[np.uint8] | Samples, manifest: Manifest) -> Samples:
     if isinstance(data, np.ndarray):
         return TextSamples(data, manifest.data.context, len(manifest.data_ports))
     return data
-
-
-def _send(sources: tuple[NDArray, ...], targets: tuple[NDArray, ...]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        np.copyto(target, source)

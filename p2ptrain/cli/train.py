@@ -62,6 +62,13 @@ _RATE = click.FloatRange(min=0.0)
     help="Standard ONNX operators, or those of onnxruntime-training.",
 )
 @click.option(
+    "--codec",
+    type=click.Choice(["fp32", "bf16", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="How tensors go between peers: exact, in half, or in a quarter of the bytes.",
+)
+@click.option(
     "--schedule",
     type=click.Choice(["1f1b", "gpipe"]),
     default="1f1b",

@@ -9,6 +9,7 @@ stage is small beside the boundaries and not counted.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 
 from p2ptrain.errors import InvariantBroken
@@ -29,6 +30,7 @@ from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.planner.replica_interval import StageCosts, replica_interval
 from p2ptrain.planner.search import Candidate, Search, SearchResult
 from p2ptrain.schedule.simulator import ceiling
+from p2ptrain.training.segment_state import residual_shapes
 from p2ptrain.units import NS_PER_S, format_bytes, format_seconds
 
 FLOAT32_BYTES = 4
@@ -132,12 +134,14 @@ class _Chosen:
         trained = sum(t.elements for t in tensors if t.binding == "trainable")
         rule = manifest.updates.get(contract.optimizer.name)
         vectors = 1 + (0 if rule is None else len(rule.state))
+        kept = [residual_shapes(manifest, contract, i).values() for i in range(first, end)]
+        lost = sum(math.prod(shape) for shapes in kept for shape in shapes)
         inner = [b for b in (first, end) if 0 < b < len(manifest.segments)]
-        crossing = [manifest.boundary_bytes(b - 1, batch=contract.microbatch_size) for b in inner]
+        crossing = [self._model.sent_bytes(b - 1) for b in inner]
         others = [p for p in planning.profiles if p.device != costs.peers[index].device]
         links = [self._model.link(costs.peers[index], other) for other in others]
         return StageCosts(
-            state_bytes=vectors * FLOAT32_BYTES * trained,
+            state_bytes=FLOAT32_BYTES * (vectors * trained + lost),
             log_bytes=sum(crossing) * contract.microbatches,
             compute_ns=costs.compute_ns(index, first, end) * contract.microbatches,
             bytes_per_s=min((link.bytes_per_s for link in links), default=SAME_HOST_BYTES_PER_S),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from p2ptrain.planner.plan import StagePlan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.schedule.actions import Action, all_actions, in_flight_max
 from p2ptrain.schedule.simulator import Timeline, simulate
+from p2ptrain.training.tensor_codec import encoded_bytes
 
 Cuts = tuple[int, ...]
 """The end (exclusive) of every stage's segments; the last is the number of segments."""
@@ -54,8 +56,7 @@ class CostModel:
         self._kinds = tuple(segment.kind for segment in planning.manifest.segments)
         batch = planning.contract.microbatch_size
         self._boundary_bytes = tuple(
-            planning.manifest.boundary_bytes(index, batch=batch)
-            for index in range(self._segment_count - 1)
+            _sent_bytes(planning, index, batch) for index in range(self._segment_count - 1)
         )
 
     @property
@@ -69,6 +70,10 @@ class CostModel:
                 self._planning.schedule, stages, self._planning.contract.microbatches
             )
         return self._actions[stages]
+
+    def sent_bytes(self, boundary: int) -> int:
+        """What one microbatch's activations take on a link after segment `boundary`."""
+        return self._boundary_bytes[boundary]
 
     def memory_bytes(self, first: int, end: int, in_flight: int) -> int:
         """Peak memory of segments first..end-1 with this many microbatches in flight."""
@@ -144,6 +149,15 @@ class CostModel:
     def _transfers(self, first: PeerProfile, second: PeerProfile) -> tuple[int, ...]:
         link = self.link(first, second)
         return (0, *(link.transfer_ns(size) for size in self._boundary_bytes))
+
+
+def _sent_bytes(planning: PlanningInput, index: int, batch: int) -> int:
+    """What one microbatch's activations take on a link, in the contract's codec."""
+    manifest, codec = planning.manifest, planning.contract.codec
+    return sum(
+        encoded_bytes(codec, dtype=v.dtype, elements=math.prod(manifest.shape(v, batch=batch)))
+        for v in manifest.boundary(index)
+    )
 
 
 def _prefix_sums(times: list[int], busy: int, cores: int) -> tuple[int, ...]:

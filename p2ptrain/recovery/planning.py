@@ -147,8 +147,14 @@ def _replay_from(losses: Losses, span: range, step: int) -> Replay | None:
         return None
     return Replay(
         span=_span(span), step=step, replayer=replayer, replicas=replicas, activations_from=before,
-        cotangents_from=after, tied_from=ties, data_from=data,
+        cotangents_from=after, tied_from=ties, data_from=data, cuts=_cuts(losses.base.plan, span),
     )  # fmt: skip
+
+
+def _cuts(plan: Plan, span: range) -> tuple[int, ...]:
+    """Segments inside the span that ended a stage in the view whose steps are replayed."""
+    ends = (stage.segments[-1] for stage in plan.stages)
+    return tuple(end for end in ends if end in span[:-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

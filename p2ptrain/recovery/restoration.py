@@ -43,6 +43,8 @@ class Replay:
     tied_from: tuple[TiedAt, ...]
     data_from: DeviceId | None
     """A data holder, where the span begins or ends the model and steps are replayed."""
+    cuts: tuple[int, ...] = ()
+    """Segments inside the span after which a link was: a lossy codec rounds there again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,7 +59,7 @@ class CheckpointCollector:
     async def run(self) -> None:
         """Fetch and store until cancelled; a half stored step is no checkpoint."""
         async for device, saved in self._announced:
-            size = values_bytes(self._manifest, saved.segment, self._state_names)
+            size = values_bytes(self._manifest, saved.segment, self._state_names, self._contract)
             values = await self._services.blobs.fetch(device, saved.state, size=size)
             segments = self._stored.setdefault(saved.step, {})
             segments[saved.segment] = await trio.to_thread.run_sync(self._store, saved, values)
@@ -68,7 +68,8 @@ class CheckpointCollector:
 
     def _store(self, saved: SegmentSaved, values: bytes) -> SavedSegment:
         header = saved_header(saved, bundle=self._contract.bundle)
-        content = segment_head(self._manifest, header, self._state_names) + values
+        head = segment_head(self._manifest, header, self._state_names, self._contract)
+        content = head + values
         self._job.directory.write_segment(saved.step, saved.segment, content)
         return SavedSegment(
             segment=saved.segment,

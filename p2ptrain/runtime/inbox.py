@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+import trio
 
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.arrivals import Arrivals, TieKey
 from p2ptrain.training.program import Item
+from p2ptrain.training.tensor_codec import decode, encoded_bytes
 from p2ptrain.wire.frames import TensorHeader
 
 Targets = Callable[[str, int], tuple[Array, ...]]
@@ -24,6 +26,8 @@ LOSS_WEIGHT_INDEX = 1
 FED_AHEAD_MAX = 3
 """Items whose inputs or labels may wait here: the data holder feeds two ahead."""
 DISCARD_BYTES = 64 * 1024
+DECODED_IN_PLACE_BYTES = 256 * 1024
+"""Less than this is decoded at once (0.1 ms), more in a thread."""
 
 
 class BodyReader(Protocol):
@@ -120,7 +124,7 @@ class TensorInbox:
             return
         target = self._target(header, length)
         if target is not None:
-            await reader.read_into(target.data.cast("B"))
+            await self._fill(target, length, reader)
         self._arrived.setdefault((header.kind, header.microbatch), set()).add(header.index)
         self._signal.notify()
 
@@ -180,9 +184,24 @@ class TensorInbox:
             raise RemoteProtocolError(f"{header.kind} {header.microbatch} came twice")
         if not targets and length == 0 and header.index == 0:
             return None
-        if not 0 <= header.index < len(targets) or targets[header.index].nbytes != length:
+        if not 0 <= header.index < len(targets) or self._size(targets[header.index]) != length:
             raise RemoteProtocolError(f"{header.kind} of {length} bytes, not what the plan says")
         return targets[header.index]
+
+    def _size(self, target: Array) -> int:
+        return encoded_bytes(self._arrivals.codec, dtype=target.dtype.name, elements=target.size)
+
+    async def _fill(self, target: Array, length: int, reader: BodyReader) -> None:
+        """Read a boundary tensor into the stage's buffer, decoded where it is compressed."""
+        if target.nbytes == length:
+            await reader.read_into(target.data.cast("B"))
+            return
+        encoded = np.empty(length, np.uint8)
+        await reader.read_into(encoded.data)
+        if length < DECODED_IN_PLACE_BYTES:
+            decode(self._arrivals.codec, encoded, target)
+        else:
+            await trio.to_thread.run_sync(decode, self._arrivals.codec, encoded, target)
 
 
 def _check_weight(weight: float) -> None:

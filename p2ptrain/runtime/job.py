@@ -199,7 +199,7 @@ def _new_contract(
             microbatch_size=request.microbatch_size,
             microbatches=request.microbatches,
             form=request.form,
-            codec="fp32",
+            codec=request.codec,
             threads=request.threads or default_threads,
             dropout=request.dropout,
             optimizer=request.optimizer,

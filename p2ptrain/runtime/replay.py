@@ -21,6 +21,7 @@ from p2ptrain.training.learning_rate import learning_rate
 from p2ptrain.training.replay_inputs import StepInputs, sent_places
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.training.step_tensors import expected_tensors
+from p2ptrain.training.tensor_codec import encode_all
 
 
 class OnSent(Protocol):
@@ -29,7 +30,7 @@ class OnSent(Protocol):
     def __call__(
         self, kind: LogKind, step: int, microbatch: int, segment: int, arrays: tuple[Array, ...]
     ) -> None:
-        """One place's tensors of a microbatch, in index order, as `step_tensors` counts them;
+        """One place's tensors of a microbatch as they went over the link, in index order;
         they are overwritten after this returns. Tied gradients have microbatch 0."""
 
 
@@ -102,15 +103,16 @@ class Replayer:
         )
         for segment in self._sent["activation"]:
             arrays = worker.crossing(segment, sequence)
-            self._on_sent("activation", step, microbatch, segment, arrays)
+            sent = encode_all(self._contract.codec, arrays)
+            self._on_sent("activation", step, microbatch, segment, sent)
 
     def _backward(self, inputs: StepInputs, step: int, microbatch: int) -> None:
         worker, sequence = self._worker, self._sequence
         _fill(worker.exit_cotangent(sequence), inputs.cotangents, microbatch)
         worker.backward(microbatch=microbatch, sequence=sequence)
         for segment in self._sent["cotangent"]:
-            arrays = worker.crossing_cotangent(segment, sequence)
-            self._on_sent("cotangent", step, microbatch, segment, arrays)
+            sent = worker.encoded_cotangent(segment, microbatch=microbatch, sequence=sequence)
+            self._on_sent("cotangent", step, microbatch, segment, sent)
 
     def _log_tied(self, step: int) -> None:
         tensors = self._manifest.tensors

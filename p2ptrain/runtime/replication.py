@@ -21,6 +21,7 @@ from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.store.replicas import ReplicaPlace, ReplicaStore
+from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import SegmentSaved, Stamp
 from p2ptrain.training.segment_image import SegmentImage
 from p2ptrain.training.segment_state import StateHeader, values_bytes
@@ -196,7 +197,8 @@ class SnapshotOwner:
             segment=segment,
             bundle=self._bundle,
         )
-        image = SegmentImage(self._manifest, header, self._state_names)
+        contract = self._worker.contract
+        image = SegmentImage(self._manifest, header, self._state_names, contract)
         self._worker.copy_into(segment, image)
         return image
 
@@ -282,6 +284,7 @@ class ReplicaKeeper:
         store: ReplicaStore,
         manifest: Manifest,
         state_names: tuple[str, ...],
+        contract: Contract,
         blobs: BlobExchange,
         on_stored: Callable[[SegmentSaved], None],
     ) -> None:
@@ -291,11 +294,12 @@ class ReplicaKeeper:
             store: Opened and scanned.
             manifest: Of the model.
             state_names: The optimizer's state vectors.
+            contract: Of the run.
             blobs: To fetch from.
             on_stored: Called when a replica is durable, so that everybody can be told.
         """
         self._store, self._manifest, self._state_names = store, manifest, state_names
-        self._blobs, self._on_stored = blobs, on_stored
+        self._contract, self._blobs, self._on_stored = contract, blobs, on_stored
         self._bundle = manifest.digest
         self._wanted: dict[int, _Wanted] = {}
         self._signal = Signal()
@@ -386,7 +390,7 @@ class ReplicaKeeper:
         return True
 
     async def _fetch(self, device: DeviceId, saved: SegmentSaved) -> None:
-        size = values_bytes(self._manifest, saved.segment, self._state_names)
+        size = values_bytes(self._manifest, saved.segment, self._state_names, self._contract)
         header = saved_header(saved, bundle=self._bundle)
         writer = await trio.to_thread.run_sync(self._store.writer, header, saved.state)
         try:

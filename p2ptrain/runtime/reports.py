@@ -42,6 +42,8 @@ class TrainRequest:
     threads: int | None = None
     """Intra-op threads per peer; None: half of the cores of the smallest peer."""
     form: str = "portable"
+    codec: str = "fp32"
+    """Of boundary tensors between peers: fp32, bf16 or int8."""
     schedule: str = "1f1b"
     dropout: float | None = None
     rematerialise: bool = False

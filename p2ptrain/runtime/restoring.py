@@ -7,7 +7,7 @@ DESIGN section 7, rules 1, 4 and 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import trio
 
@@ -123,7 +123,8 @@ class Restorer:
         """Keep a worker that covers exactly this stage; else make one and load every segment."""
         workers = [w for w in (self._state.worker, *self._replayed) if w is not None]
         for worker in workers:
-            if worker.segments == stage.segments and worker.in_flight >= stage.in_flight_max:
+            fits = worker.segments == stage.segments and not worker.rounds_inside
+            if fits and worker.in_flight >= stage.in_flight_max:
                 return worker
         made = await self._make_worker(stage.segments, stage.in_flight_max)
         if self._view.restoration is None:
@@ -140,10 +141,12 @@ class Restorer:
                 await self._load_from(made, segment, source, self._view.resume_step)
         return made
 
-    async def _make_worker(self, segments: range, in_flight: int) -> StageWorker:
+    async def _make_worker(
+        self, segments: range, in_flight: int, cuts: Collection[int] = ()
+    ) -> StageWorker:
         weights = await self._weights(segments)
         return await trio.to_thread.run_sync(
-            lambda: self._state.make_worker(segments, in_flight, weights)
+            lambda: self._state.make_worker(segments, in_flight, weights, cuts)
         )
 
     async def _weights(self, segments: range) -> Mapping[str, Array]:
@@ -198,7 +201,7 @@ class Restorer:
         """Make a lost range again: its replica, then every step since, from logs and records."""
         segments, stage = replay.span.segments, self._own_stage()
         in_flight = stage.in_flight_max if stage is not None and stage.segments == segments else 1
-        worker = await self._make_worker(segments, in_flight)
+        worker = await self._make_worker(segments, in_flight, replay.cuts)
         if replay.step == 0:
             await trio.to_thread.run_sync(worker.draw_parameters)
         else:

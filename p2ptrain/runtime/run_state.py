@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,7 @@ class RunState:
         """Members known to have the run's data."""
         self._session: HomeSession | None = None
         self.state_names = self.manifest.updates[contract.optimizer.name].state
-        self.replicas = ReplicaStore(self.path, self.manifest, self.state_names)
+        self.replicas = ReplicaStore(self.path, self.manifest, self.state_names, contract=contract)
         self.sets = ReplicaSets()
         self.lineage = Lineage(0)
         self.view: View | None = None
@@ -89,6 +89,7 @@ class RunState:
             store=self.replicas,
             manifest=self.manifest,
             state_names=self.state_names,
+            contract=contract,
             blobs=services.blobs,
             on_stored=lambda saved: self.on_stored(saved),
         )
@@ -122,9 +123,13 @@ class RunState:
     # Stages. All of these block.
 
     def make_worker(
-        self, segments: range, in_flight: int, weights: Mapping[str, Array] | None
+        self,
+        segments: range,
+        in_flight: int,
+        weights: Mapping[str, Array] | None,
+        cuts: Collection[int] = (),
     ) -> StageWorker:
-        """A stage over these segments, neither drawn nor loaded."""
+        """A stage over these segments, neither drawn nor loaded; `cuts` as `StageWorker` has."""
         if self._engine is None:
             raise InvariantBroken("a stage on a device without an engine")
         return StageWorker(
@@ -134,6 +139,7 @@ class RunState:
             contract=self.contract,
             in_flight=in_flight,
             weights=weights,
+            cuts=cuts,
         )
 
     def load(self, worker: StageWorker, segment: int, step: int, content: bytes) -> None:

@@ -7,7 +7,8 @@ valid until the ring wraps round, `in_flight + 1` microbatches later.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from p2ptrain.bundle.manifest import Manifest, Tensor, UpdateRule, Value
 from p2ptrain.bundle.onnx_reader import read_graph
 from p2ptrain.engine.contract import Array, Buffer, Engine, Program
-from p2ptrain.errors import BundleError, ConfigError, InvariantBroken
+from p2ptrain.errors import BundleError, CheckpointError, ConfigError, InvariantBroken
 from p2ptrain.ids import Digest
 from p2ptrain.runtime.segment_memory import FloatArray, SegmentMemory
 from p2ptrain.runtime.segment_runner import (
@@ -36,8 +37,19 @@ from p2ptrain.training.layout import flat_layout
 from p2ptrain.training.optimizer import optimizer_scalars
 from p2ptrain.training.random import draw_tensor
 from p2ptrain.training.segment_image import SegmentImage
-from p2ptrain.training.segment_state import SegmentState
+from p2ptrain.training.segment_state import (
+    SegmentState,
+    residual_name,
+    residual_shapes,
+)
 from p2ptrain.training.squares import CHUNK_ELEMENTS
+from p2ptrain.training.tensor_codec import (
+    ErrorFeedback,
+    ResidualKey,
+    decode,
+    encode_all,
+    hand_over,
+)
 from p2ptrain.training.ties import TieGroup, tie_groups, tied_gradient
 
 
@@ -64,6 +76,7 @@ class StageWorker:
         contract: Contract,
         in_flight: int,
         weights: Mapping[str, Array] | None = None,
+        cuts: Collection[int] = (),
     ) -> None:
         """Compile, allocate and bind; what is trained is zero until drawn or loaded.
 
@@ -76,6 +89,8 @@ class StageWorker:
             weights: By name, every tensor of these segments that the bundle's weights hold; best
                 `numpy.memmap`, whose frozen tensors are then not copied. None draws them like the
                 others, which is good for measuring only.
+            cuts: Segments inside the stage after which a link was when its steps were made: what
+                crosses there is rounded by the contract's codec again.
 
         Raises:
             ConfigError: the bundle lacks the contract's graph form or optimizer.
@@ -98,7 +113,10 @@ class StageWorker:
         self._boundaries = [
             self._boundary(index) for index in range(segments.start, segments.stop + 1)
         ]
+        lossy = contract.codec != "fp32"
+        self._cuts = {cut: self._boundary(cut + 1) for cut in (cuts if lossy else ())}
         self._runners = self._make_runners(bundle)
+        self._feedback = ErrorFeedback(contract.codec)
         self._scalars = UpdateScalars(engine, self._rule)
         self._updaters = self._make_updaters(bundle, self._rule)
         self._work = np.empty(CHUNK_ELEMENTS)
@@ -125,6 +143,16 @@ class StageWorker:
     def in_flight(self) -> int:
         """Microbatches between their forward and their backward, at most."""
         return self._in_flight
+
+    @property
+    def contract(self) -> Contract:
+        """Of the run."""
+        return self._contract
+
+    @property
+    def rounds_inside(self) -> bool:
+        """Whether a lossy codec is applied between two segments of the stage."""
+        return bool(self._cuts)
 
     @property
     def applied_step(self) -> int | None:
@@ -157,6 +185,7 @@ class StageWorker:
         self.abandon_step()
         for memory in self._memories.values():
             memory.start(self._starting_value)
+        self._feedback.restore({})
         self._steps = dict.fromkeys(self._segments, 0)
 
     def load(self, segment_index: int, state: SegmentState) -> None:
@@ -168,15 +197,38 @@ class StageWorker:
         self.abandon_step()
         self._steps.pop(segment_index, None)
         self._memories[segment_index].load_state(state)
+        self._load_residuals(segment_index, state)
         self._steps[segment_index] = state.step
 
     def state(self, segment_index: int, step: int) -> SegmentState:
         """A copy of one segment's state after `step` updates."""
-        return self._memories[segment_index].copy_state(step)
+        state = self._memories[segment_index].copy_state(step)
+        residuals = {name: array.copy() for name, array in self._residuals(segment_index).items()}
+        return dataclasses.replace(state, residuals=residuals)
 
     def copy_into(self, segment_index: int, image: SegmentImage) -> None:
         """Fill an image with one segment's present state, between two steps."""
         self._memories[segment_index].copy_into(image.state)
+        for name, residual in self._residuals(segment_index).items():
+            np.copyto(image.state.residuals[name], residual)
+
+    def encoded_cotangent(
+        self, segment: int, *, microbatch: int, sequence: int
+    ) -> tuple[Array, ...]:
+        """What goes over the link for `crossing_cotangent`, once `backward` of that training
+        microbatch is done; fp32 is the arrays themselves.
+
+        Raises:
+            NumericsError: int8 cannot carry what is not finite; abandon the step.
+        """
+        arrays, codec = self.crossing_cotangent(segment, sequence), self._contract.codec
+        if codec != "int8":
+            return encode_all(codec, arrays)
+        keys = [
+            ResidualKey(segment=segment, index=index, microbatch=microbatch)
+            for index in range(len(arrays))
+        ]
+        return tuple(self._feedback.encode(k, a) for k, a in zip(keys, arrays, strict=True))
 
     def entry(self, sequence: int) -> tuple[Array, ...]:
         """Where the activations of a microbatch are received; empty for the first stage."""
@@ -197,13 +249,12 @@ class StageWorker:
     def crossing(self, segment: int, sequence: int) -> tuple[Array, ...]:
         """What `forward` let out of a segment of this stage, or into its first one from before;
         inner values are overwritten by a later microbatch."""
-        boundary = self._boundaries[segment + 1 - self._segments.start]
-        return _places(boundary.activations, sequence)
+        return _places(self._before(segment + 1).activations, sequence)
 
     def crossing_cotangent(self, segment: int, sequence: int) -> tuple[Array, ...]:
         """What `backward` gave back across the same boundary, one per differentiable value;
         inner values are overwritten by the next backward."""
-        boundary = self._boundaries[segment + 1 - self._segments.start]
+        boundary = self._cuts.get(segment) or self._before(segment + 1)
         return _places(boundary.cotangents, sequence)
 
     def forward(
@@ -245,8 +296,11 @@ class StageWorker:
             self._evaluation_count += 1
             return loss
         self._occupy(sequence)
-        for runner in self._runners:
+        for segment, runner in zip(self._segments, self._runners, strict=True):
             loss = runner.forward(step=step, microbatch=microbatch, sequence=sequence, fed=fed)
+            if (cut := self._cuts.get(segment)) is not None:
+                beyond = _places(cut.activations, sequence)
+                hand_over(self._contract.codec, self.crossing(segment, sequence), beyond)
         self._forward_count += 1
         return loss
 
@@ -257,7 +311,12 @@ class StageWorker:
         """
         if sequence not in self._waiting:
             raise InvariantBroken(f"backward of microbatch {microbatch} before its forward")
-        for runner in reversed(self._runners):
+        for segment, runner in zip(reversed(self._segments), reversed(self._runners), strict=True):
+            if segment in self._cuts:
+                given = _places(self._before(segment + 1).cotangents, sequence)
+                sent = self.encoded_cotangent(segment, microbatch=microbatch, sequence=sequence)
+                for encoded, target in zip(sent, given, strict=True):
+                    decode(self._contract.codec, encoded, target)
             runner.backward(sequence=sequence, first=self._accumulated == 0)
         self._waiting.remove(sequence)
         self._accumulated += 1
@@ -339,6 +398,7 @@ class StageWorker:
             updater.run()
         for memory in self._memories.values():
             memory.commit_running()
+        self._feedback.commit()
         self._begin_sum()
         self._steps = dict.fromkeys(self._segments, step)
         self._update_count += 1
@@ -349,7 +409,30 @@ class StageWorker:
         self._waiting.clear()
         for memory in self._memories.values():
             memory.abandon_running()
+        self._feedback.abandon()
         self._begin_sum()
+
+    def _residuals(self, segment_index: int) -> dict[str, FloatArray]:
+        """By name, those of a segment's state; zero where nothing was lost."""
+        kept = self._feedback.state()
+        shapes = residual_shapes(self._manifest, self._contract, segment_index)
+        return {
+            residual_name(key): kept[key] if key in kept else np.zeros(shape, np.float32)
+            for key, shape in shapes.items()
+        }
+
+    def _load_residuals(self, segment_index: int, state: SegmentState) -> None:
+        """Take over a segment's residuals; without any its cotangents start afresh."""
+        shapes = residual_shapes(self._manifest, self._contract, segment_index)
+        loaded = {}
+        for key, shape in shapes.items():
+            residual = state.residuals.get(residual_name(key))
+            if residual is not None and residual.shape != shape:
+                raise CheckpointError("a checkpoint's residuals have another shape")
+            if residual is not None:
+                loaded[key] = residual
+        others = {k: v for k, v in self._feedback.state().items() if k not in shapes}
+        self._feedback.restore({**others, **loaded})
 
     def _begin_sum(self) -> None:
         self._accumulated = 0
@@ -409,6 +492,10 @@ class StageWorker:
             ),
         )
 
+    def _before(self, index: int) -> Boundary:
+        """The rings before segment `index`, seen from the segment before it."""
+        return self._boundaries[index - self._segments.start]
+
     def _ring(self, value: Value, places: int) -> tuple[Buffer, ...]:
         shape = self._manifest.shape(value, batch=self._contract.microbatch_size)
         return tuple(self._engine.allocate(shape, np.dtype(value.dtype)) for _ in range(places))
@@ -433,7 +520,7 @@ class StageWorker:
                 segment_index=index,
                 programs=self._programs(bundle, index),
                 memory=self._memories[index],
-                entering=self._boundaries[place],
+                entering=self._cuts.get(index - 1) or self._boundaries[place],
                 leaving=self._boundaries[place + 1],
             )
             for place, index in enumerate(self._segments)

@@ -31,6 +31,7 @@ from p2ptrain.training.messages import Done, Evaluated, stamp_of
 from p2ptrain.training.program import Item, Program
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.training.step_tensors import expected_tensors
+from p2ptrain.training.tensor_codec import encode_all
 from p2ptrain.wire.frames import TensorHeader
 
 _T = TypeVar("_T")
@@ -39,7 +40,7 @@ SEND_QUEUE_MAX = 8
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A tensor on its way to a neighbour; its arrays stay untouched until it is sent."""
+    """Encoded tensors on their way to a neighbour; they stay untouched until they are sent."""
 
     header: TensorHeader
     arrays: tuple[Array, ...]
@@ -177,8 +178,9 @@ class StageRun:
             await self._wait("activation", microbatch, self._entry_ports)
         inputs = await self._wait_fed("input", microbatch) if self._first else None
         labels, weight = await self._wait_labels(microbatch) if self._last else (None, 0.0)
-        loss = await self._compute(
-            lambda: self._worker.forward(
+
+        def run() -> tuple[float | None, tuple[Array, ...]]:
+            loss = self._worker.forward(
                 step=item.step,
                 microbatch=microbatch,
                 sequence=sequence,
@@ -187,9 +189,11 @@ class StageRun:
                 labels=labels,
                 loss_weight=weight,
             )
-        )
+            return loss, encode_all(self._contract.codec, self._worker.exit(sequence))
+
+        loss, arrays = await self._compute(run)
         if not self._last:
-            arrays, segment = self._worker.exit(sequence), self._stage.segments[-1]
+            segment = self._stage.segments[-1]
             if item.kind == "train":
                 self._log("activation", item.step, microbatch, segment, arrays)
             await self._next.put(self._header(item, "activation", microbatch, segment), arrays)
@@ -202,13 +206,18 @@ class StageRun:
         if not self._last:
             awaited = self._worker.exit_cotangent(sequence) if kind == "cotangent" else ()
             await self._wait(kind, microbatch, max(1, len(awaited)))  # none: one empty frame
+        segment = self._stage.first_segment - 1
+        arrays: tuple[Array, ...] = ()
+
+        def run() -> tuple[Array, ...]:
+            self._worker.backward(microbatch=microbatch, sequence=sequence)
+            if self._first:
+                return ()
+            return self._worker.encoded_cotangent(segment, microbatch=microbatch, sequence=sequence)
+
         if kind == "cotangent":
-            await self._compute(
-                lambda: self._worker.backward(microbatch=microbatch, sequence=sequence)
-            )
+            arrays = await self._compute(run)
         if not self._first:
-            arrays = self._worker.entry_cotangent(sequence) if kind == "cotangent" else ()
-            segment = self._stage.first_segment - 1
             if kind == "cotangent":
                 self._log("cotangent", item.step, microbatch, segment, arrays)
             await self._previous.put(self._header(item, kind, microbatch, segment), arrays)

@@ -26,6 +26,7 @@ from p2ptrain.ids import Digest, Lineage, RunId
 from p2ptrain.recovery.inventory import HeldState, SegmentSpan
 from p2ptrain.store.atomic import FileWriter, free_bytes, is_temporary
 from p2ptrain.store.runs import storing
+from p2ptrain.training.contract import Contract
 from p2ptrain.training.segment_state import (
     StateHeader,
     StoredSegment,
@@ -86,6 +87,7 @@ class ReplicaStore:
         manifest: Manifest,
         state_names: tuple[str, ...],
         *,
+        contract: Contract | None = None,
         bytes_max: int = limits.REPLICA_BYTES_MAX,
     ) -> None:
         """Nothing is known before `scan`.
@@ -94,8 +96,10 @@ class ReplicaStore:
             run_path: The run's folder; its name is the run's id.
             manifest: Of the model.
             state_names: The optimizer's state vectors, in the update rule's order.
+            contract: Of the run; None: its codec loses nothing.
             bytes_max: Of all replicas together.
         """
+        self._contract = contract
         self._path, self._run = run_path / FOLDER, RunId(run_path.name)
         self._manifest, self._state_names = manifest, state_names
         self._bundle = manifest.digest
@@ -123,8 +127,9 @@ class ReplicaStore:
         if (header.run, header.bundle) != (self._run, self._bundle):
             raise InvariantBroken("a replica of another run or model")
         place = ReplicaPlace(lineage=header.lineage, step=header.step, segment=header.segment)
-        head = segment_head(self._manifest, header, self._state_names)
-        size = len(head) + values_bytes(self._manifest, header.segment, self._state_names)
+        head = segment_head(self._manifest, header, self._state_names, self._contract)
+        values = values_bytes(self._manifest, header.segment, self._state_names, self._contract)
+        size = len(head) + values
         self._check_room(place, size)
         with storing(_what(place)):
             path = self._folder(place) / f"segment-{place.segment:04d}-{state}.safetensors"

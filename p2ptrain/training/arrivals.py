@@ -40,6 +40,8 @@ class Arrivals:
     """By phase: how many of each come."""
     tied: Mapping[TieKey, tuple[int, ...]]
     """Shapes of the gradients of copies that other stages hold; all float32."""
+    codec: str = "fp32"
+    """Of activations and cotangents; everything else comes raw."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,7 @@ def arrivals(manifest: Manifest, contract: Contract, plan: Plan, stage_index: in
         if plan.stage_of_segment(holder.segment) != stage_index
     ]
     tied = {_key(manifest, holder): manifest.tensor(holder.tensor).shape for holder in awaited}
-    return Arrivals(fed=fed, microbatches=counts, tied=tied)
+    return Arrivals(fed=fed, microbatches=counts, tied=tied, codec=contract.codec)
 
 
 def tied_sends(manifest: Manifest, plan: Plan, stage_index: int) -> tuple[TieSend, ...]:

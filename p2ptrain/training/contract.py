@@ -17,6 +17,8 @@ from p2ptrain.ids import Digest
 from p2ptrain.wire.codec import to_plain
 
 CONTRACT_VERSION: Final = 2
+CODECS_OF_RUNS: Final = ("fp32", "bf16", "int8")
+"""How boundary tensors go between peers (PROTOCOL.md section 6.6)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,7 @@ class Contract:
     microbatches: int
     form: str
     codec: str
+    """One of CODECS_OF_RUNS."""
     threads: int
     dropout: float | None
     """Overrides every dropout site's probability; None keeps the bundle's own."""
@@ -91,9 +94,14 @@ class Contract:
     @property
     def exactness(self) -> str:
         """`exact` or `within tolerance`, and why, in one phrase."""
-        if len(self.builds) == 1:
-            return "exact: one runtime build on every peer"
-        return f"within tolerance: {len(self.builds)} different runtime builds take part"
+        if len(self.builds) > 1:
+            return f"within tolerance: {len(self.builds)} different runtime builds take part"
+        if self.codec != "fp32":
+            return (
+                f"exact for one placement: {self.codec} rounds what crosses between peers, so "
+                "other cuts give other bits"
+            )
+        return "exact: one runtime build on every peer"
 
     @property
     def digest(self) -> Digest:
@@ -116,7 +124,7 @@ def _problem(contract: Contract) -> str | None:
         return "dropout is a probability below 1"
     if contract.form not in ("portable", "training"):
         return f"unknown graph form {contract.form!r}"
-    if contract.codec != "fp32":
+    if contract.codec not in CODECS_OF_RUNS:
         return f"unknown codec {contract.codec!r}"
     if contract.optimizer.name not in ("adamw", "sgd"):
         return f"unknown optimizer {contract.optimizer.name!r}"

@@ -13,6 +13,7 @@ from typing import Final
 
 from p2ptrain.bundle.manifest import Manifest, SegmentKind, Value
 from p2ptrain.errors import PlanInfeasible
+from p2ptrain.training.boundaries import cotangent_values
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.layout import FlatLayout, flat_layout
 
@@ -89,7 +90,8 @@ def stage_memory(
         parameters=_parameter_bytes(layouts, len(rule.state), in_flight),
         frozen=sum(_frozen_bytes(manifest, index) for index in segments),
         stash=_stash_bytes(manifest, segments, contract, in_flight),
-        boundaries=_boundary_bytes(manifest, segments, batch, in_flight),
+        boundaries=_boundary_bytes(manifest, segments, batch, in_flight)
+        + _residual_bytes(manifest, segments, contract),
         workspace=_workspace_bytes(manifest, kinds.values(), layouts, contract),
     )
 
@@ -163,6 +165,14 @@ def _boundary_bytes(manifest: Manifest, segments: range, batch: int, in_flight: 
     ring = sum(manifest.boundary_bytes(edge, batch=batch) for edge in edges)
     inner = sum(manifest.boundary_bytes(index, batch=batch) for index in segments[:-1])
     return 2 * ring * (in_flight + 1) + inner * (in_flight + 1)
+
+
+def _residual_bytes(manifest: Manifest, segments: range, contract: Contract) -> int:
+    """What int8 lost of the cotangents that the stage sends: of the last step and of this one."""
+    if contract.codec != "int8" or segments.start == 0:
+        return 0
+    sent = cotangent_values(manifest, segments.start - 1)
+    return 2 * contract.microbatches * _bytes(manifest, list(sent), contract.microbatch_size)
 
 
 def _bytes(manifest: Manifest, values: list[Value], batch: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.ids import Digest
+from p2ptrain.training.contract import Contract
 from p2ptrain.training.safetensors import read_layout
 from p2ptrain.training.segment_state import (
     SegmentState,
@@ -26,10 +27,15 @@ class SegmentImage:
     """One segment's file: the header is complete, `state` holds anything until it is filled."""
 
     def __init__(
-        self, manifest: Manifest, header: StateHeader, state_names: tuple[str, ...]
+        self,
+        manifest: Manifest,
+        header: StateHeader,
+        state_names: tuple[str, ...],
+        contract: Contract | None = None,
     ) -> None:
-        head = segment_head(manifest, header, state_names)
-        size = len(head) + values_bytes(manifest, header.segment, state_names)
+        """Args: contract: Of the run; None: without residuals."""
+        head = segment_head(manifest, header, state_names, contract)
+        size = len(head) + values_bytes(manifest, header.segment, state_names, contract)
         self._buffer = np.empty(size, np.uint8)
         self._buffer[: len(head)] = np.frombuffer(head, np.uint8)
         self._start = len(head)

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import CheckpointError
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
+from p2ptrain.training.boundaries import cotangent_values
+from p2ptrain.training.contract import Contract
 from p2ptrain.training.safetensors import (
     Array,
     decode_tensors,
@@ -25,14 +27,16 @@ from p2ptrain.training.safetensors import (
     encode_tensors,
     raw_bytes,
 )
+from p2ptrain.training.tensor_codec import ResidualKey
 
 FORMAT: Final = "p2ptrain-segment"
-VERSION: Final = 2
-"""Version 1 knew no running values, and reads as a segment that has none."""
-VERSIONS_READ: Final = ("1", "2")
+VERSION: Final = 3
+"""Version 1 knew no running values, 2 no residuals: they read as segments that have none."""
+VERSIONS_READ: Final = ("1", "2", "3")
 _PARAMETER: Final = "parameter/"
 _STATE: Final = "state."
 _RUNNING: Final = "running/"
+_RESIDUAL: Final = "residual/"
 _VALUE: Final = np.dtype("<f4")
 
 FloatArray = NDArray[np.float32]
@@ -66,9 +70,12 @@ class SegmentState:
     step: int
     """Updates applied so far."""
     running: dict[str, FloatArray] = field(default_factory=dict)
+    residuals: dict[str, FloatArray] = field(default_factory=dict)
+    """What int8 took from the cotangents that this segment sent, by `residual_name`; zero
+    where it was not the first of a stage."""
 
     def digest(self) -> Digest:
-        """sha256 over parameters, each state vector, then running values, little-endian."""
+        """sha256 over parameters, state vectors, running values, residuals, little-endian."""
         digest = hashlib.sha256()
         for tensor in self._named().values():
             digest.update(raw_bytes(tensor))
@@ -86,7 +93,8 @@ class SegmentState:
         named: dict[str, Array] = {_PARAMETER + n: tensor for n, tensor in self.tensors.items()}
         for state, vectors in self.state.items():
             named |= {f"{_STATE}{state}/{name}": vector for name, vector in vectors.items()}
-        return named | {_RUNNING + name: value for name, value in self.running.items()}
+        named |= {_RUNNING + name: value for name, value in self.running.items()}
+        return named | {_RESIDUAL + name: value for name, value in self.residuals.items()}
 
 
 def metadata_of(header: StateHeader) -> dict[str, str]:
@@ -142,6 +150,7 @@ def read_segment_state(
         )
     expected = saved_shapes(manifest, header.segment, state_names)
     found = {name: tensor.shape for name, tensor in file.tensors.items()}
+    residuals = {n: found.pop(n) for n in list(found) if n.startswith(_RESIDUAL)}
     if list(found.items()) != list(expected.items()):
         raise CheckpointError(
             f"the checkpoint of segment {header.segment} holds other tensors than the model",
@@ -149,33 +158,79 @@ def read_segment_state(
         )
     if any(tensor.dtype != _VALUE for tensor in file.tensors.values()):
         raise CheckpointError("a checkpoint holds float32 tensors only")
+    if header.segment == 0 and residuals:
+        raise CheckpointError("the first segment sends no cotangents, so it has no residuals")
     state = state_view(file.tensors, step=header.step, state_names=state_names)
     return StoredSegment(header=header, state=state)
 
 
+def residual_name(key: ResidualKey) -> str:
+    """How a residual is called in the state of the segment that sent the cotangent."""
+    return f"{key.microbatch}/{key.index}"
+
+
+def residual_shapes(
+    manifest: Manifest, contract: Contract, segment_index: int
+) -> dict[ResidualKey, tuple[int, ...]]:
+    """The residuals in a segment's state; none but under int8.
+
+    Every segment has them, whatever the cuts, so that sizes follow from manifest and contract;
+    where none was sent they are zero.
+    """
+    if contract.codec != "int8" or segment_index == 0:
+        return {}
+    before, batch = segment_index - 1, contract.microbatch_size
+    shapes = [manifest.shape(v, batch=batch) for v in cotangent_values(manifest, before)]
+    return {
+        ResidualKey(segment=before, index=index, microbatch=microbatch): shape
+        for microbatch in range(contract.microbatches)
+        for index, shape in enumerate(shapes)
+    }
+
+
 def saved_shapes(
-    manifest: Manifest, segment_index: int, state_names: tuple[str, ...]
+    manifest: Manifest,
+    segment_index: int,
+    state_names: tuple[str, ...],
+    contract: Contract | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a segment's file, in its order; all float32."""
+    """The names and shapes of a segment's file, in its order; all float32.
+
+    Without a contract there are no residuals among them.
+    """
     tensors = manifest.segment_tensors(segment_index)
     trainable = [tensor for tensor in tensors if tensor.binding == "trainable"]
     shapes = {_PARAMETER + tensor.name: tensor.shape for tensor in trainable}
     for state in state_names:
         shapes |= {f"{_STATE}{state}/{tensor.name}": tensor.shape for tensor in trainable}
     running = manifest.segment_running(segment_index)
-    return shapes | {_RUNNING + tensor.name: tensor.shape for tensor in running}
+    shapes |= {_RUNNING + tensor.name: tensor.shape for tensor in running}
+    if contract is not None:
+        residuals = residual_shapes(manifest, contract, segment_index)
+        shapes |= {_RESIDUAL + residual_name(key): shape for key, shape in residuals.items()}
+    return shapes
 
 
-def values_bytes(manifest: Manifest, segment_index: int, state_names: tuple[str, ...]) -> int:
+def values_bytes(
+    manifest: Manifest,
+    segment_index: int,
+    state_names: tuple[str, ...],
+    contract: Contract | None = None,
+) -> int:
     """Size of a segment's values, which follow the head in its file; the sha256 of their bytes is
     the state's digest."""
-    shapes = saved_shapes(manifest, segment_index, state_names)
+    shapes = saved_shapes(manifest, segment_index, state_names, contract)
     return _VALUE.itemsize * sum(math.prod(shape) for shape in shapes.values())
 
 
-def segment_head(manifest: Manifest, header: StateHeader, state_names: tuple[str, ...]) -> bytes:
+def segment_head(
+    manifest: Manifest,
+    header: StateHeader,
+    state_names: tuple[str, ...],
+    contract: Contract | None = None,
+) -> bytes:
     """What a segment's file begins with; the values come after it."""
-    shapes = saved_shapes(manifest, header.segment, state_names)
+    shapes = saved_shapes(manifest, header.segment, state_names, contract)
     described = {name: (_VALUE, shape) for name, shape in shapes.items()}
     return encode_head(described, metadata_of(header))
 
@@ -193,6 +248,7 @@ def state_view(
         state={name: under(f"{_STATE}{name}/") for name in state_names},
         step=step,
         running=under(_RUNNING),
+        residuals=under(_RESIDUAL),
     )
 
 

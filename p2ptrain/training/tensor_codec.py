@@ -94,6 +94,18 @@ def decode(codec: str, encoded: Bytes, out: Array) -> None:
         _decode_int8(scales, codes, flat)
 
 
+def encode_all(codec: str, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """What goes over a link for the tensors at one place: fp32 is the arrays themselves, not
+    copied; errors as `encode`."""
+    return arrays if codec == "fp32" else tuple(encode(codec, array) for array in arrays)
+
+
+def hand_over(codec: str, sources: tuple[Array, ...], targets: tuple[Array, ...]) -> None:
+    """Give `targets` what a link would have brought there from `sources`; errors as `encode`."""
+    for source, target in zip(sources, targets, strict=True):
+        decode(codec, encode(codec, source), target)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class ResidualKey:
     """Which cotangents share a residual: those of one microbatch index at one boundary value."""

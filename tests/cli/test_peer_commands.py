@@ -139,7 +139,7 @@ async def test_train_hands_every_option_to_the_peer(
     options += " --schedule gpipe --dropout 0 --learning-rate 0.01 --warmup-steps 0 --out t.onnx"
     options += " --weight-decay 0 --clip-norm 0 --optimizer sgd --evaluate-every 5"
     options += " --checkpoint-every 9 --text-field body --label-field topic --labels notes.txt"
-    options += " --rematerialise"
+    options += " --rematerialise --codec int8"
     async with peer_answering(home, member, peer.handle):
         await run_command("train", "--group", member, *job, *options.split())
     request = peer.request
@@ -153,6 +153,7 @@ async def test_train_hands_every_option_to_the_peer(
     )  # fmt: skip
     assert (request.dropout, request.evaluate_every, request.checkpoint_every) == (0.0, 5, 9)
     assert request.rematerialise
+    assert request.codec == "int8"
     assert (request.text_field, request.label_field) == ("body", "topic")
     assert request.labels == str(tmp_path / "notes.txt")
     chosen = request.optimizer

@@ -143,6 +143,7 @@ SPECIAL: Final[dict[str, dict[str, Any]]] = {  # Any: what makes a field's value
         "stages": _stages,
     },
     "Accusation": {"verdict": lambda: VERDICTS[0], "kind": lambda: SILENT},
+    "Wanted": {"what": lambda: "state"},
     "HeldLog": {"last_step": lambda: 20},
     "View": {"journals": lambda: (7, 8, 0), "resume_step": lambda: sample(StepRecord).step},
     "Contract": {"dropout": lambda: 0.1, "optimizer": OptimizerChoice},

@@ -112,10 +112,12 @@ def undisturbed(
     return Undisturbed(pipeline, log, states)
 
 
-def worker_over(engine: Engine, run: Undisturbed, segments: range) -> StageWorker:
+def worker_over(
+    engine: Engine, run: Undisturbed, segments: range, cuts: Collection[int] = ()
+) -> StageWorker:
     return StageWorker(
         engine=engine, bundle=run.pipeline.bundle, segments=segments,
-        contract=run.pipeline.contract, in_flight=1,
+        contract=run.pipeline.contract, in_flight=1, cuts=cuts,
     )  # fmt: skip
 
 
@@ -196,13 +198,29 @@ def test_stages_of_a_shipped_model_are_replayed_in_both_forms(engine: Engine, fo
     check_every_stage(engine, Undisturbed(pipeline, log, states))
 
 
+@pytest.mark.parametrize("rematerialise", [False, True])
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_stages_that_exchange_rounded_tensors_are_replayed(
+    engine: Engine, codec: str, rematerialise: bool
+) -> None:
+    bundle = varied_bundle(dropout=0.2)
+    run = undisturbed(engine, bundle, PLACEMENTS[3], codec=codec, rematerialise=rematerialise)
+    check_every_stage(engine, run)
+    exact = undisturbed(engine, bundle, PLACEMENTS[3], rematerialise=rematerialise)
+    whole = range(len(bundle.manifest.segments))
+    assert run.digests(STEPS, whole) != exact.digests(STEPS, whole)
+    assert run.pipeline.losses == pytest.approx(exact.pipeline.losses, rel=0.02)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("stages", [3, 4])
-def test_two_neighbours_are_replayed_as_one_range(engine: Engine, stages: int) -> None:
-    run = undisturbed(engine, varied_bundle(), PLACEMENTS[stages])
+def test_two_neighbours_are_replayed_as_one_range(engine: Engine, stages: int, codec: str) -> None:
+    run = undisturbed(engine, varied_bundle(), PLACEMENTS[stages], codec=codec)
     manifest = run.pipeline.bundle.manifest
     for one, other in itertools.pairwise(run.pipeline.segments):
         merged, cuts = range(one.start, other.stop), {one[-1]}
-        digests, log = replayed(run, worker_over(engine, run, merged), 1, cuts=cuts)
+        worker = worker_over(engine, run, merged, cuts)
+        digests, log = replayed(run, worker, 1, cuts=cuts)
         assert digests == run.digests(STEPS, merged)
         places = {*sent_places(manifest, one), *sent_places(manifest, other)}
         assert places == set(sent_places(manifest, merged, cuts))
@@ -211,8 +229,9 @@ def test_two_neighbours_are_replayed_as_one_range(engine: Engine, stages: int) -
                 assert log.packed(place, step) == run.log.packed(place, step)
 
 
-def test_packed_steps_have_the_size_that_the_contract_predicts(engine: Engine) -> None:
-    run = undisturbed(engine, varied_bundle(), PLACEMENTS[3])
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+def test_packed_steps_have_the_size_that_the_contract_predicts(engine: Engine, codec: str) -> None:
+    run = undisturbed(engine, varied_bundle(), PLACEMENTS[3], codec=codec)
     manifest, contract = run.pipeline.bundle.manifest, run.pipeline.contract
     for segments in run.pipeline.segments:
         for place, content in run.packed(segments, 2).items():

@@ -77,6 +77,7 @@ class Pair:
             self.changed.notify()
 
         return ReplicaKeeper(
+            contract=contract_for(BUNDLE),
             store=self.stores[index], manifest=BUNDLE.manifest, state_names=NAMES,
             blobs=self.net[index], on_stored=on_stored,
         )  # fmt: skip

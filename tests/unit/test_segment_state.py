@@ -131,7 +131,7 @@ def test_segment_state_of_another_optimizer_is_refused(bundle: Bundle) -> None:
     ("changes", "message"),
     [
         ({"format": "else"}, "not a checkpoint of p2ptrain"),
-        ({"version": "3"}, "version '3' is unknown"),
+        ({"version": "4"}, "version '4' is unknown"),
         ({"step": None}, "header is damaged"),
     ],
 )
