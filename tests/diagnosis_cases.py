@@ -564,6 +564,22 @@ CASES: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         "if it is yours, run p2ptrain doctor there",
     ),
     (
+        "paused run",
+        {"peer": replace(PEER, run_waits_for="paused: no quorum (1 of 3: attic, b missing)")},
+        PROBLEM,
+        "run",
+        "the run waits: paused: no quorum (1 of 3: attic, b missing)",
+        "bring back the devices that it names, or solve the problems above",
+    ),
+    (
+        "run getting ready",
+        {"peer": replace(PEER, run_waits_for="getting ready: attic")},
+        HINT,
+        "run",
+        "the run waits: getting ready: attic",
+        "bring back the devices that it names, or solve the problems above",
+    ),
+    (
         "given up",
         {"peer": replace(PEER, refusals={"10.98.0.9:1": "it was revoked"})},
         HINT,

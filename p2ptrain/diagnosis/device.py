@@ -200,6 +200,13 @@ def peer_findings(observed: Observations) -> Iterator[Finding]:
             why="it can train only what fits on this device",
             next_step="see the other findings; run p2ptrain doctor on the other device too",
         )
+    if peer.run_waits_for is not None:
+        yield (problem if peer.run_waits_for.startswith("paused") else hint)(
+            "run",
+            f"the run waits: {peer.run_waits_for}",
+            why="no step is made until then; what was committed stays",
+            next_step="bring back the devices that it names, or solve the problems above",
+        )
     if peer.refused_count and peer.last_refusal is not None:
         yield hint(
             "peer",

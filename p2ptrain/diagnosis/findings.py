@@ -19,7 +19,7 @@ class Finding:
 
     check: str
     """interface, multicast, port, firewall, reach, clock, certificate, group, revoked, version,
-    onnxruntime, wifi, machine or peer."""
+    onnxruntime, wifi, machine, peer or run."""
     severity: str
     """problem: this keeps a peer alone or slow. hint: it may. fine: nothing is wrong here."""
     found: str

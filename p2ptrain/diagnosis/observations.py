@@ -170,6 +170,8 @@ class RunningPeer:
     refused_count: int
     """Connections of others that were not let in."""
     last_refusal: str | None
+    run_waits_for: str | None = None
+    """Why the run that it takes part in stands still; None: it does not, or there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

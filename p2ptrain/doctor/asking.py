@@ -53,6 +53,7 @@ async def ask_running_peer(path: Path) -> Answer:
             failures=links.failures,
             refused_count=links.refused_count,
             last_refusal=links.last_refusal,
+            run_waits_for=None if status.run_status is None else status.run_status.waits_for,
         ),
         devices_alive=frozenset(member.device for member in alive),
     )
