@@ -314,6 +314,18 @@ class MemoryGroup:
         for one, other in ((here, there), (there, here)):
             self.members[one].runs.peer_up(other)
 
+    def leave_out(self, member: Member) -> None:
+        """As if it had not been started yet: nobody knows of it or has a link with it."""
+        member.lives = False
+        self.broken |= {frozenset((member.device, d)) for d in self.members if d != member.device}
+
+    def let_in(self, member: Member) -> None:
+        """It is there now."""
+        member.lives = True
+        for other in self.members:
+            if other != member.device and self.members[other].lives:
+                self.heal_link(member.device, other)
+
     def kill(self, member: Member) -> None:
         """As kill -9 does: its tasks are gone, and everybody's link with it."""
         member.lives = False

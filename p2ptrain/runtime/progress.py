@@ -28,8 +28,17 @@ class ProgressTracker:
     """Follows one session; counts complete items so that the feeder knows how far to go."""
 
     def __init__(
-        self, *, job: Job, plan: Plan, contract: Contract, services: Services, emit: Emit
+        self,
+        *,
+        job: Job,
+        plan: Plan,
+        contract: Contract,
+        services: Services,
+        emit: Emit,
+        first_step: int | None = None,
     ) -> None:
+        """`first_step`: where what this device knows of the session begins; None: at its start."""
+        self._first_step = job.first_step if first_step is None else first_step
         self._job, self._plan, self._contract = job, plan, contract
         self._services, self._emit = services, emit
         self._usage: dict[DeviceId, Usage] = {}
@@ -124,8 +133,8 @@ class ProgressTracker:
             bundle=self._job.bundle.manifest.name,
             peers=len(self._plan.members),
             stages=len(self._plan.stages),
-            first_step=self._job.first_step,
-            steps=self._job.first_step + len(self._losses),
+            first_step=self._first_step,
+            steps=self._first_step + len(self._losses),
             losses=tuple(self._losses),
             heldout_first=self._heldout[min(self._heldout)],
             heldout_last=self._heldout[max(self._heldout)],

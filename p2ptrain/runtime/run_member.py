@@ -22,21 +22,27 @@ from p2ptrain.agreement.run_events import (
 from p2ptrain.agreement.run_machine import RunMachine
 from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
-from p2ptrain.errors import P2PTrainError, PeerLost
+from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.admission import Admission
+from p2ptrain.runtime.data_keeping import DataKeeping
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.early import EarlyMessages
 from p2ptrain.runtime.foreign import as_ours
 from p2ptrain.runtime.home_duty import HomeSession
 from p2ptrain.runtime.inbox import BodyReader, discard
+from p2ptrain.runtime.job import Job
+from p2ptrain.runtime.progress import ProgressTracker
 from p2ptrain.runtime.replanning import NextView, next_view
 from p2ptrain.runtime.run_state import RunState
 from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.runtime.view_work import ViewWork, WorkHooks, givers
+from p2ptrain.store.weights import Weights
 from p2ptrain.training.messages import (
     Begin,
+    DataHeld,
+    DataOffered,
     Declined,
     Profiled,
     ReplicaStored,
@@ -75,6 +81,9 @@ class RunMember:
         self._meter: RunMeter | None = None
         self.driver = open_driver(self)
         state.on_stored = self._replica_stored
+        self.data = DataKeeping(
+            state=state, job=None if home is None else home.job, on_copied=self._data_copied
+        )
         self._admission: Admission | None = None
         self.history: dict[int, StepRecord] = {}
         self._early = EarlyMessages()
@@ -136,6 +145,7 @@ class RunMember:
         finally:
             self._nursery = None
             self.state.close()
+            self.data.close()
             if self._meter is not None:
                 self._meter.close()
 
@@ -161,7 +171,11 @@ class RunMember:
         if work is not None and work.stamp == stamp:
             if device not in (*work.plan.members, *work.others):
                 return
-            if isinstance(message, ReplicaStored):
+            if isinstance(message, DataOffered):
+                self._start(self.data.take, work.view, device, message)
+            elif isinstance(message, DataHeld):
+                self.state.data_copies.add(device)
+            elif isinstance(message, ReplicaStored):
                 self.state.sets.stored(message, device)
                 work.replica_stored(device, message)
                 self._release()
@@ -267,6 +281,25 @@ class RunMember:
             case Fenced():
                 pass
         self._signal.notify()
+
+    def _data_copied(self, job: Job, weights: Weights) -> None:
+        """This device has the data now: it can feed the run when the present home peer cannot."""
+        plan = self.plan
+        if plan is None:
+            raise InvariantBroken("data was copied before there was a plan")
+        known = [self.history[step] for step in sorted(self.history)]
+        progress = ProgressTracker(
+            job=job,
+            plan=plan,
+            contract=self.state.contract,
+            services=self._services,
+            emit=lambda name, report: None,
+            first_step=known[0].step - 1 if known else self.machine.statistics().committed_step,
+        )
+        self.home = HomeSession(job=job, weights=weights, progress=progress)
+        for record in known:
+            progress.step_committed(record, live=False)
+        self.state.take_session(self.home)
 
     def _step_committed(self, record: StepRecord) -> None:
         self._remember(record, live=True)
@@ -388,7 +421,7 @@ class RunMember:
         if meter is None:
             meter = self._services.open_meter(view.plan, view.contract.minibatch_size)
             self._meter = meter
-        hooks = WorkHooks(complete=self._complete, fail=self.fail)
+        hooks = WorkHooks(complete=self._complete, fail=self.fail, begun=lambda: self._begun(view))
         work = ViewWork(view=view, state=self.state, hooks=hooks, home=self.home, meter=meter)
         self._work = work
         for device, message in self._early.take(work.stamp):
@@ -407,6 +440,9 @@ class RunMember:
             self._close_admission()
         await trio.sleep_forever()  # until the next view
         return False
+
+    def _begun(self, view: View) -> None:
+        self._start(self.data.run, view)
 
     def _open_admission(self, view: View) -> None:
         self._admission = Admission(

@@ -221,6 +221,7 @@ class RunState:
         """Another view counts: owners and members may have changed."""
         self.lineage, self.view = view.lineage, view
         self.sets.begin(view)
+        self.data_copies &= {self.services.device}  # the others say it again
 
     def kept(self) -> tuple[Replica, ...]:
         """Replicas of this lineage that are durable here, to be told again in each view."""

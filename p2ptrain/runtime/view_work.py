@@ -50,6 +50,8 @@ class WorkHooks:
     """Every stage has its gradients of a step: it can be recorded."""
     fail: Callable[[P2PTrainError], None]
     """The run cannot go on anywhere."""
+    begun: Callable[[], None]
+    """Every member is ready."""
 
 
 class ViewWork:
@@ -215,6 +217,7 @@ class ViewWork:
             nursery.cancel_scope.cancel()
         self._restorer.adopt(worker)
         self.started = True
+        self._hooks.begun()
         for replica in self._state.kept():
             self._tell_all(
                 ReplicaStored(

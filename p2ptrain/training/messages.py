@@ -167,6 +167,26 @@ class CheckpointStored:
     step: int
 
 
+@message("data_offered")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataOffered:
+    """Home to another data holder of the view: make your copy of the run's data."""
+
+    stamp: Stamp
+    listing: Digest
+    """Blob that lists the files."""
+    listing_bytes: int
+    total_bytes: int
+
+
+@message("data_held")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataHeld:
+    """A data holder to all members: I have the run's data whole and checked. Said in each view."""
+
+    stamp: Stamp
+
+
 @message("wanted")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +12,23 @@ import trio
 
 from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.reports import PlanReport, StepReport, TrainRequest, TrainResult
+from p2ptrain.runtime.run_member import LeftOut
+from p2ptrain.runtime.run_status import run_status_report
 from p2ptrain.training.contract import OptimizerChoice
 from tests.bundles import tiny_bundle
-from tests.memory_group import Member, MemoryGroup, float_bits, memory_group, request_for
+from tests.memory_group import (
+    Member,
+    MemoryGroup,
+    float_bits,
+    memory_group,
+    request_for,
+    until,
+)
 
 CLIPPING = OptimizerChoice(warmup_steps=2, clip_norm=0.05, peak_learning_rate=0.02)
 BUNDLE = tiny_bundle()
 SECONDS_MAX = 60
-STEPS = 14
+STEPS = 30
 
 
 def request(path: Path, **changes: object) -> TrainRequest:
@@ -52,6 +63,11 @@ class Disturbed:
 
     async def train(self, asked: TrainRequest) -> None:
         self.result = await self.group[0].train(asked)
+
+    async def train_or_hand_over(self, asked: TrainRequest) -> None:
+        """The same where the home peer leaves: whoever watches is told that others go on."""
+        with contextlib.suppress(LeftOut):
+            await self.train(asked)
 
     async def wait_step(self, step: int) -> None:
         await self.group.wait(
@@ -163,3 +179,93 @@ async def test_member_in_reserve_takes_a_lost_stage_whole(
                 group.kill(group.members[victim])
     assert run.result is not None
     assert_same(run.result, alone)
+
+
+def progress(path: Path) -> list[float]:
+    """The losses that a data holder wrote down, by step."""
+    lines = [json.loads(line) for line in (path / "progress.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in sorted(lines, key=lambda line: line["step"])]
+
+
+@pytest.mark.parametrize("members", [2, 3])
+async def test_home_peer_lost_with_a_second_copy_of_the_data(
+    tmp_path: Path, alone: TrainResult, members: int
+) -> None:
+    """Three go on; of two the one without the tie-breaker pauses and says what helps."""
+    async with memory_group(tmp_path, members) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, request(tmp_path, stages=members))
+                await until(lambda: all(len(copies(m)) == 2 for m in group.members.values()))
+                await run.wait_step(5)
+                group.kill(group[0])
+                nursery.cancel_scope.cancel()
+            survivor = group[1]
+            if members == 2:
+                await until(lambda: survivor.runs.member.paused is not None)
+                status = run_status_report(survivor.runs.member)
+                assert "no quorum (1 of 2" in (status.waits_for or "")
+                assert "--force-view" in (status.waits_for or "")
+                return
+            left = [group[1], group[2]]
+            await until(lambda: all(member.runs.current_run is None for member in left))
+        assert_stored(left, alone)
+
+
+def assert_stored(members: list[Member], alone: TrainResult) -> None:
+    """One of these members ended the run: its model and losses are those of the undisturbed."""
+    folders = [path for member in members for path in member.runs_path.iterdir()]
+    (folder,) = [path for path in folders if (path / "trained.onnx").exists()]
+    assert (folder / "trained.onnx").read_bytes() == Path(alone.model_path or "").read_bytes()
+    assert float_bits(progress(folder)) == float_bits(alone.losses)
+
+
+def copies(member: Member) -> set[DeviceId]:
+    """Who has the run's data, as one member knows."""
+    part = member.runs.member
+    return set() if part is None else part.state.data_copies
+
+
+async def test_newcomer_gets_a_part_and_changes_no_bit(tmp_path: Path, alone: TrainResult) -> None:
+    async with memory_group(tmp_path, 4) as group:
+        group.leave_out(group[3])
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, request(tmp_path, stages=3, steps=STEPS))
+                await run.wait_step(3)
+                group.let_in(group[3])
+                await until(lambda: group[3].runs.member is not None or run.result is not None)
+    assert run.result is not None
+    assert_same(run.result, alone)
+    assert run.result.peers == 4
+
+
+@pytest.mark.parametrize("who", [0, 1])
+async def test_member_that_leaves_hands_over_first(
+    tmp_path: Path, alone: TrainResult, who: int
+) -> None:
+    async with memory_group(tmp_path, 3) as group:
+        run = Disturbed(group)
+        said: list[str | None] = []
+
+        async def leave() -> None:
+            group[who].leaves = True
+            said.append(await group[who].runs.leave())
+
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train_or_hand_over, request(tmp_path, stages=3))
+                await until(lambda: all(len(copies(m)) == 2 for m in group.members.values()))
+                await run.wait_step(5)
+                nursery.start_soon(leave)
+            others = [m for m in group.members.values() if m is not group[who]]
+            await until(lambda: all(member.runs.current_run is None for member in others))
+        assert said == [None]
+        if who == 0:
+            assert run.result is None
+            assert_stored(others, alone)
+        else:
+            assert run.result is not None
+            assert_same(run.result, alone)
