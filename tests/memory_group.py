@@ -232,6 +232,7 @@ class MemoryGroup:
         """Every tensor that began to travel: (from, to, header)."""
         self.changed = Signal()
         self.broken: set[frozenset[DeviceId]] = set()
+        self.nursery: trio.Nursery | None = None
         self._locks: dict[tuple[DeviceId, DeviceId], trio.Lock] = defaultdict(trio.Lock)
         self._scopes: dict[frozenset[DeviceId], set[trio.CancelScope]] = defaultdict(set)
         for index in range(count):
@@ -326,6 +327,15 @@ class MemoryGroup:
             if other != member.device and self.members[other].lives:
                 self.heal_link(member.device, other)
 
+    async def restart(self, member: Member) -> Member:
+        """A new process on the same device, with what the old one left on the disk."""
+        fresh = Member(self, member.device, member.name, member.runs_path)
+        self.members[member.device] = fresh
+        assert self.nursery is not None
+        await self.nursery.start(fresh.run)
+        self.let_in(fresh)
+        return fresh
+
     def kill(self, member: Member) -> None:
         """As kill -9 does: its tasks are gone, and everybody's link with it."""
         member.lives = False
@@ -340,6 +350,7 @@ async def memory_group(path: Path, count: int) -> AsyncIterator[MemoryGroup]:
     """A group whose members run for the length of the block; an error in any of them ends it."""
     group = MemoryGroup(path, count)
     async with trio.open_nursery() as nursery:
+        group.nursery = nursery
         for member in group.members.values():
             await nursery.start(member.run)
         yield group

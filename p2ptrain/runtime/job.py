@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from p2ptrain import limits
+from p2ptrain.agreement.view import View
 from p2ptrain.data.opening import OpenData, open_samples
 from p2ptrain.data.options import DataOptions
 from p2ptrain.errors import CheckpointError, ConfigError, DataError, InvariantBroken
@@ -101,6 +102,18 @@ def open_job(
     )
 
 
+def reopened_job(directory: RunDirectory, bundle: Bundle, view: View) -> Job:
+    """What a data holder brings to a run that a restart of its process interrupted.
+
+    Raises:
+        CheckpointError, DataError: the record or the data is not what the run was started with.
+    """
+    record = directory.read_record()
+    if record.contract.digest != view.contract.digest:
+        raise CheckpointError(f"run {record.run[:8]} was started anew since")
+    return _job_of(directory, record, bundle, view.lineage, view.number)
+
+
 def _resumed_job(request: TrainRequest, runs_path: Path) -> Job:
     directory = find_run(runs_path, request.resume or "")
     record = directory.read_record()
@@ -115,13 +128,25 @@ def _resumed_job(request: TrainRequest, runs_path: Path) -> Job:
                 f"run {record.run[:8]} trains {record.bundle_name}, not this {other.name} bundle",
                 hint="leave --model out to resume with the run's own model",
             )
+    # A lineage of its own: whoever is still in the last session can not be mistaken for us.
+    lineage = Lineage(record.lineage + 1)
+    return _job_of(directory, record, bundle, lineage, ViewNumber(1))
+
+
+def _job_of(
+    directory: RunDirectory,
+    record: RunRecord,
+    bundle: Bundle,
+    lineage: Lineage,
+    view: ViewNumber,
+) -> Job:
     checkpoint = directory.read_checkpoint(bundle.manifest)
     opened = _open_data(
         bundle,
         record.data,
         record.heldout,
         record.data_options,
-        runs_path,
+        directory.path.parent,
         record.contract.minibatch_size,
     )
     digests = (opened.training_digest, opened.heldout_digest)
@@ -134,8 +159,8 @@ def _resumed_job(request: TrainRequest, runs_path: Path) -> Job:
         raise CheckpointError("the checkpoint belongs to another contract")
     return Job(
         run=record.run,
-        lineage=record.lineage,
-        view=ViewNumber(record.view + 1),
+        lineage=lineage,
+        view=view,
         bundle=bundle,
         contract=record.contract,
         samples=opened.samples,

@@ -93,6 +93,8 @@ class RunMember:
         self._nursery: trio.Nursery | None = None
         self.failure: P2PTrainError | None = None
         self.paused: Paused | None = None
+        self.is_restored = False
+        """Whether a restart interrupted the view that is known: its stage is lost here."""
         self._released = 0
 
     @property
@@ -117,6 +119,11 @@ class RunMember:
         return self._work
 
     @property
+    def is_finishing(self) -> bool:
+        """Whether the run is finished and only what was kept for it is put away."""
+        return self._work is not None and self._work.is_finished
+
+    @property
     def started(self) -> bool:
         """Whether a view's work has begun here: from then on a lost peer does not end the run."""
         view = self.machine.view
@@ -136,8 +143,10 @@ class RunMember:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 await nursery.start(self.driver.run)
-                await trio.to_thread.run_sync(self.state.replicas.scan)
+                await trio.to_thread.run_sync(self.state.open_disk)
                 nursery.start_soon(self.state.keeper.run)
+                if self.is_restored:
+                    await self._await_next_view()
                 await self._await_begin()
                 while not await self._enter_newest():
                     pass
@@ -394,6 +403,20 @@ class RunMember:
             )
             self.driver.call(RunMachine.found, view, self.driver.now())
             self.reachable()
+
+    async def _await_next_view(self) -> None:
+        """After a restart: vote, give what is on the disk, but do nothing in the present view."""
+        view = self.machine.view
+        if view is None:
+            return
+        self.state.lineage, self.state.view = view.lineage, view
+        self.founding = None
+        self.reachable()
+        name = self._services.directory.name_of(self._services.device)
+        self.want(f"{name} has restarted", after_s=limits.VIEW_WAIT_SILENT_S)
+        await self._signal.wait_until(
+            lambda: self.machine.view is not None and self.machine.view.digest != view.digest
+        )
 
     async def _enter_newest(self) -> bool:
         """Work in the newest view until it ends; whether the run is finished with it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import random
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 import trio
 
 from p2ptrain import limits
-from p2ptrain.agreement.run_machine import RunMachine
 from p2ptrain.agreement.run_messages import DecidedView, RunMessage, run_of
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import (
@@ -27,19 +25,17 @@ from p2ptrain.errors import (
 )
 from p2ptrain.ids import DeviceId, RunId, short
 from p2ptrain.planner.plan import Plan
-from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.expected import ExpectedPlan
 from p2ptrain.runtime.foreign import SURVIVABLE, as_ours
 from p2ptrain.runtime.founding import Founding
 from p2ptrain.runtime.inbox import BodyReader, discard
 from p2ptrain.runtime.job import Job, open_job
-from p2ptrain.runtime.journal import RunJournal
 from p2ptrain.runtime.memory_release import release_memory
 from p2ptrain.runtime.offers import OfferDesk
 from p2ptrain.runtime.plan_report import plan_report
 from p2ptrain.runtime.reports import EnergyReport, PlanReport, TrainRequest, TrainResult
 from p2ptrain.runtime.run_member import LeftOut, RunMember
-from p2ptrain.runtime.run_state import JOURNAL_FILE, RunState
+from p2ptrain.runtime.run_opening import RunOpener
 from p2ptrain.runtime.services import Emit, Proposals, Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.store.weights import open_weights
@@ -103,6 +99,7 @@ class RunService:
         self._proposals = proposals
         self._default_threads = default_threads
         self._desk = OfferDesk(services)
+        self._opener = RunOpener(services)
         self._conduct: _Conduct | None = None
         self._part: _Part | None = None
         self._expected = ExpectedPlan()
@@ -116,6 +113,7 @@ class RunService:
         """Serve until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            nursery.start_soon(self._restore)
             task_status.started()
             await trio.sleep_forever()
 
@@ -159,6 +157,7 @@ class RunService:
         Raises:
             P2PTrainError: as `Coordinator.conduct`; ConfigError when a run is in the way.
         """
+        await self._wait_cleared()
         self._refuse_when_busy()
         job = await trio.to_thread.run_sync(self._open_job, request)
         weights = await trio.to_thread.run_sync(open_weights, job.bundle)
@@ -261,7 +260,7 @@ class RunService:
         if is_home and conduct is not None:
             conduct.member = member
             conduct.founding.decided(plan)
-        self._begin_part(member, plan)
+        self._begin_part(member)
         for device, message in early:
             self.receive(device, message)
 
@@ -340,76 +339,22 @@ class RunService:
         """A view with this device in it was decided: it was offered the run, and begins."""
         view = message.value
         prepared = self._desk.prepared(view.run)
-        if prepared is None or self._services.device not in view.members or self._conduct:
-            return
-        bundle, engine = prepared
-        state = RunState(
-            run=view.run,
-            bundle=bundle,
-            contract=view.contract,
-            engine=engine,
-            services=self._services,
-        )
-        member = self._open_member(state, founding=None)
-        # Offered in this process's life, so it never voted in this view and may do so.
-        member.driver.call(RunMachine.found, view, member.driver.now())
-        self._begin_part(member, view.plan)
+        if prepared is not None and self._services.device in view.members and not self._conduct:
+            self._begin_part(self._opener.joined(view, prepared))
+
+    async def _restore(self) -> None:
+        """Take up our part in a run that the end of our last process interrupted."""
+        found = await trio.to_thread.run_sync(self._opener.interrupted)
+        if found is not None and self.current_run is None:
+            self._begin_part(self._opener.restored(found))
 
     def _make_member(self, plan: Plan, contract: Contract) -> RunMember | None:
         """Our part in a plan that begins; None when what it needs is not there any more."""
-        conduct = self._conduct
-        is_home = plan.home == self._services.device
-        prepared = self._desk.prepared(plan.run)
-        if prepared is None and is_home and conduct is not None:
-            state_engine, bundle = None, conduct.founding.job.bundle
-        elif prepared is None:
-            return None
-        else:
-            bundle, state_engine = prepared
-        state = RunState(
-            run=plan.run,
-            bundle=bundle,
-            contract=contract,
-            engine=state_engine,
-            services=self._services,
-        )
-        if is_home and conduct is not None:
-            return self._open_member(state, founding=plan, conduct=conduct)
-        return self._open_member(state, founding=plan)
+        conduct = self._conduct if plan.home == self._services.device else None
+        founding = None if conduct is None else conduct.founding
+        return self._opener.founded(plan, contract, self._desk.prepared(plan.run), founding)
 
-    def _open_member(
-        self, state: RunState, *, founding: Plan | None, conduct: _Conduct | None = None
-    ) -> RunMember:
-        session = None if conduct is None else conduct.founding.session()
-        if session is not None:
-            state.take_session(session)
-        return RunMember(
-            state=state,
-            open_driver=self._open_driver,
-            home=session,
-            founding=founding,
-        )
-
-    def _open_driver(self, member: RunMember) -> Driver[RunMachine]:
-        machine = RunMachine(
-            device=self._services.device,
-            rng=random.Random(),
-            inventory=member.state.inventory,
-        )
-        journal = RunJournal(member.state.path / JOURNAL_FILE, machine.snapshot)
-        return Driver(
-            machine,
-            send=self._send_or_drop,
-            on_event=member.follow,
-            on_violation=self._services.drop_link,
-            persist=journal.append,
-        )
-
-    def _send_or_drop(self, device: DeviceId, message: object) -> None:
-        with contextlib.suppress(PeerLost):
-            self._services.outlet.send(device, message)
-
-    def _begin_part(self, member: RunMember, plan: Plan) -> None:
+    def _begin_part(self, member: RunMember) -> None:
         self._part = _Part(member, trio.CancelScope())
         self.last_failure = None
         self._start(self._take_part, self._part)
@@ -525,6 +470,9 @@ class RunService:
 
         A run that is resumed at once may find its last session still ending here.
         """
+        await self._wait_cleared()
+        if busy_with is not None:
+            busy_with = self.current_run
         if busy_with == offer.run:
             with trio.move_on_after(limits.OFFER_TIMEOUT_S / 2):
                 await self._changed.wait_until(lambda: self._part is None)
@@ -546,6 +494,12 @@ class RunService:
             runs_path=self._services.runs_path,
             new_run=new_run_id(),
             default_threads=self._default_threads(),
+        )
+
+    async def _wait_cleared(self) -> None:
+        """A run that has ended may still be giving back what it had on the disk."""
+        await self._changed.wait_until(
+            lambda: self._part is None or not self._part.member.is_finishing
         )
 
     def _refuse_when_busy(self) -> None:

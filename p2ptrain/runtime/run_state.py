@@ -28,7 +28,7 @@ from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.replicas import Replica, ReplicaPlace, ReplicaStore
-from p2ptrain.store.runs import SavedSegment
+from p2ptrain.store.runs import RunDirectory, SavedSegment
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import Begin, SegmentSaved, Stamp
 from p2ptrain.training.minibatch import FedKind, read_minibatch
@@ -276,13 +276,28 @@ class RunState:
         self.worker = None
         self.log = StepLog(bytes_max=limits.STEP_LOG_BYTES_MAX)
 
+    def open_disk(self) -> None:
+        """Look what replicas are here, and put the model's graphs beside them, so that a restarted
+        process can go on. Blocking.
+
+        Raises:
+            CheckpointError: the disk refuses.
+        """
+        self.replicas.scan()
+        directory = RunDirectory(self.path)
+        if not directory.exists():
+            directory.write_bundle(self.bundle.manifest_bytes, self.bundle.graphs())
+
     def forget(self, *, complete: bool) -> None:
         """Delete what only a run that goes on needs; weights stay for a resumption. Blocking."""
         self.replicas.forget_before(self.lineage, limits.STEPS_MAX)
         (self.path / JOURNAL_FILE).unlink(missing_ok=True)
+        directory = RunDirectory(self.path)
         if complete:
             shutil.rmtree(self.path / WEIGHTS_FOLDER, ignore_errors=True)
-        with contextlib.suppress(OSError):  # a folder that holds the run's record stays
+        if not directory.exists():
+            shutil.rmtree(directory.bundle_path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a folder that holds anything else stays
             self.path.rmdir()
 
     def _live(self) -> LiveStage | None:

@@ -105,6 +105,11 @@ class ViewWork:
             )
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the home peer has said that everything is stored."""
+        return self._finished
+
+    @property
     def stopped(self) -> bool:
         """Whether the session ends, or has ended, before the contract's last step."""
         return self._program.stopped

@@ -182,9 +182,11 @@ async def test_member_in_reserve_takes_a_lost_stage_whole(
 
 
 def progress(path: Path) -> list[float]:
-    """The losses that a data holder wrote down, by step."""
+    """The losses that a data holder wrote down, by step; some twice if it was restarted."""
     lines = [json.loads(line) for line in (path / "progress.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in sorted(lines, key=lambda line: line["step"])]
+    losses = {(line["step"], line["loss"]) for line in lines}
+    assert len({step for step, _ in losses}) == len(losses)
+    return [loss for _, loss in sorted(losses)]
 
 
 @pytest.mark.parametrize("members", [2, 3])
@@ -269,3 +271,62 @@ async def test_member_that_leaves_hands_over_first(
         else:
             assert run.result is not None
             assert_same(run.result, alone)
+
+
+async def test_data_that_stays_pauses_the_run_until_its_peer_returns(
+    tmp_path: Path, alone: TrainResult
+) -> None:
+    async with memory_group(tmp_path, 3) as group:
+        run = Disturbed(group)
+        asked = request(tmp_path, stages=3, keep_data_here=True, checkpoint_every=0)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, asked)
+                await run.wait_step(8)
+                group.kill(group[0])
+                nursery.cancel_scope.cancel()
+            others = [group[1], group[2]]
+            await until(lambda: any(m.runs.member.paused is not None for m in others))
+            waits = [run_status_report(member.runs.member).waits_for for member in others]
+            assert "paused: nobody who is left has the run's data" in waits
+            home = await group.restart(group[0])
+            await until(lambda: home.runs.member is not None)
+            await until(lambda: all(m.runs.current_run is None for m in group.members.values()))
+        assert_stored([home], alone)
+
+
+async def test_pair_goes_on_when_the_tie_breaker_returns(
+    tmp_path: Path, alone: TrainResult
+) -> None:
+    async with memory_group(tmp_path, 2) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, request(tmp_path, stages=2))
+                await until(lambda: all(len(copies(m)) == 2 for m in group.members.values()))
+                await run.wait_step(8)
+                group.kill(group[0])
+                nursery.cancel_scope.cancel()
+            await until(lambda: group[1].runs.member.paused is not None)
+            home = await group.restart(group[0])
+            await until(lambda: home.runs.member is not None)
+            await until(lambda: all(m.runs.current_run is None for m in group.members.values()))
+        assert_stored([home, group[1]], alone)
+
+
+async def test_killed_stage_peer_that_returns_is_taken_in_again(
+    tmp_path: Path, alone: TrainResult
+) -> None:
+    async with memory_group(tmp_path, 3) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, request(tmp_path, stages=3))
+                await run.wait_step(6)
+                group.kill(group[2])
+                await run.wait_step(10)
+                fresh = await group.restart(group[2])
+                await until(lambda: fresh.runs.member is not None or run.result is not None)
+    assert run.result is not None
+    assert_same(run.result, alone)
+    assert run.result.peers == 3

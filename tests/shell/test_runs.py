@@ -109,6 +109,7 @@ async def test_home_peer_in_the_middle_of_the_pipeline(tmp_path: Path) -> None:
             (plan,) = group.reports("plan")
             assert isinstance(plan, PlanReport)
             middle = group.members[plan.stages[1].device]
+            await wait_idle(group)
             result = await middle.train(
                 request(tmp_path, stages=3, checkpoint_every=1, evaluate_every=1)
             )
