@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -24,8 +25,9 @@ from p2ptrain.demo.group import (
 )
 from p2ptrain.errors import PeerLost
 from p2ptrain.net.control_socket import call
-from p2ptrain.runtime.reports import PlanReport, StepReport, TrainRequest, TrainResult
+from p2ptrain.runtime.reports import PeerStatus, PlanReport, StepReport, TrainRequest, TrainResult
 from p2ptrain.wire.codec import from_plain, to_plain
+from tools.bench import processes
 from tools.bench.ratios import Turn
 from tools.bench.workload import ROOT, Texts, Workload
 
@@ -41,6 +43,8 @@ class Session:
     plan: PlanReport
     turn: Turn
     result: TrainResult
+    cpu_s: tuple[float, ...] = ()
+    """Of all peers together, read as each step was told; empty where the system does not tell."""
 
 
 class PeerGroup:
@@ -51,27 +55,57 @@ class PeerGroup:
         self.pids = pids
 
     async def train(
-        self, workload: Workload, microbatches: int, bundle: Path, texts: Texts
+        self,
+        workload: Workload,
+        microbatches: int,
+        bundle: Path,
+        texts: Texts,
+        *,
+        replicate_every: int | None = None,
     ) -> Session:
         """Train one turn from the start over all peers, and remove the run that it leaves.
+
+        Args:
+            workload: Model and steps.
+            microbatches: Of one step.
+            bundle: The model's.
+            texts: What to train on.
+            replicate_every: Steps between replica sets; None: as the planner chooses.
 
         Raises:
             PeerLost: a step was not reported, or a peer went away.
             P2PTrainError: as the peers report it.
         """
         events: list[tuple[str, dict[str, Any]]] = []  # Any: JSON values
+        cpu_s: list[float | None] = []
         request = _request(workload, len(self._peers), microbatches, bundle, texts)
+        request = dataclasses.replace(request, replicate_every=replicate_every)
+
+        def note(name: str, data: dict[str, Any]) -> None:  # Any: JSON values
+            events.append((name, data))
+            if name == "step":
+                cpu_s.append(self._cpu_s())
+
         with trio.fail_after(TURN_TIMEOUT_S):
             answer = await call(
                 self._peers[0].socket(),
                 "train",
                 to_plain(request),
-                lambda name, data: events.append((name, data)),
+                note,
             )
         result = from_plain(TrainResult, answer)
         for peer in self._peers:
             shutil.rmtree(peer.home / "runs" / result.run, ignore_errors=True)
-        return session(events, result, steps=workload.steps_all)
+        told = session(events, result, steps=workload.steps_all)
+        return dataclasses.replace(told, cpu_s=tuple(each for each in cpu_s if each is not None))
+
+    async def status(self) -> PeerStatus | None:
+        """What the home peer says of itself."""
+        return await self._peers[0].status()
+
+    def _cpu_s(self) -> float | None:
+        each = [processes.cpu_s(pid) for pid in self.pids]
+        return sum(cpu or 0.0 for cpu in each) if None not in each else None
 
 
 def session(
@@ -118,26 +152,34 @@ def _request(
 
 @contextlib.asynccontextmanager
 async def open_group(
-    count: int, *, folder: Path, python: str, threads: int
+    count: int, *, folder: Path, python: str, threads: int, module: str = "p2ptrain"
 ) -> AsyncIterator[PeerGroup]:
     """Found a group of `count` peers on loopback; they are ended when the block is left.
+
+    Args:
+        count: Of peers.
+        folder: New; for their homes and logs.
+        python: Their interpreter.
+        threads: Of each.
+        module: The command line that they run.
 
     Raises:
         PeerLost: a peer does not start, or they do not find each other.
     """
     peers = _homes(folder, count)
-    processes: list[trio.Process] = []
+    started: list[trio.Process] = []
+    start = [python, "-m", module, "join", "--threads", str(threads)]
     try:
-        processes.append(await _start(peers[0], (), python, threads))
+        started.append(await _start(peers[0], (), start))
         first = await wait_started(peers[0])
         write_invites(peers, first.address)
         for peer in peers[1:]:
-            processes.append(await _start(peer, (first.address,), python, threads))
+            started.append(await _start(peer, (first.address,), start))
         if not await wait_together(peers, TOGETHER_TIMEOUT_S):
             raise PeerLost(f"the peers do not find each other; see the logs in {folder}")
-        yield PeerGroup(peers, tuple(process.pid for process in processes))
+        yield PeerGroup(peers, tuple(process.pid for process in started))
     finally:
-        await _end(processes)
+        await _end(started)
 
 
 def _homes(folder: Path, count: int) -> tuple[DemoPeer, ...]:
@@ -145,12 +187,9 @@ def _homes(folder: Path, count: int) -> tuple[DemoPeer, ...]:
     return make_peers(folder, count)
 
 
-async def _start(
-    peer: DemoPeer, addresses: tuple[str, ...], python: str, threads: int
-) -> trio.Process:
-    command = [python, "-m", "p2ptrain", "join", "--group", GROUP_NAME, "--port", "0"]
+async def _start(peer: DemoPeer, addresses: tuple[str, ...], start: list[str]) -> trio.Process:
+    command = [*start, "--group", GROUP_NAME, "--port", "0"]
     command += ["--name", peer.name, "--listen", LOOPBACK, "--no-discovery"]
-    command += ["--threads", str(threads)]
     if peer.invite.exists():
         command += ["--invite", str(peer.invite)]
     for address in addresses:
@@ -162,11 +201,11 @@ async def _start(
         )
 
 
-async def _end(processes: list[trio.Process]) -> None:
+async def _end(started: list[trio.Process]) -> None:
     with trio.CancelScope(shield=True):
-        for process in processes:
+        for process in started:
             process.terminate()
-        for process in processes:
+        for process in started:
             with trio.move_on_after(10):
                 await process.wait()
             process.kill()

@@ -31,6 +31,17 @@ def resident_bytes(pid: int) -> int | None:
     return None if match is None else int(match[1]) * 1024
 
 
+def cpu_s(pid: int) -> float | None:
+    """Processor seconds that a live process has used, all threads; None where it is not told."""
+    return parse_cpu_s(_read(Path(f"/proc/{pid}/stat")), os.sysconf("SC_CLK_TCK"))
+
+
+def parse_cpu_s(stat: str, ticks_per_s: int) -> float | None:
+    """User and system time in the text of `/proc/PID/stat`; the process's name may hold spaces."""
+    fields = stat.rpartition(")")[2].split()
+    return None if len(fields) < 13 else (int(fields[11]) + int(fields[12])) / ticks_per_s
+
+
 def machine() -> dict[str, object]:
     """Hardware and load, for the record."""
     model = _MODEL.search(_read(Path("/proc/cpuinfo")))

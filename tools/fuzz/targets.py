@@ -7,6 +7,7 @@ else that is raised is a finding. `check` also holds the memory of one input to 
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from p2ptrain import limits
+from p2ptrain.data.portable import DataFile, DataManifest, DataPlace, parse_data_manifest
 from p2ptrain.errors import RemoteProtocolError, TrustError
 from p2ptrain.ids import DeviceId, GroupId
 from p2ptrain.membership.record import MemberRecord
 from p2ptrain.net.connection import BodyReader, Connection
 from p2ptrain.net.tls_link import LinkBroken, LinkStatistics, TlsLink
 from p2ptrain.runtime import peer  # noqa: F401  (registers every message that a peer understands)
+from p2ptrain.training.step_tensors import Expected, pack, pack_bodies, unpack_arrays
 from p2ptrain.training.tensor_codec import decode as decode_tensor
 from p2ptrain.trust.code import read_pending_code
 from p2ptrain.trust.code_enrolment import CodeJoiner, CodeSponsor
@@ -47,6 +50,11 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 CORPUS: Final = Path(__file__).resolve().parent / "corpus"
 VECTORS: Final = ROOT / "tests" / "interop" / "vectors"
 REFUSALS: Final = (RemoteProtocolError, TrustError, LinkBroken)
+STEP: Final = (
+    Expected(microbatch=0, index=0, shape=(2, 2), dtype="float32"),
+    Expected(microbatch=0, index=1, shape=(3,), dtype="bool"),
+    Expected(microbatch=1, index=0, shape=(300,), dtype="float32", codec="int8"),
+)
 ALLOWANCE_BYTES: Final = 256 * 1024
 BYTES_PER_BYTE: Final = 100
 """Python objects per byte of msgpack: an empty map is one byte there and 64 here."""
@@ -135,6 +143,22 @@ def run_tensor(data: bytes) -> None:
     decode_tensor(compressed, np.frombuffer(data[2:], np.uint8), out)
     if compressed == "int8" and not np.isfinite(out).all():
         raise AssertionError("an int8 tensor decodes to something that is not finite")
+
+
+def run_packed_step(data: bytes) -> None:
+    """The packed tensors of a replayed step."""
+    unpack_arrays(data, STEP)
+
+
+def run_data_list(data: bytes) -> None:
+    """The list of a run's data; a name that is taken stays below its place."""
+    for place in parse_data_manifest(data).places:
+        for file in place.files:
+            whole = os.path.normpath(f"/here/{file.name}")
+            if whole != f"/here/{file.name}" or not whole.startswith("/here/"):
+                raise AssertionError(f"{file.name!r} leads elsewhere")
+            if sum(size for _, size in file.blobs) != file.bytes:
+                raise AssertionError(f"{file.name!r} has parts of another size")
 
 
 # Trust.
@@ -333,6 +357,25 @@ def _invite_seeds() -> list[bytes]:
     return [url, *(json.dumps(each).encode() for each in (invite, pending, code))]
 
 
+def _step_seeds() -> list[bytes]:
+    bodies = [bytes(each.nbytes) for each in STEP]
+    return [pack_bodies(STEP, bodies) or b"", pack([])]
+
+
+def _data_list_seeds() -> list[bytes]:
+    part = "1" * 64
+    large = DataFile(
+        name="b/c.txt", bytes=limits.DATA_PART_BYTES + 1, digest=part, parts=(part,) * 2
+    )
+    small = DataFile(name="a.txt", bytes=9, digest=part)
+    places = (
+        DataPlace(role="training", is_folder=True, files=(small, large)),
+        DataPlace(role="heldout", is_folder=False, files=(small,)),
+    )
+    manifest = DataManifest(places=places, text_field=None, label_field="kind")
+    return [manifest.to_bytes(), b"{}"]
+
+
 FRAME_BYTES_MAX: Final = limits.BULK_CHUNK_BYTES_MAX + limits.CONTROL_BODY_BYTES_MAX
 
 TARGETS: Final = {
@@ -343,6 +386,8 @@ TARGETS: Final = {
         Target(name="record", run=run_record, seeds=_record_seeds),
         Target(name="frame", run=run_frame, seeds=_frame_seeds),
         Target(name="tensor", run=run_tensor, seeds=_tensor_seeds),
+        Target(name="packed-step", run=run_packed_step, seeds=_step_seeds),
+        Target(name="data-list", run=run_data_list, seeds=_data_list_seeds),
         Target(name="invite", run=run_invite, seeds=_invite_seeds),
         Target(name="enrolment", run=run_enrolment, seeds=_enrolment_seeds),
         Target(name="code", run=run_code, seeds=_code_seeds),
