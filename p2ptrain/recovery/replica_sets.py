@@ -23,7 +23,7 @@ class ReplicaSets:
         self._plan: Plan | None = None
         self._logs_from = 0
         self._keepers: dict[int, dict[int, set[DeviceId]]] = {}
-        self._digests: dict[tuple[int, int], Digest] = {}
+        self._states: dict[tuple[int, int], set[Digest]] = {}
 
     @property
     def logs_from(self) -> int:
@@ -39,23 +39,23 @@ class ReplicaSets:
         self._logs_from = view.resume_step
         self._plan = view.plan
         self._keepers.clear()
-        self._digests.clear()
+        self._states.clear()
 
     def stored(self, message: ReplicaStored, sender: DeviceId) -> None:
         """A keeper has checked a copy and made it durable.
 
+        Where keepers tell of different states of one segment and step, none of them counts: a
+        replay could not tell which is right.
+
         Raises:
-            RemoteProtocolError: it kept another state than others of that segment and step, or
-                there is no such segment.
+            RemoteProtocolError: there is no such segment.
         """
         plan = self._plan
         if plan is None or sender not in plan.members:
             return
         if message.segment not in range(_segment_count(plan)):
             raise RemoteProtocolError(f"a replica of segment {message.segment}, which is not there")
-        known = self._digests.setdefault((message.step, message.segment), message.state)
-        if known != message.state:
-            raise RemoteProtocolError(f"two states of segment {message.segment} at one step")
+        self._states.setdefault((message.step, message.segment), set()).add(message.state)
         self._keepers.setdefault(message.step, {}).setdefault(message.segment, set()).add(sender)
 
     def keepers(self, step: int, segment: int) -> tuple[DeviceId, ...]:
@@ -87,15 +87,19 @@ class ReplicaSets:
     def forget_before(self, step: int) -> None:
         """Drop what is known of older sets."""
         self._keepers = {at: known for at, known in self._keepers.items() if at >= step}
-        self._digests = {key: state for key, state in self._digests.items() if key[0] >= step}
+        self._states = {key: found for key, found in self._states.items() if key[0] >= step}
 
     def _is_whole(self, plan: Plan, step: int, present: Collection[DeviceId]) -> bool:
-        kept = self._keepers[step]
         return all(
-            kept.get(segment, set()) & set(present) - {stage.device}
+            self._is_kept(step, segment, set(present) - {stage.device})
             for stage in plan.stages
             for segment in stage.segments
         )
+
+    def _is_kept(self, step: int, segment: int, others: Collection[DeviceId]) -> bool:
+        keepers = self._keepers[step].get(segment, set())
+        agree = len(self._states.get((step, segment), ())) == 1
+        return agree and not keepers.isdisjoint(others)
 
 
 def _segment_count(plan: Plan) -> int:

@@ -70,7 +70,7 @@ MUTATIONS: dict[str, Mutation] = {
         flaws=Flaws(release_early=True), says=("was protected, but cannot be restored",)
     ),
     "replica accepted without checking its hash": Mutation(
-        flaws=Flaws(trust_replicas=True), says=("wrong states", "replays wrong", "wrong replica")
+        flaws=Flaws(trust_replicas=True), says=("wrong states", "replays wrong")
     ),
     "replay with the wrong clip scale": Mutation(
         flaws=Flaws(guess_clip_scale=True), says=("wrong states",)
