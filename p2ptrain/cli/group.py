@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
 
 from p2ptrain.cli.invite import invite
 from p2ptrain.cli.members import members, revoke
 from p2ptrain.cli.options import report_options
+from p2ptrain.cli.passphrase import read_passphrase
+from p2ptrain.cli.recovering import leave, recover, rotate
 from p2ptrain.cli.speech import print_json, say
 from p2ptrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from p2ptrain.store.groups import Group
-
-PASSPHRASE_BYTES_MAX: Final = 1024
 
 
 @click.group(invoke_without_command=True)
@@ -54,7 +54,7 @@ def create(
 
     if recovery_file is not None and recovery_file.exists():
         raise ConfigError(f"{recovery_file} exists already", hint="choose another --recovery-file")
-    passphrase = _passphrase(passphrase_file)
+    passphrase = read_passphrase(passphrase_file)
     made = create_group(open_home(), name, passphrase, device_name())
     kept = _move_recovery(made, recovery_file)
     if as_json:
@@ -66,24 +66,6 @@ def create(
     click.echo(f"group {made.name} ({made.id}), this device is {made.device_name}")
     say(f"take {kept} to a safe place, away from this device")
     say(f"hint: start the peer with: p2ptrain join --group {made.name}")
-
-
-def _passphrase(path: Path | None) -> str:
-    if path is None:
-        answer: str = click.prompt(
-            "recovery passphrase", hide_input=True, confirmation_prompt=True, err=True
-        )
-        return answer
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    if len(content) > PASSPHRASE_BYTES_MAX:
-        raise ConfigError(f"{path} is too long for a passphrase")
-    try:
-        return content.decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not text") from error
 
 
 def _move_recovery(made: Group, wanted: Path | None) -> Path:
@@ -102,5 +84,5 @@ def _move_recovery(made: Group, wanted: Path | None) -> Path:
     return wanted
 
 
-for _command in (invite, members, revoke):
+for _command in (invite, members, revoke, rotate, recover, leave):
     group.add_command(_command)

@@ -149,7 +149,7 @@ async def _enrol_with_code(
     from p2ptrain.trust.code import read_code
 
     read_code(code)  # before anybody is looked for
-    sponsors: tuple[tuple[str, ...], ...] = (tuple(options["peers"]),) if options["peers"] else ()
+    sponsors: tuple[tuple[str, ...], ...] = tuple((address,) for address in options["peers"])
     if not sponsors and not options["no_discovery"]:
         say("looking for the member that shows this code")
         sponsors = await find_sponsors(tuple(options["interfaces"]) or None)

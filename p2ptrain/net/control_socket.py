@@ -268,16 +268,29 @@ class _Outbox:
         self._changed.set()
 
     async def drain(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
-        """Send until the answer is out, or the client is gone; then end the connection."""
+        """Send until the answer is out, or the client is gone; then end the connection.
+
+        Cancelled: an answer that is there is still sent, because it may be about the peer's end.
+        """
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            while self._answer is None:
-                await self._changed.wait()
-                self._changed = trio.Event()
-                while self._events and self._answer is None:
-                    await stream.send_all(self._events.popleft())
-            with trio.move_on_after(limits.CONTROL_RESULT_TIMEOUT_S):
-                await stream.send_all(b"".join(self._events) + self._answer)
+            try:
+                while self._answer is None:
+                    await self._changed.wait()
+                    self._changed = trio.Event()
+                    while self._events and self._answer is None:
+                        await stream.send_all(self._events.popleft())
+                await trio.lowlevel.checkpoint()
+            except trio.Cancelled:
+                with trio.CancelScope(shield=True):
+                    await self._send_answer(stream, limits.LINK_CLOSE_TIMEOUT_S)
+                raise
+            await self._send_answer(stream, limits.CONTROL_RESULT_TIMEOUT_S)
         scope.cancel()
+
+    async def _send_answer(self, stream: trio.SocketStream, timeout_s: float) -> None:
+        if self._answer is not None:
+            with trio.move_on_after(timeout_s):
+                await stream.send_all(b"".join(self._events) + self._answer)
 
 
 class _LineReader:

@@ -25,12 +25,13 @@ from p2ptrain.trust import certificates as certs
 from p2ptrain.trust.chains import check_in_date, member_chain, root_of
 from p2ptrain.trust.code import code_password, read_code
 from p2ptrain.trust.code_enrolment import NONCE_BYTES, CodeJoiner
-from p2ptrain.trust.enrolment import EnrolmentGrant, EnrolmentRequest, Joiner, Sealed
+from p2ptrain.trust.enrolment import REFUSALS, EnrolmentGrant, EnrolmentRequest, Joiner, Sealed
 from p2ptrain.trust.invite import Invite, same_root
 from p2ptrain.trust.rotation import Roots
 
 CLOCK_SKEW_MAX_S: Final = 240.0
 """Below the back-dating of certificates, so that a fresh one is valid here at once."""
+_SAYS_LITTLE: Final = (REFUSALS["unknown"], REFUSALS["no code"])
 _INVITE_HINT: Final = (
     "is the peer that made the invite running? give its address with --peer host:port"
 )
@@ -76,9 +77,16 @@ async def enrol(
         return same_root(invite, grant.root)
 
     candidate = _Candidate(device_name)
-    sock = await _first_reachable((*addresses, *invite.addresses), _INVITE_HINT)
-    grant = await _enrol_over(sock, agree, candidate)
-    return candidate.store(grant, home=home, alias=grant.group_name, expected=expected)
+    refused: TrustError | None = None
+    for address in dict.fromkeys((*addresses, *invite.addresses)):
+        try:
+            sock = await _first_reachable([address], _INVITE_HINT)
+            grant = await _enrol_over(sock, agree, candidate)
+        except TrustError as error:
+            refused = _more_telling(refused, error)
+            continue
+        return candidate.store(grant, home=home, alias=grant.group_name, expected=expected)
+    raise refused or TrustError("the invite holds no address", hint=_INVITE_HINT)
 
 
 async def enrol_with_code(
@@ -102,18 +110,25 @@ async def enrol_with_code(
     """
     password = code_password(read_code(code))
     candidate = _Candidate(device_name)
-    refused = TrustError("no member that shows a code was found", hint=_CODE_HINT)
+    refused: TrustError | None = None
     for addresses in sponsors:
         joiner = CodeJoiner(password, secrets.token_bytes(NONCE_BYTES))
         try:
             sock = await _first_reachable(addresses, _CODE_HINT)
             grant = await _enrol_over(sock, partial(_prove, joiner), candidate)
         except TrustError as error:
-            refused = error
+            refused = _more_telling(refused, error)
             continue
         expected = partial(_is_of, joiner.group)
         return candidate.store(grant, home=home, alias=alias, expected=expected)
-    raise refused
+    raise refused or TrustError("no member that shows a code was found", hint=_CODE_HINT)
+
+
+def _more_telling(one: TrustError | None, other: TrustError) -> TrustError:
+    """Of two attempts that failed, the one to tell: who knows us says more than who does not."""
+    if one is None or one.message in _SAYS_LITTLE or "cannot be reached" in one.message:
+        return other
+    return one
 
 
 async def _prove(joiner: CodeJoiner, stream: trio.abc.Stream) -> Sealed:

@@ -33,6 +33,8 @@ _NO_CHECK_TIME: Final = ssl.VerifyFlags(0x200000)
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python passes on."""
 CLOCKS_DIFFER: Final = "check the clocks of both devices"
 """How a refusal because of dates ends."""
+OTHER_ROOT: Final = "the peer belongs to another group, or to none"
+"""What is said of a chain to a root that we do not trust; it may be a successor of ours."""
 _ENCODING_DER: Final = 2
 """OpenSSL's X509_FILETYPE_ASN1, as `_ssl.Certificate.public_bytes` takes it."""
 _CUT_SHORT: Final = "the peer closed the link in the middle of a frame"
@@ -399,7 +401,7 @@ def _verification(message: str) -> str:
     if "expired" in message or "not yet valid" in message:
         return f"the peer's {message}; {CLOCKS_DIFFER}"
     if "issuer" in message or "self-signed" in message or "self signed" in message:
-        return "the peer belongs to another group, or to none"
+        return OTHER_ROOT
     return f"the peer's certificate is refused: {message}"
 
 

@@ -14,6 +14,7 @@ from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.runtime.revoking import RevokeRequest
 from p2ptrain.runtime.status import links_report
 from p2ptrain.store.home import control_socket_path
+from p2ptrain.trust.rotation import Rotation
 from p2ptrain.wire.codec import from_plain, to_plain
 
 Fields = dict[str, Any]  # Any: JSON values, checked by from_plain
@@ -66,6 +67,18 @@ async def _invite(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
     return {"invite": peer.invite(ttl_s=ttl_s, addresses=addresses).decode()}
 
 
+async def _leave_group(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
+    return {"not_handed_over": await peer.leave_group()}
+
+
+async def _rotate(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
+    try:
+        rotation = from_plain(Rotation, arguments)
+    except RemoteProtocolError as error:
+        raise ConfigError(f"cannot rotate: {error.message}") from error
+    return {"told": await peer.trust.rotate(rotation)}
+
+
 async def _invite_code(peer: Peer, arguments: Fields, emit: Emit) -> Fields:
     await trio.lowlevel.checkpoint()
     return {"code": peer.invite_by_code(admits=bool(arguments.get("admits", True)))}
@@ -110,7 +123,9 @@ _HANDLERS: dict[str, Callable[[Peer, Fields, Emit], Awaitable[Fields]]] = {
     "links": _links,
     "invite": _invite,
     "invite_code": _invite_code,
+    "leave_group": _leave_group,
     "revoke": _revoke,
+    "rotate": _rotate,
     "train": _train,
     "stop": _stop,
     "leave": _leave,

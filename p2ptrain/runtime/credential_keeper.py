@@ -32,11 +32,14 @@ from p2ptrain.store.groups import (
 )
 from p2ptrain.store.trust_log import read_revoked, read_roots
 from p2ptrain.trust import certificates as certs
-from p2ptrain.trust.chains import MemberChain, check_in_date, member_chain
+from p2ptrain.trust.chains import MemberChain, check_in_date, member_chain, root_of
 from p2ptrain.trust.clock import Reading, VouchedClock, doubts_clock
 from p2ptrain.trust.credentials import Credentials
 from p2ptrain.trust.renewal import RenewalGranted, renewed_chain
-from p2ptrain.trust.rotation import Rotation
+from p2ptrain.trust.rotation import Roots, Rotation
+
+Hear = Callable[[Roots, float, str], Wanted | None]
+"""(roots by now, time, name) of an issuer that was met -> what to ask it for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +50,14 @@ class KeeperHooks:
     """Show these from the next handshake on."""
     shown: Callable[[MemberChain], None]
     """Our chain is new: spread it."""
-    rotated: Callable[[Rotation], None]
-    """An issuer told us of a root's successor: spread it."""
+    rotated: Callable[[Rotation], Awaitable[object]]
+    """An issuer told us of a root's successor: spread it; it is durable afterwards."""
     ask: Callable[[Wanted, Callable[[RenewalGranted], Awaitable[bool]]], Awaitable[bool]]
     """Ask linked issuers in turn until one grants what is taken; whether any was asked."""
     date_refusals: Callable[[], tuple[str, ...]]
     """host:port of members whose certificates are not yet valid by our clock."""
+    root_refusals: Callable[[], tuple[str, ...]]
+    """host:port of peers below a root that we do not trust: another group, or a newer root."""
     linked_ahead_s: Callable[[], tuple[float, ...]]
     """How far the clocks of the linked members are ahead of ours."""
     came_back: Callable[[Sequence[str]], None]
@@ -142,6 +147,7 @@ class CredentialKeeper:
             await self._come_back()
         else:
             await self._doubt_clock()
+            await self._doubt_root()
             if self.now() >= self._refresh_at_s:
                 await self._refresh()
                 await self._renew_by_asking()
@@ -176,15 +182,29 @@ class CredentialKeeper:
             early: At two thirds of a life already.
         """
         issuer = find_issuer(self._group)
-        key = load_device_key(self._group)
-        name = self._group.device_name
-        leaf_csr = certs.request_to_der(certs.request_certificate(key, name=name))
+        if self._is_stranded(read_roots(self._group.folder, self._group.root, self._group.id)):
+            return self._everything()
         if issuer is None:
-            return Wanted(device_csr=leaf_csr) if _due(self._group.chain[0], now, early) else None
+            return self._everything() if _due(self._group.chain[0], now, early) else None
         if not issuer.above or not _due(issuer.certificate, now, early):
             return None  # what the root signed, only the root could renew
-        asked = certs.request_certificate(issuer.key, name=name)
-        return Wanted(device_csr=leaf_csr, issuer_csr=certs.request_to_der(asked))
+        return self._everything()
+
+    def _everything(self) -> Wanted:
+        """Our issuer's key if we have one, whose owner signs its own leaf; else our leaf's."""
+        name, issuer = self._group.device_name, find_issuer(self._group)
+        device_csr = certs.request_certificate(load_device_key(self._group), name=name)
+        wanted = Wanted(device_csr=certs.request_to_der(device_csr))
+        if issuer is None:
+            return wanted
+        issuer_csr = certs.request_certificate(issuer.key, name=name)
+        return replace(wanted, issuer_csr=certs.request_to_der(issuer_csr))
+
+    def _is_stranded(self, roots: Roots) -> bool:
+        """Whether a rotation did not move us: whoever made it had not heard of us."""
+        if not roots.rotations:
+            return False
+        return root_of(roots.mended(self._group.chain)[1:], roots.ever) != roots.current
 
     async def _take(self, granted: RenewalGranted) -> bool:
         """Install what was granted, unless it is no better than what we have."""
@@ -203,15 +223,27 @@ class CredentialKeeper:
         ahead_s = self._hooks.linked_ahead_s()
         if not doubts_clock(linked_ahead_s=ahead_s, not_yet_valid=bool(addresses)):
             return
-        for address in addresses:
-            last_s = self._doubted_at_s.get(address)
-            now_s = trio.current_time()
-            if last_s is not None and now_s < last_s + limits.REFUSED_RETRY_S:
-                continue
-            self._doubted_at_s[address] = now_s
-            if await self._meet(address, only_time=True):
+        for address in filter(self._may_doubt, addresses):
+            if await self._meet(address, self._hear_time):
                 self._hooks.came_back([address])
                 return
+
+    async def _doubt_root(self) -> None:
+        """Whoever missed a rotation is met by strangers: the old root's word explains them."""
+        for address in filter(self._may_doubt, self._hooks.root_refusals()):
+            if await self._meet(address, self._hear_roots):
+                await self._refresh()
+                self._show()
+                self._hooks.came_back([address])
+
+    def _may_doubt(self, address: str) -> bool:
+        """Whether an address was not asked a moment ago."""
+        last_s = self._doubted_at_s.get(address)
+        now_s = trio.current_time()
+        if last_s is not None and now_s < last_s + limits.REFUSED_RETRY_S:
+            return False
+        self._doubted_at_s[address] = now_s
+        return True
 
     # Where no member would let us in.
 
@@ -219,7 +251,7 @@ class CredentialKeeper:
         if self._away_since_s is None:
             self._away_since_s = trio.current_time()
         for address in list(self._hints):
-            if await self._meet(address) and not self.away:
+            if await self._meet(address, self._hear) and not self.away:
                 break
         alone_s = trio.current_time() - self._away_since_s
         if (
@@ -235,22 +267,32 @@ class CredentialKeeper:
             self._show()
             self._hooks.came_back(list(self._hints))
 
-    async def _meet(self, address: str, *, only_time: bool = False) -> bool:
-        """Hear the time from an issuer, and have certified what is out of date by it."""
+    async def _meet(self, address: str, hear: Hear) -> bool:
+        """Meet an issuer: hear what it says, and have certified what is wanted then."""
         try:
             identity = await trio.to_thread.run_sync(_identity, self._group)
             known = len(identity.roots.rotations)
-            met = await meet_issuer(address, identity, partial(self._hear, only_time=only_time))
+            met = await meet_issuer(address, identity, partial(hear, identity.roots))
             for rotation in identity.roots.rotations[known:]:
-                self._hooks.rotated(rotation)
+                await self._hooks.rotated(rotation)
             return await self._took(met)
         except (TrustError, OSError) as error:
             self._last_failure = str(error)
             return False
 
-    def _hear(self, clock_s: float, by: str, *, only_time: bool) -> Wanted | None:
+    def _hear(self, roots: Roots, clock_s: float, by: str) -> Wanted | None:
+        """Take the time, then ask for what is out of date by it."""
+        self._hear_time(roots, clock_s, by)
+        if self._is_stranded(roots):
+            return self._everything()
+        return self._wanted(self.now(), early=False)
+
+    def _hear_time(self, roots: Roots, clock_s: float, by: str) -> None:
         self.clock.vouch(clock_s, by=by, reading=self._reading())
-        return None if only_time else self._wanted(self.now(), early=False)
+
+    def _hear_roots(self, roots: Roots, clock_s: float, by: str) -> Wanted | None:
+        """Learn of rotations, whatever time it is there."""
+        return self._everything() if self._is_stranded(roots) else None
 
     async def _took(self, met: Met) -> bool:
         if met.granted is not None:
@@ -295,10 +337,20 @@ def _install(group: Group, granted: RenewalGranted, now: float) -> None:
     if granted.leaf:
         install_chain(group, fresh)
         return
+    root = root_of(fresh, roots.ever)
+    if root != former.root and root != roots.current:
+        raise TrustError("the issuer that was asked has not moved below the new root either")
     ends_s = min(each.not_valid_after_utc.timestamp() for each in fresh)
-    if ends_s < min(c.not_valid_after_utc.timestamp() for c in former.issuers) + 86_400:
+    if (
+        root == former.root
+        and ends_s < min(c.not_valid_after_utc.timestamp() for c in former.issuers) + 86_400
+    ):
         raise TrustError("the issuer that was asked does not live longer than ours")
     install_issuer(group, fresh, now=now)
+
+
+def _ends_s(chain: Sequence[x509.Certificate]) -> float:
+    return min(certificate.not_valid_after_utc.timestamp() for certificate in chain)
 
 
 def _identity(group: Group) -> Identity:

@@ -164,6 +164,25 @@ class Peer:
             Why nothing could be handed over, in words; None when nothing was lost. Cancelled: the
             peer stays, and the others take it back.
         """
+        problem = await self._hand_over()
+        self._left.set()
+        return problem
+
+    async def leave_group(self) -> str | None:
+        """Leave for good: hand over, tell the members that our keys are void, then end `serve`.
+
+        Returns:
+            As `leave`. Keys and certificates stay on disk: whoever asked removes them.
+        """
+        problem = await self._hand_over()
+        await self.trust.leave()
+        with trio.move_on_after(limits.LEAVE_TOLD_S):
+            while self.links.devices():  # noqa: ASYNC110 they close the links when they have heard
+                await trio.sleep(limits.LEAVE_POLL_S)
+        self._left.set()
+        return problem
+
+    async def _hand_over(self) -> str | None:
         self._say_leaving(True)
         try:
             with trio.move_on_after(limits.LEAVE_TIMEOUT_S) as scope:
@@ -171,7 +190,6 @@ class Peer:
         except trio.Cancelled:
             self._say_leaving(False)
             raise
-        self._left.set()
         if scope.cancelled_caught:
             return f"the others did not take over within {limits.LEAVE_TIMEOUT_S:.0f} s"
         return problem

@@ -21,14 +21,14 @@ from p2ptrain import limits
 from p2ptrain.errors import RemoteProtocolError, TrustError
 from p2ptrain.ids import DeviceId
 from p2ptrain.net.renew import Wanted
-from p2ptrain.net.tls_link import CLOCKS_DIFFER
+from p2ptrain.net.tls_link import CLOCKS_DIFFER, OTHER_ROOT
 from p2ptrain.runtime.credential_keeper import CredentialKeeper, KeeperHooks, issuers_among
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.revoking import RevokeRequest, sign_revocation
 from p2ptrain.runtime.trust_reports import Known as KnownMembers
 from p2ptrain.runtime.trust_reports import RevocationReport
 from p2ptrain.store.granting import live_issuer
-from p2ptrain.store.groups import Group
+from p2ptrain.store.groups import Group, find_issuer
 from p2ptrain.store.trust_log import (
     append_statements,
     read_revoked,
@@ -108,6 +108,7 @@ class TrustService:
         self._shown: dict[DeviceId, Chain] = {}
         self._roster_changed = trio.Event()
         self._took_effect = trio.Event()
+        self._rotated = {rotation.id for rotation in roots.rotations}
         self._machine = Driver(
             TrustGossip(
                 gid=group.id,
@@ -236,6 +237,26 @@ class TrustService:
             await self._took_effect.wait()
         return signed.report(told=told)
 
+    async def leave(self) -> None:
+        """Void our own keys, durably; who was admitted by us stays. Without the right to admit
+        nothing can be said: the others see this device go, and its leaf runs out."""
+        if find_issuer(self.group) is not None and self.revoked_by is None:
+            await self.revoke(
+                RevokeRequest(device=self.group.device, reason="left the group", keep_all=True)
+            )
+
+    async def rotate(self, rotation: Rotation) -> int:
+        """Spread a root's successor once it is durable; how many members heard of it at once.
+
+        Raises:
+            TrustError: the root did not sign it.
+        """
+        told = len(self._ahead_s)
+        self._machine.call(TrustGossip.state_rotation, rotation)
+        while rotation.id not in self._rotated:
+            await self._took_effect.wait()
+        return told
+
     def _known(self) -> KnownMembers:
         """What is known now, which may not be on disk yet; a copy, for use in a thread."""
         machine = self._machine.machine
@@ -255,8 +276,10 @@ class TrustService:
         match event:
             case RevocationLearned(statement=statement):
                 self._take_effect(statement)
-            case RootRotated():
+            case RootRotated(rotation=rotation):
+                self._rotated.add(rotation.id)
                 self._keeper.poke()
+                self._tell_effect()
             case ChainLearned():
                 self._roster_changed.set()
 
@@ -268,6 +291,9 @@ class TrustService:
             if against is not None:
                 self._hooks.expel(device, self._explained(against, read[0]))
         self._keeper.poke()
+        self._tell_effect()
+
+    def _tell_effect(self) -> None:
         self._took_effect.set()
         self._took_effect = trio.Event()
 
@@ -283,9 +309,10 @@ class TrustService:
         return KeeperHooks(
             use=self._hooks.use,
             shown=lambda chain: self._machine.call(TrustGossip.show, chain),
-            rotated=lambda rotation: self._machine.call(TrustGossip.state_rotation, rotation),
+            rotated=self.rotate,
             ask=self._ask_linked,
             date_refusals=self._date_refusals,
+            root_refusals=self._root_refusals,
             linked_ahead_s=lambda: tuple(self._ahead_s.values()),
             came_back=self._hooks.dial,
         )
@@ -336,7 +363,18 @@ class TrustService:
             if "not yet valid" in reason and reason.endswith(CLOCKS_DIFFER)
         )
 
+    def _root_refusals(self) -> tuple[str, ...]:
+        return tuple(a for a, reason in self._hooks.refusals().items() if reason == OTHER_ROOT)
+
     async def _save_roster(self) -> None:
+        try:
+            await self._save_roster_when_changed()
+        finally:
+            if self._roster_changed.is_set():
+                with contextlib.suppress(OSError):
+                    save_roster(self.group.folder, self._machine.machine.roster)
+
+    async def _save_roster_when_changed(self) -> None:
         while True:
             await self._roster_changed.wait()
             self._roster_changed = trio.Event()

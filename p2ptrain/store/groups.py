@@ -50,7 +50,7 @@ from p2ptrain.trust.invite import (
     read_pending,
     write_invite,
 )
-from p2ptrain.trust.recovery import seal_root_key
+from p2ptrain.trust.recovery import seal_recovery
 from p2ptrain.trust.rotation import Roots, Rotation
 
 REMEMBERED_MAX: Final = 64
@@ -123,7 +123,7 @@ def create_group(home: Home, name: str, passphrase: str, device_name: str) -> Gr
         raise ConfigError(f"there already is a group called {name!r}", hint="choose another name")
     now = time.time()
     made = certs.create_group(name, now=now)
-    sealed = seal_root_key(made.root_key, passphrase)
+    sealed = seal_recovery(made.root_key, passphrase, first=made.root)
     member = first_member(made, device_name, now=now)
     return store_member(home, name, member, recovery=sealed)
 

@@ -1,7 +1,9 @@
 """The group's root key at rest: PKCS#8 under a passphrase, with scrypt (RFC 7914) and AES-256.
 
 `cryptography` writes PKCS#8 with PBKDF2 and few rounds only, so the envelope is built here. It is
-an ordinary one: `openssl pkey -in recovery.pem` opens it too.
+an ordinary one: `openssl pkey -in recovery.pem` opens it too. Behind it the file holds, in the
+clear, what else is needed to bring a group back when no device is left: its first root's
+certificate and the rotations since.
 """
 
 from __future__ import annotations
@@ -9,14 +11,20 @@ from __future__ import annotations
 import base64
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
+from cryptography import x509
 from cryptography.hazmat.primitives import padding, serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from p2ptrain.errors import ConfigError, TrustError
+from p2ptrain.ids import GroupId
+from p2ptrain.trust import certificates as certs
+from p2ptrain.trust.rotation import Roots, Rotation, decode_rotation, encode_rotation
 
 PASSPHRASE_CHARACTERS_MIN: Final = 8
 # 16 MiB, five times over: OpenSSL refuses to open a file that needs more than 32 MiB at once.
@@ -24,9 +32,75 @@ SCRYPT_N: Final = 1 << 14
 SCRYPT_R: Final = 8
 SCRYPT_P: Final = 5
 
+_ROTATION: Final = "P2PTRAIN ROTATION"
+_PEM_BLOCK: Final = re.compile(
+    rb"(-----BEGIN ([A-Z0-9 ]+)-----\n[A-Za-z0-9+/=\n]+-----END \2-----\n)"
+)
 _PBES2: Final = bytes.fromhex("06092a864886f70d01050d")
 _SCRYPT: Final = bytes.fromhex("06092b06010401da47040b")
 _AES_256_CBC: Final = bytes.fromhex("060960864801650304012a")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """An opened recovery file."""
+
+    key: Ed25519PrivateKey
+    """Of the newest root."""
+    roots: Roots
+    group: GroupId
+    first: x509.Certificate
+    """The root that the group began with."""
+
+
+def seal_recovery(
+    key: Ed25519PrivateKey,
+    passphrase: str,
+    *,
+    first: x509.Certificate,
+    rotations: Sequence[Rotation] = (),
+) -> bytes:
+    """The recovery file's content (PEM); ConfigError when the passphrase is too short."""
+    sealed = seal_root_key(key, passphrase)
+    lines = [_block(_ROTATION, encode_rotation(rotation)) for rotation in rotations]
+    return sealed + certs.to_pem(first) + b"".join(lines)
+
+
+def open_recovery(
+    content: bytes, passphrase: str, *, known: x509.Certificate | None = None
+) -> Recovery:
+    """Read a recovery file.
+
+    Args:
+        known: The group's first root where the file does not hold it.
+
+    Raises:
+        TrustError: the passphrase is wrong, the file is damaged, or its key is not that of the
+            newest root: an older file, from before a rotation.
+    """
+    blocks = _PEM_BLOCK.findall(content)
+    named = {name: whole for whole, name in blocks}
+    key = open_root_key(named.get(b"ENCRYPTED PRIVATE KEY", b""), passphrase)
+    if b"CERTIFICATE" in named:
+        (known,) = certs.certificates_from_pem(named[b"CERTIFICATE"])
+    if known is None:
+        raise TrustError(
+            "the recovery file does not say of which group it is",
+            hint="run the command on a device that has been a member",
+        )
+    gid = certs.group_id(known)
+    lines = [_unblock(whole) for whole, name in blocks if name == _ROTATION.encode()]
+    roots = Roots(known, map(decode_rotation, lines), gid=gid)
+    return Recovery(key=key, roots=roots, group=gid, first=known)
+
+
+def check_newest(recovery: Recovery, roots: Roots) -> None:
+    """TrustError unless the recovery file's key is that of the newest root that is known."""
+    if recovery.key.public_key() != certs.as_ed25519(roots.current):
+        raise TrustError(
+            "the recovery file is not the one of the group's present root",
+            hint="use the one that the last rotation of the root wrote",
+        )
 
 
 def seal_root_key(key: Ed25519PrivateKey, passphrase: str) -> bytes:
@@ -91,8 +165,13 @@ def _der(tag: int, content: bytes) -> bytes:
 
 
 def _pem(der: bytes) -> bytes:
-    lines = re.findall(".{1,64}", base64.b64encode(der).decode())
-    body = "\n".join(lines)
-    return (
-        f"-----BEGIN ENCRYPTED PRIVATE KEY-----\n{body}\n-----END ENCRYPTED PRIVATE KEY-----\n"
-    ).encode()
+    return _block("ENCRYPTED PRIVATE KEY", der)
+
+
+def _block(name: str, content: bytes) -> bytes:
+    body = "\n".join(re.findall(".{1,64}", base64.b64encode(content).decode()))
+    return f"-----BEGIN {name}-----\n{body}\n-----END {name}-----\n".encode()
+
+
+def _unblock(block: bytes) -> bytes:
+    return base64.b64decode(b"".join(block.splitlines()[1:-1]))

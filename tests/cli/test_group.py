@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import stat
@@ -242,3 +243,97 @@ def test_device_that_cannot_join_is_told_why(
 ) -> None:
     assert run(["join", "--group", "office", "--no-discovery", *line]) == code
     assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def passphrases(tmp_path: Path, passphrase: str) -> list[str]:
+    """Options of both recovery files; `old.pem` is that of group `home`, which is made."""
+    (tmp_path / "new").write_text("staple battery horse correct\n")
+    line = ["group", "create", "home", "--passphrase-file", passphrase]
+    assert run([*line, "--recovery-file", "old.pem"]) == 0
+    return ["--recovery-file", "old.pem", "--passphrase-file", passphrase]
+
+
+def rotate_line(passphrases: list[str]) -> list[str]:
+    new = ["--new-recovery-file", "new.pem", "--new-passphrase-file", "new"]
+    return ["group", "rotate", "home", *passphrases, *new]
+
+
+def test_rotate_writes_the_new_file_before_anybody_hears_of_the_new_root(
+    passphrases: list[str], tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*rotate_line(passphrases), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (document["rotation"], document["peer_running"], document["told"]) == (1, False, 0)
+    assert document["recovery_file"] == "new.pem"
+    assert stat.S_IMODE((tmp_path / "new.pem").stat().st_mode) == 0o600
+    (log,) = home.glob("groups/*/rotations.jsonl")
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    # The old file opens nothing any more; the new one does.
+    assert run(["group", "recover", "home", *passphrases]) == 3
+    assert "present root" in capsys.readouterr().err
+    fresh = ["--recovery-file", "new.pem", "--passphrase-file", "new"]
+    assert run(["group", "recover", "home", *fresh, "--device-name", "again"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("this device is again (")
+    assert printed.err.endswith("hint: start the peer with: p2ptrain join --group home\n")
+
+
+def test_rotate_says_what_comes_next_and_overwrites_nothing(
+    passphrases: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(rotate_line(passphrases)) == 0
+    printed = capsys.readouterr()
+    assert printed.out.endswith("group home has root 2\n")
+    assert "the old file opens nothing any more" in printed.err
+    assert "nobody else knows yet" in printed.err
+    before = (tmp_path / "new.pem").read_bytes()
+    assert run(rotate_line(passphrases)) == 2
+    assert "new.pem exists already" in capsys.readouterr().err
+    assert (tmp_path / "new.pem").read_bytes() == before
+
+
+def test_recover_brings_a_group_back_on_a_device_that_knows_nothing(
+    passphrases: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    monkeypatch.setenv("P2PTRAIN_HOME", str(tmp_path / "elsewhere"))
+    line = ["group", "recover", "ours", *passphrases, "--device-name", "spare", "--json"]
+    assert run(line) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["name"] == "ours"
+    assert run(["group", "members", "ours"]) == 0
+    assert "spare (this one)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["missing.pem", "."])
+def test_recovery_file_that_cannot_be_read_is_told(
+    name: str, passphrase: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["group", "recover", "home", "--recovery-file", name, "--passphrase-file", passphrase]
+    assert run(line) == 2
+    assert f"cannot read {name}" in capsys.readouterr().err
+
+
+def test_leave_without_a_peer_deletes_the_keys_and_says_who_was_not_told(
+    home: Path, member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["group", "leave", member, "--yes"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "left group family\n"
+    assert "on a member, run: p2ptrain group revoke attic --reason left" in printed.err
+    assert list((home / "groups").iterdir()) == []
+
+
+def test_leave_asks_first(
+    home: Path, member: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    assert run(["group", "leave", member]) == 130
+    assert len(list((home / "groups").iterdir())) == 1
+    assert run(["group", "leave", member, "--yes", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (document["told"], document["not_handed_over"]) == (False, None)

@@ -314,3 +314,20 @@ def test_unwrap_finds_the_error_to_read(
     make: Callable[[], BaseException], expected: type[BaseException]
 ) -> None:
     assert type(unwrap(make())) is expected
+
+
+async def test_answer_to_a_command_that_ends_the_peer_is_still_sent(tmp_path: Path) -> None:
+    async def leave(command: str, arguments: dict[str, Any], emit: Emit) -> dict[str, Any]:
+        nursery.cancel_scope.cancel()
+        return {"left": True}
+
+    answers: list[dict[str, Any]] = []
+
+    async def ask() -> None:
+        answers.append(await call(tmp_path / "s", "leave", {}, ignore))
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as outer, trio.open_nursery() as nursery:
+            await nursery.start(serve_control, tmp_path / "s", leave)
+            outer.start_soon(ask)
+    assert answers == [{"left": True}]

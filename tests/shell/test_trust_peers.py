@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 import trio
 
+from p2ptrain import limits
 from p2ptrain.errors import ConfigError, NotFound, TrustError
 from p2ptrain.membership.states import State
+from p2ptrain.net.enrol import enrol_with_code
 from p2ptrain.runtime.peer import Peer
-from p2ptrain.runtime.revoking import RevokeRequest
-from p2ptrain.runtime.trust_reports import trust_report
-from p2ptrain.store.groups import Group, load_group
-from p2ptrain.store.home import open_home
-from p2ptrain.store.trust_log import REVOKED_FILE
+from p2ptrain.runtime.revoking import RevokeRequest, sign_revocation
+from p2ptrain.runtime.trust_reports import read_known, trust_report
+from p2ptrain.store.groups import Group, first_member, load_group, store_member
+from p2ptrain.store.home import Home, open_home
+from p2ptrain.store.recovering import recover, sign_rotation
+from p2ptrain.store.trust_log import REVOKED_FILE, append_statements
+from p2ptrain.trust import certificates as certs
+from p2ptrain.trust.recovery import seal_recovery
+from p2ptrain.trust.rotation import OldRoot, Rotation, rotate
 from tests.memory_group import until
 from tests.shell.conftest import MintGroup
 from tests.shell.test_peer import opened, until_alive
 
 CLOSED_S = 5.0
+MakeHome = Callable[[str], Home]
 
 
 @contextlib.asynccontextmanager
@@ -147,3 +155,146 @@ async def test_peer_with_a_damaged_log_of_revocations_does_not_start(
     log.chmod(0o644)
     with pytest.raises(TrustError, match="too open"):
         again(group)
+
+
+PASSPHRASE = "correct horse"
+
+
+def rotation_of(group: Group, root_key: certs.Ed25519PrivateKey) -> Rotation:
+    """The group's root names a successor, by the hand of this device."""
+    content = seal_recovery(root_key, PASSPHRASE, first=group.root)
+    return sign_rotation(group, content, PASSPHRASE, PASSPHRASE).rotation
+
+
+@pytest.fixture
+def rooted(make_home: MakeHome) -> tuple[certs.NewGroup, list[Group]]:
+    """Three members and the root that signed their issuers, its key still at hand."""
+    made = certs.create_group("rooted", now=time.time())
+    groups = [
+        store_member(make_home(name), "rooted", first_member(made, name, now=time.time()))
+        for name in ("a", "b", "c")
+    ]
+    return made, sorted(groups, key=lambda group: group.device)
+
+
+async def test_rotation_moves_running_members_and_ends_with_one_trusted_root(
+    rooted: tuple[certs.NewGroup, list[Group]],
+) -> None:
+    made, (one, two, three) = rooted
+    async with together(one, two, three):
+        pass
+    async with together(one, two) as (first, second):
+        rotation = rotation_of(again(one), made.root_key)
+        assert await first.trust.rotate(rotation) == 1
+        for peer in (first, second):
+            await until(
+                lambda peer=peer: peer.trust.group.trusted == (rotation.new_root, made.root)  # type: ignore[misc]  # bound now
+            )
+        assert first.links.devices() == (two.device,)
+        # The third was away: both roots are trusted until it shows that it has moved.
+        async with opened(again(three), peers=first.addresses()) as third:
+            for peer in (first, second, third):
+                await until(
+                    lambda peer=peer: peer.trust.group.trusted == (rotation.new_root,)  # type: ignore[misc]  # bound now
+                )
+            await until(lambda: len(third.links.devices()) == 2)
+    async with together(again(one), again(two), again(three)) as peers:
+        assert {peer.trust.group.id for peer in peers} == {made.id}
+
+
+async def test_rotation_that_the_root_did_not_sign_is_refused(mint_group: MintGroup) -> None:
+    one, two = mint_group(2)
+    (stranger,) = mint_group(1)
+    async with together(one, two) as (first, _):
+        key = certs.Ed25519PrivateKey.generate()
+        forged = sign_rotation_with(one, key)
+        with pytest.raises(TrustError, match="not signed by the root"):
+            await first.trust.rotate(forged)
+    assert again(one).trusted == (one.root,)
+    assert stranger.id != one.id
+
+
+def sign_rotation_with(group: Group, key: certs.Ed25519PrivateKey) -> Rotation:
+    new = certs.create_group("new", now=time.time())
+    old = OldRoot(key=key, certificate=group.root)
+    return rotate(old, new, gid=group.id, number=1, issuers=(), now=time.time())
+
+
+async def test_members_that_revoked_each_other_come_back_by_the_recovery_key(
+    rooted: tuple[certs.NewGroup, list[Group]],
+) -> None:
+    made, (one, two, three) = rooted
+    async with together(one, two, three):
+        pass
+    for mine, theirs in ((one, two), (two, one)):
+        signed = sign_revocation(read_known(again(mine)), request(theirs))
+        append_statements(three.folder, [signed.statement])
+    async with opened(again(three)) as third:
+        for group in (one, two):
+            async with opened(again(group), peers=third.addresses()) as out:
+                await until(lambda: "was revoked" in str(out.links.refusals()))
+                assert third.links.devices() == ()
+    content = seal_recovery(made.root_key, PASSPHRASE, first=made.root)
+    home = open_home(one.folder.parents[1])
+    back = recover(home, "rooted", content, PASSPHRASE, "again")
+    assert back.device not in (one.device, two.device)
+    async with together(back, again(three)):
+        pass
+
+
+async def test_member_that_leaves_voids_its_keys_and_those_it_admitted_stay(
+    rooted: tuple[certs.NewGroup, list[Group]], make_home: MakeHome
+) -> None:
+    _, (one, two, _) = rooted
+    async with opened(one) as first:
+        code = first.invite_by_code()
+        enrolled = await enrol_with_code(
+            code, home=make_home("d"), alias="rooted", device_name="d",
+            sponsors=[first.addresses()],
+        )  # fmt: skip
+    child = enrolled.group
+    async with together(one, two, child) as (first, second, third):
+        served = trio.Event()
+
+        async def serve() -> None:
+            await first.serve()
+            served.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            with trio.fail_after(CLOSED_S + 5):
+                assert await first.leave_group() is None
+                await served.wait()
+        await until(lambda: second.links.devices() == (child.device,))
+        assert third.trust.revoked_by is None
+    states = {member.name: member.state for member in trust_report(again(two)).members}
+    assert states[one.device_name] == "revoked"
+    assert states["d"] == "member"
+
+
+async def test_member_without_the_right_to_admit_leaves_without_a_word(
+    mint_group: MintGroup,
+) -> None:
+    one, two = mint_group(2)
+    async with together(one, two) as (first, second):
+        (two.folder / "issuer.key").rename(two.folder / "hidden")
+        await second.trust.leave()
+        assert len(first.trust._effective) == len(second.trust._effective) == 0
+
+
+async def test_member_that_missed_a_rotation_learns_it_from_who_refuses_it(
+    rooted: tuple[certs.NewGroup, list[Group]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody remembers the third member, so nobody trusts the old root for its sake."""
+    monkeypatch.setattr(limits, "TRUST_LOOK_S", 0.05)
+    made, (one, two, three) = rooted
+    async with together(one, two) as (first, second):
+        rotation = rotation_of(again(one), made.root_key)
+        await first.trust.rotate(rotation)
+        for peer in (first, second):
+            await until(
+                lambda peer=peer: peer.trust.group.trusted == (rotation.new_root,)  # type: ignore[misc]  # bound now
+            )
+        async with opened(again(three), peers=first.addresses()) as third:
+            await until(lambda: third.links.devices() != ())
+            await until(lambda: third.trust.group.trusted == (rotation.new_root,))
