@@ -13,10 +13,11 @@ import trio.testing
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
-from p2ptrain.runtime.inbox import FED_AHEAD_MAX, TensorInbox, discard
+from p2ptrain.runtime.inbox import DECODED_IN_PLACE_BYTES, FED_AHEAD_MAX, TensorInbox, discard
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.arrivals import Arrivals, FedValue, TieKey
 from p2ptrain.training.program import Item
+from p2ptrain.training.tensor_codec import decode, encode
 from p2ptrain.wire.frames import TensorHeader
 from tests.memory_group import MemoryReader
 
@@ -318,3 +319,51 @@ async def test_discard_reads_exactly_the_body(length: int) -> None:
     reader = MemoryReader(memoryview(bytes(length + 5)))
     await discard(reader, length)
     assert len(reader.left) == 5
+
+
+class Rounded(Targets):
+    """One float32 tensor of any size and one of integers, which go raw under every codec."""
+
+    def __init__(self, count: int) -> None:
+        self.arrays = [np.zeros(count, np.float32), np.zeros(count, np.int64)]
+
+
+def rounded_inbox(codec: str) -> TensorInbox:
+    return TensorInbox(Signal(), arrivals=dataclasses.replace(ARRIVALS, codec=codec))
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("count", [4, DECODED_IN_PLACE_BYTES])
+async def test_encoded_tensors_are_decoded_into_their_buffers(codec: str, count: int) -> None:
+    box, targets = rounded_inbox(codec), Rounded(count)
+    box.open(train(1), targets)
+    sent = np.linspace(-3, 5, count, dtype=np.float32), np.arange(count)
+    encoded = [encode(codec, array).tobytes() for array in sent]
+    for index, content in enumerate(encoded):
+        await take(box, header("activation", index=index), content)
+    assert box.arrived("activation", 0, 2)
+    expected = np.empty_like(sent[0])
+    decode(codec, np.frombuffer(encoded[0], np.uint8), expected)
+    np.testing.assert_array_equal(targets.arrays[0], expected)
+    np.testing.assert_array_equal(targets.arrays[1], sent[1])
+    assert len(encoded[0]) <= {"fp32": 4, "bf16": 2, "int8": 1.1}[codec] * count + 4
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+async def test_encoded_tensor_of_another_size_closes_the_link(codec: str) -> None:
+    box = rounded_inbox(codec)
+    box.open(train(1), Rounded(300))
+    whole = encode(codec, np.ones(300, np.float32)).tobytes()
+    for wrong in (whole[:-1], whole + b"\0", bytes(1200), b""):
+        with pytest.raises(RemoteProtocolError, match="not what the plan says"):
+            await take(box, header("activation"), wrong)
+
+
+async def test_encoded_tensor_with_a_scale_out_of_range_closes_the_link() -> None:
+    box = rounded_inbox("int8")
+    box.open(train(1), Rounded(300))
+    content = bytearray(encode("int8", np.ones(300, np.float32)).tobytes())
+    content[0:4] = np.float32(np.inf).tobytes()
+    with pytest.raises(RemoteProtocolError, match="scale"):
+        await take(box, header("activation"), bytes(content))
+    assert not box.arrived("activation", 0, 1)

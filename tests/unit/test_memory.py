@@ -54,6 +54,13 @@ def test_memory_counts_parameters_gradients_scratch_and_state() -> None:
     assert predicted(range(1)).parameters == 5 * VOCABULARY * WIDTH * 4
 
 
+def test_memory_counts_what_int8_loses_of_the_cotangents_that_are_sent() -> None:
+    plain, bf16, int8 = (predicted(range(1, 3), codec=codec) for codec in ("fp32", "bf16", "int8"))
+    assert plain == bf16
+    assert int8.boundaries - plain.boundaries == 2 * 4 * ACTIVATION, "4 microbatches, twice"
+    assert predicted(range(2), codec="int8") == predicted(range(2)), "the first stage sends none"
+
+
 def test_memory_counts_running_values_and_frozen_matrices() -> None:
     mix = predicted(range(1, 2), bundle=VARIED, in_flight=2)
     assert mix.parameters == 4 * WIDTH * (5 + 4)

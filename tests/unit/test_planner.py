@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from p2ptrain.errors import ConfigError, PlanInfeasible
 from p2ptrain.planner.choose import choose_plan
+from p2ptrain.planner.costs import CostModel
 from p2ptrain.planner.input import LinkEstimate, stage_shares
 from tests.planning_cases import device, fast_links, planning_input, profile
 
@@ -24,6 +27,14 @@ def test_two_equal_peers_split_in_half_and_home_comes_first() -> None:
     assert choice.ceiling == pytest.approx(16 / 9)
     assert choice.one_peer_ns == 8 * 24_000_000
     assert plan.stages[0].parameter_count == 4 * 16
+
+
+@pytest.mark.parametrize(("codec", "size"), [("fp32", 256), ("bf16", 128), ("int8", 68)])
+def test_links_are_charged_for_encoded_bytes(codec: str, size: int) -> None:
+    planning = planning_input([profile("a", EQUAL), profile("b", EQUAL)], segment_count=8)
+    contract = dataclasses.replace(planning.contract, codec=codec)
+    model = CostModel(dataclasses.replace(planning, contract=contract))
+    assert model.sent_bytes(3) == size  # 4 samples of 16 values
 
 
 def test_reasons_name_every_peer() -> None:
