@@ -43,6 +43,7 @@ class Row:
     size_bytes: int
     megabytes_per_s: float
     ratio_to_raw: float
+    ratio_to_sslstream: float
     cpu_s_per_gb: float
 
 
@@ -169,13 +170,18 @@ async def run_rounds(port: int, credentials: Credentials, rounds: int, total: in
 
 
 def _row(design: str, size: int, measured: dict[tuple[str, int], list[_Measured]]) -> Row:
-    ours, raw = measured[design, size], measured["raw", size]
-    ratios = [a.bytes_per_s / b.bytes_per_s for a, b in zip(ours, raw, strict=True)]
+    ours = measured[design, size]
+
+    def ratio_to(other: str) -> float:
+        pairs = zip(ours, measured[other, size], strict=True)
+        return statistics.median(a.bytes_per_s / b.bytes_per_s for a, b in pairs)
+
     return Row(
         design=design,
         size_bytes=size,
         megabytes_per_s=statistics.median(m.bytes_per_s for m in ours) / 1e6,
-        ratio_to_raw=statistics.median(ratios),
+        ratio_to_raw=ratio_to("raw"),
+        ratio_to_sslstream=ratio_to("sslstream"),
         cpu_s_per_gb=statistics.median(m.cpu_s_per_byte for m in ours) * 1e9,
     )
 
@@ -213,11 +219,13 @@ def main() -> None:
         print(json.dumps({"version": 1, "rows": [asdict(row) for row in rows]}))
         return
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print(f"{'design':<10} {'MiB':>6} {'MB/s':>7} {'of raw':>7} {'CPU s/GB':>9}")
+    print(
+        f"{'design':<10} {'MiB':>6} {'MB/s':>7} {'of raw':>7} {'x SSLStream':>12} {'CPU s/GB':>9}"
+    )
     for row in rows:
         print(
             f"{row.design:<10} {row.size_bytes / (1 << 20):>6.1f} {row.megabytes_per_s:>7.0f} "
-            f"{row.ratio_to_raw:>7.2f} {row.cpu_s_per_gb:>9.2f}"
+            f"{row.ratio_to_raw:>7.2f} {row.ratio_to_sslstream:>12.2f} {row.cpu_s_per_gb:>9.2f}"
         )
 
 
