@@ -110,7 +110,7 @@ def _alone_because(peer: StatusSource) -> str | None:
     refusals = [f"{address}: {reason}" for address, reason in known.items()]
     if refusals:
         return "; ".join(refusals)
-    return f"no other member was found ({peer.discovery.text}); try --peer host:port"
+    return f"no other member was found ({peer.discovery.text}); p2ptrain doctor tells why"
 
 
 def _run_state(peer: StatusSource) -> str:
