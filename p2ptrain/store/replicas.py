@@ -78,7 +78,7 @@ class ReplicaStore:
     """The replicas of one run on this device.
 
     Everything that touches the disk blocks and belongs in a worker thread, one call at a time;
-    `held`, `replica` and `statistics` only look at what is known.
+    `held`, `kept`, `replica` and `statistics` only look at what is known, also meanwhile.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class ReplicaStore:
 
     def held(self, lineage: Lineage) -> tuple[HeldState, ...]:
         """Spans of segments whose replicas are here, by step."""
-        places = sorted(place for place in self._kept if place.lineage == lineage)
+        places = sorted(place for place in list(self._kept) if place.lineage == lineage)
         spans: list[HeldState] = []
         for place in places:
             last = spans[-1] if spans else None
@@ -152,7 +152,7 @@ class ReplicaStore:
 
     def kept(self, lineage: Lineage) -> tuple[Replica, ...]:
         """Every replica of a lineage, by step and segment."""
-        places = sorted(place for place in self._kept if place.lineage == lineage)
+        places = sorted(place for place in list(self._kept) if place.lineage == lineage)
         return tuple(self._kept[place] for place in places)
 
     def replica(self, place: ReplicaPlace) -> Replica | None:
@@ -269,7 +269,7 @@ class ReplicaStore:
 
     def _delete(self, folder: Path) -> None:
         lineage, step = _set_of(folder)
-        for place in [p for p in self._kept if (p.lineage, p.step) == (lineage, step)]:
+        for place in [p for p in list(self._kept) if (p.lineage, p.step) == (lineage, step)]:
             del self._kept[place]
         shutil.rmtree(folder, ignore_errors=True)
 

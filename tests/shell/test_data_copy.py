@@ -290,6 +290,19 @@ async def test_file_that_changes_during_the_copy_is_noticed(tmp_path: Path, chan
             await pair.fetch(offer)
 
 
+async def test_closed_offer_gives_nothing_to_who_asked_before(tmp_path: Path) -> None:
+    async with copying(tmp_path, text_file(tmp_path)) as pair:
+        offer = await pair.offered.open(pair.job)
+
+        async def closing(digest: object) -> None:
+            await trio.lowlevel.checkpoint()
+            pair.offered.close()
+
+        pair.net[0]._sources.insert(0, closing)
+        with pytest.raises(PeerLost, match="no longer has"):
+            await pair.fetch(offer)
+
+
 async def test_data_that_changed_before_the_offer_is_not_the_runs(tmp_path: Path) -> None:
     async with copying(tmp_path, text_file(tmp_path)) as pair:
         (tmp_path / "notes.txt").write_text(TEXT + "more")
