@@ -37,6 +37,7 @@ class RunChecker:
         self.check_every_claim = False
         self._claimed = 0
         self._lost: set[DeviceId] = set()
+        self._members: set[DeviceId] = set()
         self.commit_count = self.claim_count = self.checked_count = 0
         self.told: set[tuple[DeviceId, int, int, int]] = set()
         self.applied: set[tuple[DeviceId, int, int, int]] = set()
@@ -52,6 +53,9 @@ class RunChecker:
         if key in self.resumes or view.lineage < self._lineage:
             return
         self.resumes[key] = view.resume_step
+        # Who is left out takes its logs along, gone or not.
+        self._lost |= self._members - set(view.members)
+        self._members = set(view.members)
         if view.lineage > self._lineage:
             self._go_back(view)
             return
