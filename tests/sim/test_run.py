@@ -45,7 +45,9 @@ def test_same_seed_gives_the_same_story() -> None:
     assert run_story(3) != run_story(4)
 
 
-@pytest.mark.parametrize("seed", [593, 643, 441, 680, 863, 1158, 1235])
+@pytest.mark.parametrize(
+    "seed", [45, 247, 322, 441, 501, 593, 643, 680, 863, 1158, 1235, 2577, 4437]
+)
 def test_seed_that_once_broke_a_rule(seed: int) -> None:
     assert run_story(seed).commits > 0
 
