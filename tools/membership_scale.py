@@ -167,7 +167,7 @@ async def measure_real(count: int, console: Console) -> RealGroupCost:
                 began_s = time.monotonic()
                 await group.restart()
                 await group.together(lambda number: progress.update(seen, completed=number))
-                restarted_s = time.monotonic() - began_s
+                restarted_s, restarted_cpu_s = time.monotonic() - began_s, group.cpu_s()
             memory = group.memory()
             console.print("watching idle peers, then stopping one and killing one")
             cpu = await group.idle_cpu()
@@ -181,6 +181,7 @@ async def measure_real(count: int, console: Console) -> RealGroupCost:
         started_s=started_s,
         together_s=together_s,
         restarted_s=restarted_s,
+        restarted_cpu_s=restarted_cpu_s,
         resident_bytes=tuple(each.resident_bytes for each in memory),
         proportional_bytes=tuple(each.proportional_bytes for each in memory),
         idle_cpu_fractions=cpu,
@@ -200,7 +201,7 @@ def real_table(cost: RealGroupCost) -> str:
     return "\n".join((
         f"{cost.peers} peers: all started after {cost.started_s:.1f} s, "
         f"one group after {cost.together_s:.1f} s; all started at once again, one group after "
-        f"{cost.restarted_s:.1f} s",
+        f"{cost.restarted_s:.1f} s and {cost.restarted_cpu_s:.1f} s of CPU of all together",
         f"memory of a peer: RSS {resident[middle]:.1f} MiB ({resident[0]:.1f} to "
         f"{resident[-1]:.1f}), PSS {shared[middle]:.1f} MiB ({shared[0]:.1f} to "
         f"{shared[-1]:.1f}), all together PSS {sum(shared):.0f} MiB",

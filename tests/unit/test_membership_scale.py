@@ -60,7 +60,7 @@ def test_tool_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None
 def test_real_figures_are_printed_for_people() -> None:
     mib = 1024 * 1024
     cost = RealGroupCost(
-        peers=3, started_s=1.0, together_s=2.0, restarted_s=1.5,
+        peers=3, started_s=1.0, together_s=2.0, restarted_s=1.5, restarted_cpu_s=4.0,
         resident_bytes=(90 * mib, 80 * mib, 91 * mib),
         proportional_bytes=(60 * mib, 61 * mib, 62 * mib), idle_cpu_fractions=(0.01, 0.02, 0.03),
         killed_known_s=0.2, stopped_known_s=5.0, returned_known_s=None,

@@ -36,6 +36,8 @@ class RealGroupCost:
     """Until every peer had a link with every other and held it alive."""
     restarted_s: float
     """The same once more, all members started at once."""
+    restarted_cpu_s: float
+    """CPU time of all peers together until then, which a busy machine does not change much."""
     resident_bytes: tuple[int, ...]
     proportional_bytes: tuple[int, ...]
     """Shared pages counted once for all processes together (PSS)."""
@@ -105,6 +107,10 @@ class RealGroup:
     def memory(self) -> list[Memory]:
         """Of every process, now."""
         return [_memory_of(process.pid) for process in self._processes]
+
+    def cpu_s(self) -> float:
+        """CPU time of all processes since each began."""
+        return sum(_cpu_seconds(process.pid) for process in self._processes)
 
     async def idle_cpu(self) -> tuple[float, ...]:
         """Share of a core that each process used over some seconds."""
