@@ -151,9 +151,11 @@ def test_neighbouring_losses_are_one_replay_and_others_are_two() -> None:
     assert isinstance(found, Restoration)
     assert [replay.span for replay in found.replays] == [span(2, 4)]
     assert found.replays[0].replicas == (at(2, 4, E),)  # its own copies before others'
+    assert found.replays[0].cuts == (3,)  # there was a link between the two that are lost
     found = restored(without(A, C, e=member(None, keeps=(0, 4))), (E, 2), (B, 4), (D, 2))
     assert isinstance(found, Restoration)
     assert [(r.span, r.replayer) for r in found.replays] == [(span(0), E), (span(4), B)]
+    assert [replay.cuts for replay in found.replays] == [(), ()]
 
 
 def test_young_run_is_drawn_and_replayed_from_its_beginning() -> None:
