@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import trio
 
+from p2ptrain.errors import NumericsError
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.recovery.successor import Place, Succession, successor_plans
 from p2ptrain.runtime.reports import PlanReport, StepReport, TrainRequest, TrainResult
 from p2ptrain.training.contract import OptimizerChoice
 from tests.bundles import tiny_bundle
-from tests.memory_group import MemoryGroup, float_bits, memory_group, request_for
+from tests.memory_group import MemoryGroup, float_bits, memory_group, request_for, until
 
 CLIPPING = OptimizerChoice(warmup_steps=2, clip_norm=0.05, peak_learning_rate=0.02)
 BUNDLE = tiny_bundle()
@@ -127,3 +128,15 @@ async def test_lost_stage_is_replayed_to_the_same_bits(tmp_path: Path, codec: st
                 group.kill(group.members[others[at % len(others)]])
     assert results[0].stages == 3
     assert_same(results[0], undisturbed)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+async def test_value_that_is_not_finite_stops_every_member(tmp_path: Path, codec: str) -> None:
+    """bf16 carries it to the loss; int8 cannot, and its sender stops the run."""
+    wild = OptimizerChoice(warmup_steps=0, clip_norm=0.0, peak_learning_rate=1e38)
+    async with memory_group(tmp_path, 3) as group:
+        with trio.fail_after(SECONDS_MAX):
+            with pytest.raises(NumericsError, match="not finite"):
+                await group[0].train(request(tmp_path, codec=codec, optimizer=wild))
+            await until(lambda: all(m.runs.current_run is None for m in group.members.values()))
+        assert not group.broken
