@@ -52,8 +52,9 @@ class KeeperHooks:
     """Our chain is new: spread it."""
     rotated: Callable[[Rotation], Awaitable[object]]
     """An issuer told us of a root's successor: spread it; it is durable afterwards."""
-    ask: Callable[[Wanted, Callable[[RenewalGranted], Awaitable[bool]]], Awaitable[bool]]
-    """Ask linked issuers in turn until one grants what is taken; whether any was asked."""
+    ask: Callable[[Wanted, Callable[[RenewalGranted], Awaitable[bool]]], Awaitable[bool | None]]
+    """Ask linked issuers in turn until one grants what is taken; whether any did, None: nobody
+    was there to be asked."""
     date_refusals: Callable[[], tuple[str, ...]]
     """host:port of members whose certificates are not yet valid by our clock."""
     root_refusals: Callable[[], tuple[str, ...]]
@@ -80,7 +81,7 @@ class CredentialKeeper:
         self._stale = trio.Event()
         self._away_since_s: float | None = None
         self._last_failure = ""
-        self._asked_at_s: float | None = None
+        self._ask_again_at_s = 0.0
         self._in_use: tuple[Credentials, tuple[x509.Certificate, ...]] | None = None
         self._refresh_at_s = 0.0
 
@@ -167,13 +168,13 @@ class CredentialKeeper:
 
     async def _renew_by_asking(self) -> None:
         wanted = self._wanted(self.now(), early=True)
-        now_s = trio.current_time()
-        if wanted is None or (
-            self._asked_at_s is not None and now_s < self._asked_at_s + limits.RENEW_RETRY_S
-        ):
+        if wanted is None or trio.current_time() < self._ask_again_at_s:
             return
-        if await self._hooks.ask(wanted, self._take):
-            self._asked_at_s = now_s
+        self._refresh_at_s = min(self._refresh_at_s, self.now() + limits.RENEW_RETRY_SOON_S)
+        was_taken = await self._hooks.ask(wanted, self._take)
+        if was_taken is not None:
+            pause_s = limits.RENEW_RETRY_S if was_taken else limits.RENEW_RETRY_SOON_S
+            self._ask_again_at_s = trio.current_time() + pause_s
 
     def _wanted(self, now: float, *, early: bool) -> Wanted | None:
         """What only somebody else can certify; None when nothing is due.
@@ -240,7 +241,7 @@ class CredentialKeeper:
         """Whether an address was not asked a moment ago."""
         last_s = self._doubted_at_s.get(address)
         now_s = trio.current_time()
-        if last_s is not None and now_s < last_s + limits.REFUSED_RETRY_S:
+        if last_s is not None and now_s < last_s + limits.DOUBT_RETRY_S:
             return False
         self._doubted_at_s[address] = now_s
         return True

@@ -399,7 +399,7 @@ class Peer:
     def _expel(self, device: DeviceId, reason: str) -> None:
         """A member is out: what it had here ends now, without waiting for suspicion."""
         self.links.close(device, reason)
-        self.runs.peer_down(device, reason)
+        self.runs.peer_down(device, reason, sure=True)
         self.membership.call(Membership.link_down, device, True, trio.current_time())
 
     # Finding others.

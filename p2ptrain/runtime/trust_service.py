@@ -15,7 +15,6 @@ from functools import partial
 from typing import Final, cast
 
 import trio
-from cryptography import x509
 
 from p2ptrain import limits
 from p2ptrain.errors import RemoteProtocolError, TrustError
@@ -36,7 +35,6 @@ from p2ptrain.store.trust_log import (
     read_roster,
     save_roster,
 )
-from p2ptrain.trust import certificates as certs
 from p2ptrain.trust.chains import (
     MemberChain,
     check_in_date,
@@ -63,7 +61,7 @@ from p2ptrain.trust.renewal import RenewalGranted, renew
 from p2ptrain.trust.revocation import Revocation, RevokedKeys
 from p2ptrain.trust.roster import Roster
 from p2ptrain.trust.rotation import Rotation
-from p2ptrain.wire.hello import REFUSE_DATES, REFUSE_REVOKED
+from p2ptrain.wire.hello import REFUSE_CERTIFICATE, REFUSE_DATES, REFUSE_REVOKED
 
 TRUST_MESSAGES: Final = (
     Summary,
@@ -105,7 +103,7 @@ class TrustService:
         self._answers: dict[int, trio.MemorySendChannel[RenewAnswered]] = {}
         roots = read_roots(group.folder, group.root, group.id)
         self._effective = read_revoked(group.folder, roots, group.id)
-        self._shown: dict[DeviceId, Chain] = {}
+        self._shown: dict[DeviceId, MemberChain] = {}
         self._roster_changed = trio.Event()
         self._took_effect = trio.Event()
         self._rotated = {rotation.id for rotation in roots.rotations}
@@ -172,21 +170,28 @@ class TrustService:
 
     def objection(self, chain: Chain) -> Objection | None:
         """Why a chain that TLS verified is refused all the same; None: it is not."""
-        read = [certs.certificate_from_der(der) for der in chain[:-1]]
-        statement = self._effective.against([key_fingerprint(c) for c in read])
+        try:
+            read = self._read(chain[:-1])
+        except TrustError as error:  # OpenSSL is content with less than we are
+            return Objection(refusal=REFUSE_CERTIFICATE, reason=error.message)
+        statement = self._effective.against(read.keys)
         if statement is not None:
-            return Objection(refusal=REFUSE_REVOKED, reason=self._explained(statement, read[0]))
+            return Objection(refusal=REFUSE_REVOKED, reason=_explained(statement, read))
         if self._keeper.clock_is_vouched:
             # TLS did not look at dates, which our clock cannot judge.
             try:
-                check_in_date(read, now=self.now())
+                check_in_date(read.certificates, now=self.now())
             except TrustError as error:
                 return Objection(refusal=REFUSE_DATES, reason=error.message)
-        device = certs.certificate_device(read[0])
-        while len(self._shown) >= limits.ROSTER_MAX and device not in self._shown:
-            self._shown.pop(next(iter(self._shown)))
-        self._shown[device] = chain[:-1]
+        self._remember(read)
         return None
+
+    def _remember(self, chain: MemberChain) -> None:
+        """Keep what was shown while its links may live: whom to expel is decided by it."""
+        if len(self._shown) >= limits.ROSTER_MAX and chain.device not in self._shown:
+            idle = next((d for d in self._shown if d not in self._ahead_s), None)
+            self._shown.pop(next(iter(self._shown)) if idle is None else idle)
+        self._shown[chain.device] = chain
 
     def link_up(self, device: DeviceId, clock_ahead_s: float, now: float) -> None:
         """A peer is up: learn its certificates and compare what both know."""
@@ -196,17 +201,15 @@ class TrustService:
         chain = self._shown.get(device)
         if chain is None:
             return
-        read = self._read(chain)
-        against = self._effective.against(read.keys)
+        against = self._effective.against(chain.keys)
         if against is not None:  # took effect while HELLO was on its way
-            self._hooks.expel(device, self._explained(against, read.certificates[0]))
+            self._hooks.expel(device, _explained(against, chain))
         else:
-            self._machine.call(TrustGossip.show, read)
+            self._machine.call(TrustGossip.show, chain)
 
     def link_down(self, device: DeviceId) -> None:
-        """A peer is down."""
+        """A peer is down; it may be on its way back already, so what it showed is kept."""
         self._machine.call(TrustGossip.link_down, device)
-        self._shown.pop(device, None)
         self._ahead_s.pop(device, None)
 
     async def deliver(self, sender: DeviceId, message: object) -> None:
@@ -231,7 +234,7 @@ class TrustService:
             NotFound, ConfigError, TrustError: see `sign_revocation`; nothing was done.
         """
         signed = await trio.to_thread.run_sync(sign_revocation, self._known(), request)
-        told = len(self._shown)
+        told = len(self._ahead_s)
         self._machine.call(TrustGossip.state_revocation, signed.statement)
         while signed.statement.id not in self._effective:
             await self._took_effect.wait()
@@ -286,22 +289,16 @@ class TrustService:
     def _take_effect(self, statement: Revocation) -> None:
         self._effective.add(statement)
         for device, chain in list(self._shown.items()):
-            read = [certs.certificate_from_der(der) for der in chain]
-            against = self._effective.against([key_fingerprint(c) for c in read])
+            against = self._effective.against(chain.keys)
             if against is not None:
-                self._hooks.expel(device, self._explained(against, read[0]))
+                self._hooks.expel(device, _explained(against, chain))
+                del self._shown[device]
         self._keeper.poke()
         self._tell_effect()
 
     def _tell_effect(self) -> None:
         self._took_effect.set()
         self._took_effect = trio.Event()
-
-    def _explained(self, statement: Revocation, leaf: x509.Certificate) -> str:
-        name = certs.common_name(leaf)
-        if certs.certificate_device(leaf) == statement.device:
-            return f"{name} was revoked: {statement.reason}"
-        return f"{name} was admitted by {statement.name}, which was revoked: {statement.reason}"
 
     # Certificates: ours from others, others' from us.
 
@@ -319,14 +316,13 @@ class TrustService:
 
     async def _ask_linked(
         self, wanted: Wanted, take: Callable[[RenewalGranted], Awaitable[bool]]
-    ) -> bool:
-        chains = {device: self._read(chain) for device, chain in self._shown.items()}
-        able = issuers_among(tuple(self._ahead_s), chains)
+    ) -> bool | None:
+        able = issuers_among(tuple(self._ahead_s), self._shown)
         for device in able:
             granted = await self._ask_one(device, wanted)
             if granted is not None and await take(granted):
-                break
-        return bool(able)
+                return True
+        return False if able else None
 
     async def _ask_one(self, device: DeviceId, wanted: Wanted) -> RenewalGranted | None:
         request = next(self._requests)
@@ -350,7 +346,7 @@ class TrustService:
         chain = self._shown.get(sender)
         answer = RenewAnswered(request=asked.request)
         if chain is not None:
-            renewing = partial(_renew, self.group, self._read(chain), asked, self.now())
+            renewing = partial(_renew, self.group, chain, asked, self.now())
             granted = await trio.to_thread.run_sync(renewing)
             if granted is not None:
                 answer = replace(answer, issuers=granted.issuers, leaf=granted.leaf)
@@ -390,6 +386,12 @@ class TrustService:
 
     def _read(self, chain: Chain) -> MemberChain:
         return read_chain(chain, gid=self.group.id, roots=self._machine.machine.roots.ever)
+
+
+def _explained(statement: Revocation, chain: MemberChain) -> str:
+    if chain.device == statement.device:
+        return f"{chain.name} was revoked: {statement.reason}"
+    return f"{chain.name} was admitted by {statement.name}, which was revoked: {statement.reason}"
 
 
 def _renew(

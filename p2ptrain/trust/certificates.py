@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -31,6 +31,15 @@ BACKDATE_S: Final = 300
 ISSUERS_MAX: Final = 16
 """Longest chain of issuers between a leaf and the root."""
 NAME_CHARACTERS_MAX: Final = 40
+_MALFORMED: Final = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What `cryptography` raises for DER that is a certificate on the outside only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,9 +244,16 @@ def request_certificate(key: Ed25519PrivateKey, *, name: str) -> x509.Certificat
 def requested_key(request: x509.CertificateSigningRequest) -> Ed25519PublicKey:
     """The key a request proves; TrustError when it is not Ed25519 or the proof is wrong."""
     key = request.public_key()
-    if not isinstance(key, Ed25519PublicKey) or not request.is_signature_valid:
+    if not isinstance(key, Ed25519PublicKey) or not _is_proved(request):
         raise TrustError("a certificate request does not prove its key")
     return key
+
+
+def _is_proved(request: x509.CertificateSigningRequest) -> bool:
+    try:
+        return request.is_signature_valid
+    except _MALFORMED:
+        return False
 
 
 def leaf_uri(device: DeviceId, gid: GroupId) -> str:
@@ -256,7 +272,7 @@ def peer_identity(leaf_der: bytes, *, gid: GroupId) -> DeviceId:
         device = certificate_device(leaf)
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         constraints = leaf.extensions.get_extension_for_class(x509.BasicConstraints).value
-    except (ValueError, x509.ExtensionNotFound) as error:
+    except (*_MALFORMED, x509.ExtensionNotFound) as error:
         raise TrustError("the peer's certificate is not a device's") from error
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if constraints.ca:
@@ -326,11 +342,19 @@ def certificates_from_pem(pem: bytes) -> tuple[x509.Certificate, ...]:
 
 
 def certificate_from_der(der: bytes) -> x509.Certificate:
-    """One certificate that came over the network; TrustError when it is not one."""
+    """One certificate that came over the network; TrustError when it is not one.
+
+    Everything that is read of certificates later is read once here, because parts of them are
+    looked at lazily, and what is malformed must not surprise anybody afterwards.
+    """
     try:
         certificate = x509.load_der_x509_certificate(der)
         _ed25519(certificate)
-    except ValueError as error:
+        certified_device(certificate)
+        common_name(certificate)
+        if certificate.not_valid_before_utc >= certificate.not_valid_after_utc:
+            raise ValueError("it ends before it begins")
+    except _MALFORMED as error:
         raise TrustError("what was received is not a certificate") from error
     return certificate
 
@@ -338,8 +362,10 @@ def certificate_from_der(der: bytes) -> x509.Certificate:
 def request_from_der(der: bytes) -> x509.CertificateSigningRequest:
     """One certificate request that came over the network; TrustError when it is not one."""
     try:
-        return x509.load_der_x509_csr(der)
-    except ValueError as error:
+        request = x509.load_der_x509_csr(der)
+        request.public_key()
+        return request
+    except _MALFORMED as error:
         raise TrustError("what was received is not a certificate request") from error
 
 

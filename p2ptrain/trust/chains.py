@@ -13,7 +13,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from p2ptrain.errors import TrustError
-from p2ptrain.ids import DeviceId, GroupId
+from p2ptrain.ids import DeviceId, GroupId, short
 from p2ptrain.trust import certificates as certs
 
 
@@ -40,8 +40,16 @@ class MemberChain:
 
     @property
     def name(self) -> str:
-        """What people call the device; for display only."""
-        return certs.common_name(self.certificates[0])
+        """What people call the device; for display only.
+
+        A member signs its own leaf and may write anything there: what is no name, and could keep
+        a statement about it from being valid, is replaced by the beginning of its id.
+        """
+        name = certs.common_name(self.certificates[0])
+        try:
+            return certs.check_name(name)
+        except ValueError:
+            return short(self.device)
 
     @property
     def issuers(self) -> tuple[x509.Certificate, ...]:

@@ -94,6 +94,13 @@ class EnrolmentGrant:
 
     def __post_init__(self) -> None:
         check_name(self.group_name)
+        check_clock(self.clock_s)
+
+
+def check_clock(clock_s: float) -> None:
+    """ValueError for what no clock shows: not a number, before 1970, or far beyond any life."""
+    if not 0 <= clock_s < 1 << 40:
+        raise ValueError("the time is not one")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,6 +37,7 @@ from p2ptrain.trust.enrolment import (
     RENEW_REQUEST,
     EnrolFrame,
     body_of,
+    check_clock,
     derive,
     exchange,
     open_map,
@@ -62,6 +63,9 @@ class IssuerShown:
     clock_s: float
     signature: bytes
     """By its issuer key, over everything that was said and the time."""
+
+    def __post_init__(self) -> None:
+        check_clock(self.clock_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ REFUSE_FULL: Final = "full"
 REFUSE_VERSION: Final = "version"
 REFUSE_REVOKED: Final = "revoked"
 REFUSE_DATES: Final = "dates"
+REFUSE_CERTIFICATE: Final = "certificate"
 REVOKED: Final = "this device, or the member that admitted it, was revoked"
 OUT_OF_DATE: Final = "this device's certificate is out of date there"
 

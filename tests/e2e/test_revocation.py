@@ -9,8 +9,9 @@ from pathlib import Path
 import trio
 
 from p2ptrain.demo.group import GROUP_NAME
-from p2ptrain.runtime.reports import PeerStatus
-from tests.e2e.peers import assert_refused, command, peer_group
+from p2ptrain.net.control_socket import call
+from p2ptrain.runtime.reports import PeerStatus, TrainResult
+from tests.e2e.peers import STEPS, Watched, assert_refused, command, job, peer_group, train
 
 CLOSED_S = 5.0
 
@@ -66,3 +67,33 @@ async def test_device_revoked_while_the_revokers_peer_is_down_is_out_once_it_sta
         address = (await other.status()).address
         await home.start(address)
         await other.wait_status(lambda status: sees(status, stolen.name).startswith("dead"), 20.0)
+
+
+async def test_run_goes_on_without_a_member_that_is_revoked_in_mid_run(
+    tmp_path: Path, text: Path, undisturbed: TrainResult
+) -> None:
+    async with peer_group(tmp_path, 3) as (home, other, stolen):
+        watched = Watched()
+        results: list[TrainResult] = []
+
+        async def conduct() -> None:
+            result, _ = await train(home, job(text, stages=3), watched)
+            results.append(result)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(conduct)
+            await watched.wait_step(5)
+            wanted = {"device": stolen.name, "reason": "stolen", "keep_none": True}
+            await call(other.member.socket(), "revoke", wanted, lambda _name, _data: None)
+            reached, began_s = watched.steps[-1].step, time.monotonic()
+            assert reached + 3 < STEPS
+            await watched.wait_step(reached + 3)
+            print(f"three steps more {time.monotonic() - began_s:.2f} s after the revocation")
+        (result,) = results
+        assert result.losses == undisturbed.losses
+        assert result.state_digest == undisturbed.state_digest
+        for peer in (home, other):
+            status = await peer.status()
+            there = {m.name for m in status.members if m.state in ("self", "alive")}
+            assert there == {home.name, other.name}
+        await stolen.wait_status(lambda status: "revoked" in str(status.alone_because), 30.0)

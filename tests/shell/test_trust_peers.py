@@ -166,6 +166,11 @@ def rotation_of(group: Group, root_key: certs.Ed25519PrivateKey) -> Rotation:
     return sign_rotation(group, content, PASSPHRASE, PASSPHRASE).rotation
 
 
+def read_roster_size(group: Group) -> int:
+    """Members on disk: what a rotation can move."""
+    return len(read_known(again(group)).roster.chains)
+
+
 @pytest.fixture
 def rooted(make_home: MakeHome) -> tuple[certs.NewGroup, list[Group]]:
     """Three members and the root that signed their issuers, its key still at hand."""
@@ -184,6 +189,7 @@ async def test_rotation_moves_running_members_and_ends_with_one_trusted_root(
     async with together(one, two, three):
         pass
     async with together(one, two) as (first, second):
+        await until(lambda: read_roster_size(one) > 1)
         rotation = rotation_of(again(one), made.root_key)
         assert await first.trust.rotate(rotation) == 1
         for peer in (first, second):
@@ -289,6 +295,7 @@ async def test_member_that_missed_a_rotation_learns_it_from_who_refuses_it(
     monkeypatch.setattr(limits, "TRUST_LOOK_S", 0.05)
     made, (one, two, three) = rooted
     async with together(one, two) as (first, second):
+        await until(lambda: read_roster_size(one) > 1)
         rotation = rotation_of(again(one), made.root_key)
         await first.trust.rotate(rotation)
         for peer in (first, second):

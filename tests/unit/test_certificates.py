@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from p2ptrain.errors import TrustError
 from p2ptrain.ids import DeviceId, is_base32
 from p2ptrain.trust import certificates as certs
-from p2ptrain.trust.chains import check_issuers
+from p2ptrain.trust.chains import check_issuers, member_chain
+from p2ptrain.trust.revocation import revoke
 
 NOW = 1_800_000_000.0
 ANYBODY = DeviceId("a" * 26)
@@ -177,3 +178,53 @@ def test_pem_round_trips_and_damage_is_told(minted: Minted) -> None:
             read(b"not one")
     with pytest.raises(TrustError):
         certs.request_from_der(b"not one")
+
+
+def hostile(minted: Minted, **changes: object) -> x509.Certificate:
+    """A leaf that its owner's issuer signed as it liked."""
+    key, issuer = minted.device_key, minted.issuer
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, str(changes.get("name", "x")))])
+    begins = minted.leaf.not_valid_before_utc
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(issuer.certificate.subject)
+        .public_key(key.public_key())
+        .serial_number(7)
+        .not_valid_before(begins)
+        .not_valid_after(minted.leaf.not_valid_after_utc)
+    )
+    for extension in minted.leaf.extensions:
+        is_name = isinstance(extension.value, x509.SubjectAlternativeName)
+        if is_name and "raw_name" in changes:
+            raw = x509.UnrecognizedExtension(extension.oid, changes["raw_name"])  # type: ignore[arg-type]  # bytes
+            builder = builder.add_extension(raw, critical=False)
+        else:
+            builder = builder.add_extension(extension.value, critical=extension.critical)
+    return builder.sign(issuer.key, algorithm=None)
+
+
+@pytest.mark.parametrize("raw_name", [b"", b"\x30\x03\x82\x01", b"\x30\x02\xa3\x00", b"\xff" * 9])
+def test_malformed_parts_of_a_certificate_are_found_when_it_arrives(
+    minted: Minted, raw_name: bytes
+) -> None:
+    made = hostile(minted, raw_name=raw_name)
+    with pytest.raises(TrustError):
+        certs.certificate_from_der(certs.to_der(made))
+    with pytest.raises(TrustError):
+        certs.peer_identity(certs.to_der(made), gid=minted.group.id)
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "x" * 60, " "])
+def test_member_that_gives_itself_an_impossible_name_goes_by_its_id(
+    minted: Minted, name: str
+) -> None:
+    made = hostile(minted, name=name)
+    chain = member_chain(
+        (made, *minted.issuer.chain), gid=minted.group.id, roots=[minted.group.root]
+    )
+    assert chain.name == chain.device[:8]
+    statement = revoke(
+        chain, by=minted.issuer, gid=minted.group.id, reason="no name", keep=(), now=NOW
+    )
+    assert statement.name == chain.device[:8]

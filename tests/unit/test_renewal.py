@@ -247,3 +247,9 @@ def test_messages_out_of_order_and_of_other_groups_are_refused(group: MintedGrou
         client(group).granted(EnrolFrame(kind=enrolment.RENEW_GRANT, body=b""))
     with pytest.raises(LocalProtocolError):
         server(group, founder).grant(RenewalGranted(issuers=()))
+
+
+@pytest.mark.parametrize("clock_s", [float("nan"), float("inf"), -1.0, 2.0**41])
+def test_what_no_clock_shows_is_not_taken_for_the_time(clock_s: float) -> None:
+    with pytest.raises(ValueError, match="time"):
+        IssuerShown(issuers=(), rotations=(), clock_s=clock_s, signature=b"")
