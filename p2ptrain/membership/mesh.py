@@ -45,14 +45,15 @@ class Mesh:
     def lag(self, seconds: float, now: float) -> None:
         """The driver woke `seconds` late: silence in that time says nothing about others.
 
-        Their clocks are moved forward by it, and for a while all timeouts are scaled up
-        (Lifeguard's local health): a busy peer suspects nobody because it was slow itself.
+        For a while all timeouts are scaled up (Lifeguard's local health): a busy peer suspects
+        nobody because it was slow itself. From LAG_FORGIVEN_S on the others' clocks are moved
+        forward, too; not for less, or a peer that is always a little late never ends a wait.
         """
         if seconds < limits.LAG_NOTICED_S:
             return
         self._lag_s = min(limits.LAG_SCALE_MAX - 1.0, max(seconds, self._remaining_lag(now)))
         self._lag_at_s = now
-        for peer in self._peers.values():
+        for peer in self._peers.values() if seconds >= limits.LAG_FORGIVEN_S else ():
             peer.shift(seconds, now)
 
     def _remaining_lag(self, now: float) -> float:

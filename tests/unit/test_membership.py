@@ -181,6 +181,16 @@ def test_own_lag_is_not_held_against_others() -> None:
     assert state_of(core) is State.ALIVE
 
 
+def test_peer_that_is_always_a_little_late_still_ends_its_waits() -> None:
+    core = joined()
+    for tenth in range(1, 101):
+        now = tenth / 10
+        core.lag(0.1, now)
+        core.tick(now)
+    assert state_of(core) is State.DEAD
+    assert core.statistics().timeout_scale == pytest.approx(1.1)
+
+
 def test_lag_stretches_the_timeouts_and_wears_off() -> None:
     core = joined()
     core.lag(1.0, 0.0)
