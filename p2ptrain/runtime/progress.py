@@ -108,6 +108,15 @@ class ProgressTracker:
         )
         self._emit("step", report)
 
+    def watch(self, emit: Emit) -> None:
+        """Tell somebody else from now on."""
+        self._emit = emit
+
+    def fall_back(self, step: int) -> None:
+        """Steps after this one are given up: they are made again."""
+        del self._losses[max(0, step - self._first_step) :]
+        self._heldout = {at: loss for at, loss in self._heldout.items() if at <= step}
+
     def energy(self) -> EnergyReport:
         """What the session has cost all stage peers so far."""
         bookings = [usage.booking for usage in self._usage.values()]

@@ -13,14 +13,14 @@ from p2ptrain.agreement.run_events import ProposalWanted
 from p2ptrain.agreement.view import View
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import PlanInfeasible
-from p2ptrain.ids import DeviceId
+from p2ptrain.ids import DeviceId, Lineage
 from p2ptrain.planner.choose import choose_plan
 from p2ptrain.planner.input import PlanningInput
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.recovery.inventory import Inventory
 from p2ptrain.recovery.placing import placing
-from p2ptrain.recovery.planning import Losses, Unrecoverable, restoration
+from p2ptrain.recovery.planning import Losses, Unrecoverable, last_whole_set, restoration
 from p2ptrain.recovery.successor import Succession, successor_plans
 from p2ptrain.runtime.placement import planning_profile
 from p2ptrain.training.memory import stage_memory
@@ -42,6 +42,37 @@ class NextView:
     """Measured and ready to be taken in."""
     reason: str
     """Why a new view is wanted, one phrase."""
+
+
+def forced_view(given: NextView) -> View | str:
+    """A view of a new lineage with those whose promises are given, or why there can be none.
+
+    It goes on where they can; where a stage is lost for good, at the newest step of which they
+    have a replica of everything. What the others did since is given up.
+    """
+    found = next_view(given)
+    if isinstance(found, str):
+        found = next_view(_fallen_back(given))
+    if isinstance(found, str):
+        return found
+    lineage = Lineage(given.wanted.base.lineage + 1)
+    return replace(found, plan=replace(found.plan, lineage=lineage))
+
+
+def _fallen_back(given: NextView) -> NextView:
+    """The same with replicas only, at the newest step that they cover."""
+    wanted, count = given.wanted, len(given.manifest.segments)
+    inventories = {promise.device: promise.inventory for promise in wanted.promises}
+    step = last_whole_set(inventories, count)
+    promises = tuple(
+        replace(promise, inventory=replace(promise.inventory, live=None, logs=()))
+        for promise in wanted.promises
+    )
+    records = tuple(record for record in wanted.records if record.step <= step)
+    if records and records[-1].step != step:
+        records = ()
+    wanted = replace(wanted, promises=promises, records=records, resume_step=step)
+    return replace(given, wanted=wanted)
 
 
 def next_view(given: NextView) -> View | str:

@@ -6,24 +6,28 @@ released, a decided view is entered, a wanted view is planned.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import trio
 
 from p2ptrain import limits
+from p2ptrain.agreement.ballot import Ballot
 from p2ptrain.agreement.run_events import (
     Fenced,
     Paused,
+    PromisedInventory,
     ProposalWanted,
     StepCommitted,
     Unpaused,
     ViewDecided,
 )
 from p2ptrain.agreement.run_machine import RunMachine
+from p2ptrain.agreement.run_steps import merged_records
 from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
-from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost
-from p2ptrain.ids import DeviceId
+from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost, PlanInfeasible
+from p2ptrain.ids import DeviceId, ViewNumber
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.admission import Admission
 from p2ptrain.runtime.data_keeping import DataKeeping
@@ -34,7 +38,7 @@ from p2ptrain.runtime.home_duty import HomeSession
 from p2ptrain.runtime.inbox import BodyReader, discard
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.progress import ProgressTracker
-from p2ptrain.runtime.replanning import NextView, next_view
+from p2ptrain.runtime.replanning import NextView, forced_view, next_view
 from p2ptrain.runtime.run_state import RunState
 from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.runtime.view_work import ViewWork, WorkHooks, givers
@@ -44,6 +48,8 @@ from p2ptrain.training.messages import (
     DataHeld,
     DataOffered,
     Declined,
+    HoldingsAsked,
+    HoldingsTold,
     Profiled,
     ReplicaStored,
     SegmentSaved,
@@ -93,6 +99,7 @@ class RunMember:
         self._nursery: trio.Nursery | None = None
         self.failure: P2PTrainError | None = None
         self.paused: Paused | None = None
+        self._holdings: dict[DeviceId, HoldingsTold] = {}
         self.is_restored = False
         """Whether a restart interrupted the view that is known: its stage is lost here."""
         self._released = 0
@@ -176,6 +183,9 @@ class RunMember:
         if isinstance(message, Begin):
             self._take_begin(device, message)
             return
+        if isinstance(message, HoldingsAsked | HoldingsTold):
+            self._take_holdings(device, message)
+            return
         work = self._work
         if work is not None and work.stamp == stamp:
             if device not in (*work.plan.members, *work.others):
@@ -240,6 +250,65 @@ class RunMember:
         name = self._services.directory.name_of(own)
         self.want(f"{name} leaves", after_s=0.0)
         return None
+
+    async def force(self) -> None:
+        """Go on with whoever can be reached, as a lineage of its own (`--force-view`).
+
+        Raises:
+            PlanInfeasible: not even that is possible; the sentence says what is lacking.
+        """
+        base = self.machine.view
+        if base is None:
+            raise PlanInfeasible("the run has not begun")
+        given = NextView(
+            wanted=await self._ask_holdings(base),
+            manifest=self.state.manifest,
+            leaving=self._services.directory.leaving(),
+            newcomers=(),
+            reason="forced by a person",
+        )
+        view = await trio.to_thread.run_sync(forced_view, given)
+        if isinstance(view, str):
+            raise PlanInfeasible(view, hint="start the missing peers, or --resume a checkpoint")
+        self.history = {s: r for s, r in self.history.items() if s <= view.resume_step}
+        if self.home is not None:
+            self.home.progress.fall_back(view.resume_step)
+        self.driver.call(RunMachine.force, view, self.driver.now())
+
+    async def _ask_holdings(self, base: View) -> ProposalWanted:
+        """What promises would say, of those members that answer soon."""
+        self._holdings = {}
+        linked = set(self._services.directory.linked()) & set(base.members)
+        for device in (self._services.device, *sorted(linked)):
+            with contextlib.suppress(PeerLost):
+                asked = HoldingsAsked(stamp=stamp_of(base.plan))
+                self._services.outlet.send(device, asked)
+        with trio.move_on_after(limits.HOLDINGS_TIMEOUT_S):
+            await self._signal.wait_until(lambda: len(self._holdings) > len(linked))
+        records = [told.records for told in self._holdings.values()]
+        newest = max((r[-1].step for r in records if r), default=base.resume_step)
+        return ProposalWanted(
+            ballot=Ballot(round=1, device=self._services.device),
+            number=ViewNumber(base.number + 1),
+            base=base,
+            promises=tuple(
+                PromisedInventory(device=device, inventory=self._holdings[device].inventory)
+                for device in sorted(self._holdings)
+            ),
+            records=merged_records(records, newest),
+            resume_step=newest,
+        )
+
+    def _take_holdings(self, device: DeviceId, message: HoldingsAsked | HoldingsTold) -> None:
+        if isinstance(message, HoldingsTold):
+            self._holdings[device] = message
+            self._signal.notify()
+            return
+        told = HoldingsTold(
+            stamp=message.stamp, inventory=self.state.inventory(), records=self.machine.records
+        )
+        with contextlib.suppress(PeerLost):
+            self._services.outlet.send(device, told)
 
     def safety(self) -> str:
         """Whether any one device may vanish without costing a committed step; else why not."""
@@ -360,8 +429,7 @@ class RunMember:
             self._start(self._forget_replicas, step)
 
     async def _forget_replicas(self, step: int) -> None:
-        forget = self.state.replicas.forget_before
-        await trio.to_thread.run_sync(forget, self.state.lineage, step)
+        await trio.to_thread.run_sync(self.state.forget_replicas, step)
 
     # Views.
 
@@ -409,7 +477,7 @@ class RunMember:
         view = self.machine.view
         if view is None:
             return
-        self.state.lineage, self.state.view = view.lineage, view
+        self.state.enter(view)
         self.founding = None
         self.reachable()
         name = self._services.directory.name_of(self._services.device)

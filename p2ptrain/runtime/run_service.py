@@ -158,6 +158,9 @@ class RunService:
             P2PTrainError: as `Coordinator.conduct`; ConfigError when a run is in the way.
         """
         await self._wait_cleared()
+        under_way = None if self._part is None else self._part.member
+        if request.resume and under_way and under_way.state.run.startswith(request.resume):
+            return await self._watch(under_way, request, emit)
         self._refuse_when_busy()
         job = await trio.to_thread.run_sync(self._open_job, request)
         weights = await trio.to_thread.run_sync(open_weights, job.bundle)
@@ -179,10 +182,40 @@ class RunService:
             await self._changed.wait_until(lambda: self._part is None)
         finally:
             self._end_conduct(conduct, finished=result is not None)
+        if result is None and conduct.failure is None:
+            raise PeerLost(
+                f"run {short(job.run)} goes on, or has ended, without this peer's data",
+                hint="p2ptrain status on another member shows it",
+            )
         if result is None:
             raise self._with_run(conduct.failure or Interrupted("the run was cancelled"), conduct)
         self.last_energy = result.energy
         return result
+
+    async def _watch(self, member: RunMember, request: TrainRequest, emit: Emit) -> TrainResult:
+        """Follow a run that is under way here to its end; who only watches may go at any time.
+
+        Raises:
+            ConfigError: this device does not have the run's data, so it cannot tell its result.
+            PlanInfeasible: a view was to be forced, and cannot be.
+            PeerLost: another member ended the run.
+        """
+        if request.force_view:
+            await member.force()
+        session = member.home
+        if session is None:
+            raise ConfigError(
+                f"run {short(member.state.run)} goes on, but its data is not on this device",
+                hint="p2ptrain status names the devices that have it: watch it there",
+            )
+        session.progress.watch(emit)
+        part = self._part
+        await self._changed.wait_until(lambda: self._part is None)
+        if part is not None and part.failure is not None:
+            raise part.failure
+        if session.result is None:
+            raise PeerLost("the run has ended elsewhere", hint="see p2ptrain status there")
+        return session.result
 
     def stop(self) -> None:
         """End the run that this peer conducts after the step that has begun."""

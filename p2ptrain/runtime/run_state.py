@@ -81,7 +81,8 @@ class RunState:
         self.state_names = self.manifest.updates[contract.optimizer.name].state
         self.replicas = ReplicaStore(self.path, self.manifest, self.state_names, contract=contract)
         self.sets = ReplicaSets()
-        self.lineage = Lineage(0)
+        self._lineages: list[tuple[Lineage, int]] = []
+        """Lineages whose replicas are of this run's past, oldest first, up to which step each."""
         self.view: View | None = None
         self.on_stored: Callable[[SegmentSaved], None] = lambda saved: None
         """Told when a replica that is kept here has become durable."""
@@ -210,22 +211,29 @@ class RunState:
 
     def read_replica(self, step: int, segment: int) -> bytes | None:
         """A replica that is kept here; None where there is none. Blocking."""
-        place = ReplicaPlace(lineage=self.lineage, step=step, segment=segment)
-        if self.replicas.replica(place) is None:
-            return None
-        return bytes(self.replicas.content(place))
+        for lineage, last in reversed(self._lineages):
+            place = ReplicaPlace(lineage=lineage, step=step, segment=segment)
+            if step <= last and self.replicas.replica(place) is not None:
+                return bytes(self.replicas.content(place))
+        return None
 
     # Replicas.
 
     def enter(self, view: View) -> None:
         """Another view counts: owners and members may have changed."""
-        self.lineage, self.view = view.lineage, view
+        self._note_lineage(view)
+        self.view = view
         self.sets.begin(view)
         self.data_copies &= {self.services.device}  # the others say it again
 
     def kept(self) -> tuple[Replica, ...]:
         """Replicas of this lineage that are durable here, to be told again in each view."""
-        return self.replicas.kept(self.lineage)
+        return tuple(
+            replica
+            for lineage, last in self._lineages
+            for replica in self.replicas.kept(lineage)
+            if replica.place.step <= last
+        )
 
     def release(self) -> int | None:
         """Forget what a whole replica set has made needless; the step up to which, or None."""
@@ -234,6 +242,20 @@ class RunState:
             self.log.release(step)
             self.sets.forget_before(step)
         return step
+
+    def forget_replicas(self, step: int) -> None:
+        """Delete replica sets of earlier steps. Blocking."""
+        for lineage, _ in self._lineages:
+            self.replicas.forget_before(lineage, step)
+
+    def _note_lineage(self, view: View) -> None:
+        known = self._lineages[-1][0] if self._lineages else None
+        if known == view.lineage:
+            return
+        # A forced view shares the past up to where it goes on; a resumed run shares nothing.
+        shared = [] if view.restoration is None else self._lineages
+        past = [(lineage, min(last, view.resume_step)) for lineage, last in shared]
+        self._lineages = [*past, (view.lineage, limits.STEPS_MAX)]
 
     @property
     def whole_step(self) -> int | None:
@@ -265,7 +287,12 @@ class RunState:
         """What this device holds now, for a promise."""
         return Inventory(
             live=self._live(),
-            states=self.replicas.held(self.lineage),
+            states=tuple(
+                held
+                for lineage, last in self._lineages
+                for held in self.replicas.held(lineage)
+                if held.step <= last
+            ),
             logs=self.log.inventory(),
             has_data=self._session is not None,
             linked=self.services.directory.linked(),
@@ -290,7 +317,7 @@ class RunState:
 
     def forget(self, *, complete: bool) -> None:
         """Delete what only a run that goes on needs; weights stay for a resumption. Blocking."""
-        self.replicas.forget_before(self.lineage, limits.STEPS_MAX)
+        self.forget_replicas(limits.STEPS_MAX)
         (self.path / JOURNAL_FILE).unlink(missing_ok=True)
         directory = RunDirectory(self.path)
         if complete:

@@ -10,6 +10,8 @@ from p2ptrain.energy.combine import PeerBooking
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber, is_digest
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.recovery.inventory import Inventory
+from p2ptrain.training.step_record import StepRecord
 from p2ptrain.wire.codec import message
 
 
@@ -185,6 +187,24 @@ class DataHeld:
     """A data holder to all members: I have the run's data whole and checked. Said in each view."""
 
     stamp: Stamp
+
+
+@message("holdings_asked")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldingsAsked:
+    """A member where somebody forces a view: what do you hold of the run?"""
+
+    stamp: Stamp
+
+
+@message("holdings_told")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldingsTold:
+    """The answer: what a promise would tell, without promising anything."""
+
+    stamp: Stamp
+    inventory: Inventory
+    records: tuple[StepRecord, ...]
 
 
 @message("wanted")

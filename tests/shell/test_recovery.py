@@ -330,3 +330,24 @@ async def test_killed_stage_peer_that_returns_is_taken_in_again(
     assert run.result is not None
     assert_same(run.result, alone)
     assert run.result.peers == 3
+
+
+async def test_forced_view_goes_on_alone_from_the_very_step(
+    tmp_path: Path, alone: TrainResult
+) -> None:
+    async with memory_group(tmp_path, 2) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, request(tmp_path, stages=2))
+                await until(lambda: all(len(copies(m)) == 2 for m in group.members.values()))
+                await run.wait_step(8)
+                group.kill(group[0])
+                nursery.cancel_scope.cancel()
+            await until(lambda: group[1].runs.member.paused is not None)
+            name = group[1].runs.member.state.run
+            wanted = request_for(tmp_path, BUNDLE, resume=name[:8], force_view=True)
+            result = await group[1].train(wanted)
+    assert float_bits(result.losses) == float_bits(alone.losses)
+    assert result.state_digest == alone.state_digest
+    assert group[1].runs.member is None
