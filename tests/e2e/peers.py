@@ -51,10 +51,14 @@ class Member(DemoPeer):
 
     python: str = sys.executable
     options: tuple[str, ...] = ()
+    module: str = "p2ptrain"
+    variables: dict[str, str] = field(default_factory=dict)
+    """Of the process's environment, beside everybody's."""
 
     def command(self, addresses: tuple[str, ...]) -> list[str]:
         """Discovery is off where an address is given, so that tests do not depend on it."""
-        _, *line = DemoPeer.command(self, addresses)
+        _, _, _, *line = DemoPeer.command(self, addresses)
+        line = ["-m", self.module, *line]
         return [self.python, *line, *(("--no-discovery",) if addresses else ()), *self.options]
 
 
@@ -82,7 +86,7 @@ class PeerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment(self.member),
+                env={**environment(self.member), **self.member.variables},
                 start_new_session=True,
             )
         return await wait_started(self.member)
@@ -90,6 +94,11 @@ class PeerProcess:
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the process."""
         os.kill(self.pid, number)
+
+    def resume(self) -> None:
+        """Let it go on if it was stopped; one that is gone stays so."""
+        if self.process is not None and self.process.poll() is None:
+            self.send(signal.SIGCONT)
 
     async def kill(self) -> None:
         """kill -9, and wait until it is gone."""

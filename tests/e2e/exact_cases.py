@@ -1,0 +1,206 @@
+"""One disturbed run with real processes, held against the undisturbed one, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from p2ptrain.errors import P2PTrainError
+from p2ptrain.runtime.reports import TrainRequest, TrainResult
+from tests.e2e.faulty_peer import EVENTS_VARIABLE, FAULT_VARIABLE, Fault
+from tests.e2e.peers import Member, PeerProcess, Watched, job, peer_group, train
+
+REPLICATE_EVERY: Final = 3
+FAULT_STEP: Final = 8
+"""At the earliest, and when the run is protected: two replica sets are whole before."""
+STEPS: Final = 40
+CASE_TIMEOUT_S: Final = 120.0
+ROLES: Final = ("first", "middle", "last", "holder")
+PHASES: Final = ("forward", "backward", "update", "commit", "replicate", "replay", "replan")
+FAULTS: Final = ("kill", "stop", "cut", "leave")
+Event = dict[str, Any]  # Any: JSON values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What is done to a run of `peers` stages."""
+
+    peers: int
+    role: str
+    phase: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.peers}-{self.role}-{self.phase}-{self.how}"
+
+    @property
+    def faults(self) -> list[Fault]:
+        """The wishes; what hits a recovery needs a loss before it."""
+        if self.phase not in ("replay", "replan"):
+            return [Fault(role=self.role, phase=self.phase, step=FAULT_STEP, how=self.how)]
+        whom = "replayer" if self.phase == "replay" else "proposer"
+        other = "last" if self.role in ("first", "middle") else "middle"
+        # Whoever leaves still votes: with a kill two of four would be left, and no quorum.
+        how = "kill" if self.phase == "replay" else "leave"
+        return [
+            Fault(role=other, phase="forward", step=FAULT_STEP, how=how),
+            Fault(role=whom, phase=self.phase, step=0, how=self.how),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a case."""
+
+    case: Case
+    seconds: float
+    events: tuple[tuple[Event, ...], ...]
+    """By peer."""
+
+    @property
+    def state_bytes_moved(self) -> int:
+        """Of model state, between devices, in all recoveries together."""
+        return sum(event.get("bytes", 0) for events in self.events for event in events)
+
+    @property
+    def moved(self) -> list[int]:
+        """Segments whose state was sent from one device to another in a recovery."""
+        return [e["state"] for events in self.events for e in events if "state" in e]
+
+    @property
+    def replayed(self) -> list[tuple[int, int, int]]:
+        """(first segment, end segment, step) of every replayed step."""
+        return [
+            (*event["span"], event["update"])
+            for events in self.events
+            for event in events
+            if event.get("replay")
+        ]
+
+
+def matrix() -> list[Case]:
+    """Every case that makes sense: recovery phases have roles of their own."""
+    cases = []
+    for peers in (3, 4):
+        for phase in PHASES:
+            for role in ROLES if phase not in ("replay", "replan") else ("first", "last"):
+                cases += [Case(peers=peers, role=role, phase=phase, how=how) for how in FAULTS]
+    return cases
+
+
+def exact_job(text: Path, *, stages: int) -> TrainRequest:
+    """Enough steps that a fault finds the run protected, and much left to do."""
+    return replace(job(text, stages=stages), steps=STEPS, replicate_every=REPLICATE_EVERY)
+
+
+async def undisturbed_run(directory: Path, text: Path) -> TrainResult:
+    """The same job on one peer, without anything going wrong."""
+    async with peer_group(directory, 1) as (peer,):
+        result, _ = await train(peer, exact_job(text, stages=1))
+    return result
+
+
+async def run_case(case: Case, directory: Path, text: Path, undisturbed: TrainResult) -> Outcome:
+    """Run it and check everything; AssertionError says what does not hold."""
+    struck, group = directory / "struck", directory / "group"
+    struck.mkdir()
+    group.mkdir()
+    began_s = time.monotonic()
+
+    def change(member: Member) -> Member:
+        variables = {
+            FAULT_VARIABLE: json.dumps([asdict(fault) for fault in case.faults]),
+            EVENTS_VARIABLE: str(struck / f"{member.name}.jsonl"),
+        }
+        return replace(member, module="tests.e2e.faulty_peer", variables=variables)
+
+    async with peer_group(group, case.peers, change=change) as peers:
+        asked = exact_job(text, stages=case.peers)
+        with trio.fail_after(CASE_TIMEOUT_S):
+            await _train_somewhere(peers, asked, struck)
+        homes = [peer.member.home for peer in peers]
+    events = tuple(_events(struck / f"{peer.name}.jsonl") for peer in peers)
+    outcome = Outcome(case=case, seconds=time.monotonic() - began_s, events=events)
+    _check(outcome, homes, undisturbed)
+    return outcome
+
+
+async def _train_somewhere(
+    peers: tuple[PeerProcess, ...], asked: Any, struck: Path
+) -> None:  # Any: a request
+    """Start the run and wait until somebody has stored its model, whoever that is."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_conduct, peers[0], asked)
+        while not _models([peer.member.home for peer in peers]):
+            for peer in peers:
+                _wake(peer, struck)
+            await trio.sleep(0.1)
+        nursery.cancel_scope.cancel()
+
+
+async def _conduct(peer: PeerProcess, asked: TrainRequest) -> None:
+    try:
+        await train(peer, asked, Watched())
+    except P2PTrainError:
+        return  # the home peer was hit: the others go on
+
+
+def _wake(peer: PeerProcess, struck: Path) -> None:
+    """Let a stopped process go on after a while, as a lid that is opened."""
+    for event in _events(struck / f"{peer.name}.jsonl"):
+        if event.get("fault") == "stop" and event["at"] + 15.0 < time.time():
+            peer.resume()
+
+
+def _models(homes: list[Path]) -> list[Path]:
+    return [path for home in homes for path in home.glob("runs/*/trained.onnx")]
+
+
+def _events(path: Path) -> tuple[Event, ...]:
+    if not path.exists():
+        return ()
+    return tuple(json.loads(line) for line in path.read_text().splitlines())
+
+
+def _check(outcome: Outcome, homes: list[Path], undisturbed: TrainResult) -> None:
+    struck = [event for events in outcome.events for event in events if "fault" in event]
+    assert len(struck) == len(outcome.case.faults), f"not everything was done: {struck}"
+    assert struck[0]["step"] >= FAULT_STEP > 2 * REPLICATE_EVERY
+    (model,) = _models(homes)
+    assert model.read_bytes() == Path(undisturbed.model_path or "").read_bytes()
+    assert _bits(_losses(model.parent)) == _bits(undisturbed.losses)
+    for events in outcome.events:
+        live = [event["update"] for event in events if event.get("replay") is False]
+        assert live == sorted(set(live)), "a survivor ran a committed step twice"
+    if outcome.case.how == "leave" and len(outcome.case.faults) == 1:
+        assert outcome.replayed == []
+    elif len(outcome.case.faults) == 1:
+        assert len({span[:2] for span in outcome.replayed}) == 1, "more than one stage was replayed"
+        assert min(step for *_, step in outcome.replayed) > REPLICATE_EVERY
+    if len(outcome.case.faults) == 1:
+        assert set(outcome.moved) <= set(_struck_span(outcome)), "more than one stage moved"
+
+
+def _struck_span(outcome: Outcome) -> range:
+    """The segments that the device ran which was hit."""
+    (events,) = [each for each in outcome.events if any("fault" in event for event in each)]
+    return range(*next(event["span"] for event in events if event.get("replay") is False))
+
+
+def _losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines}
+    assert all(losses[line["step"]] == line["loss"] for line in lines)
+    return [losses[step] for step in sorted(losses)]
+
+
+def _bits(losses: Any) -> bytes:  # Any: a sequence of floats
+    assert all(map(math.isfinite, losses))
+    return struct.pack(f"<{len(losses)}d", *losses)
