@@ -91,6 +91,10 @@ class Admission:
         profile = answer.profile
         if profile.device != device or profile.kinds.keys() != self._bundle.manifest.kinds.keys():
             return "its measurement does not fit the model"
+        unlinked = set(self._view.members) - {*answer.linked, device}
+        if unlinked:
+            names = ", ".join(map(self._services.directory.name_of, sorted(unlinked)))
+            return f"it has no link with {names}"
         if profile.build not in self._view.contract.builds:
             return "its runtime build is not in the run's numerics contract"
         return None

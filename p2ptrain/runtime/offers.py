@@ -132,7 +132,8 @@ class OfferDesk:
             cores=self._services.cores,
             build=engine.build,
         )
-        return Profiled(run=offer.run, view=offer.view, profile=profile)
+        linked = self._services.directory.linked()
+        return Profiled(run=offer.run, view=offer.view, profile=profile, linked=linked)
 
     def _keep(self, offer: Offer, prepared: _Prepared) -> None:
         self._prepared[offer.run] = prepared

@@ -40,6 +40,7 @@ from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.energy_report import energy_report
 from p2ptrain.runtime.inbox import BodyReader
 from p2ptrain.runtime.journal import Journal
+from p2ptrain.runtime.link_watch import LOOK_EVERY_S, LinkWatch
 from p2ptrain.runtime.own_record import keep_own_record, read_own_state
 from p2ptrain.runtime.reports import EnergyReport, PeerStatus, TrainRequest, TrainResult
 from p2ptrain.runtime.run_service import RunService
@@ -143,6 +144,7 @@ class Peer:
             nursery.start_soon(self._follow_self)
             nursery.start_soon(self._find_others)
             nursery.start_soon(self._book_energy)
+            nursery.start_soon(self._watch_links)
             nursery.start_soon(self._keep_own_record)
             for address in self.config.peers:
                 split_address(address)  # a wrong one ends the start
@@ -464,6 +466,18 @@ class Peer:
             read=lambda: read_own_state(self.addresses()),
             watch=SuspensionWatch(),
         )
+
+    async def _watch_links(self) -> None:
+        """Close what has become silent between members of a run that others still reach."""
+        watch = LinkWatch()
+        while True:
+            await trio.sleep(LOOK_EVERY_S)
+            now, member = trio.current_time(), self.runs.member
+            plan = None if member is None else member.plan
+            members = () if plan is None else plan.members
+            views = [v for v in self.membership.machine.members(now) if v.device in members]
+            for device in watch.look(views, now):
+                self.links.close(device, "nothing came over it, though others reach it")
 
     def _own_record(self) -> MemberRecord:
         state = read_own_state(self.addresses())

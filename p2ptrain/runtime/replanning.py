@@ -97,12 +97,25 @@ class _Planner:
         self._promises: dict[DeviceId, Inventory] = {
             promise.device: promise.inventory for promise in given.wanted.promises
         }
-        staying = [d for d in self._promises if d not in given.leaving]
+        staying = [d for d in self._linked_together() if d not in given.leaving]
         fresh = {p.device: p for p in given.newcomers if p.device not in self._promises}
         known = {profile.device: profile for profile in self._base.profiles}
         self._profiles = {d: p for d, p in {**known, **fresh}.items() if d in {*staying, *fresh}}
         self._usable = tuple(sorted({*staying, *fresh}))
         self._has_newcomers = bool(fresh)
+
+    def _linked_together(self) -> list[DeviceId]:
+        """Those that promised and can all exchange tensors with each other, the home peer first.
+
+        Greedy by number of links, then by device: where one way is cut, one of its ends stays out.
+        """
+        home, told = self._base.plan.home, self._promises
+        order = sorted(told, key=lambda d: (d != home, -len(told[d].linked), d))
+        chosen: list[DeviceId] = []
+        for device in order:
+            if all(o in told[device].linked and device in told[o].linked for o in chosen):
+                chosen.append(device)
+        return chosen
 
     def candidates(self) -> Iterator[Plan]:
         """Plans, the best first: another cut where that is worth its moves, else least movement."""

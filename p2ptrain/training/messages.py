@@ -7,7 +7,7 @@ from typing import Final
 
 from p2ptrain import limits
 from p2ptrain.energy.combine import PeerBooking
-from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber, is_digest
+from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber, is_digest
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.recovery.inventory import Inventory
@@ -55,6 +55,8 @@ class Profiled:
     run: RunId
     view: ViewNumber
     profile: PeerProfile
+    linked: tuple[DeviceId, ...] = ()
+    """Devices with which I can exchange tensors."""
 
 
 @message("declined")
