@@ -98,3 +98,36 @@ def hundred_steps(directory: Path, *, stages: int) -> TrainRequest:
     text.write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
     bundle = write_bundle(directory / f"bundle-{stages}", tiny_bundle(blocks=4))
     return dataclasses.replace(job(text, stages=stages), bundle=str(bundle), steps=STEPS)
+
+
+async def test_way_between_two_members_that_is_cut_is_planned_around(
+    air: Wifi, tmp_path: Path
+) -> None:
+    """Both ends live and the third peer reaches both: one of them stays out of the next view."""
+    async with running_peers(air, tmp_path) as peers:
+        await wait_found(peers)
+        watched = Watched()
+        cut_for_s: list[float] = []
+
+        async def cut() -> None:
+            await watched.wait_step(CUT_AFTER)
+            first = peers[0]
+            await first.wait_status(  # the data has its second copy, and replicas are whole
+                lambda s: s.run_status is not None and s.run_status.safety.startswith("protected"),
+                NOTICED_S,
+            )
+            air.tell(SLOW)
+            began_s, before = trio.current_time(), (await run_of(first)).step
+            air.tell("cut b c")
+            await watched.wait_step(before + HEALED_AFTER)
+            cut_for_s.append(trio.current_time() - began_s)
+            air.tell("heal")
+            air.tell(USUAL)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cut)
+            result, _ = await train(peers[0], hundred_steps(tmp_path, stages=3), watched)
+        alone, _ = await train(peers[0], hundred_steps(tmp_path, stages=1))
+    print(f"six steps, with the way cut at the beginning, took {cut_for_s[0]:.1f} s")
+    assert result.losses == alone.losses
+    assert result.state_digest == alone.state_digest
