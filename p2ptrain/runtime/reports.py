@@ -224,6 +224,25 @@ class MemberReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryReport:
+    """What the last loss cost a run in time, as one member saw it; all but one are durations."""
+
+    reason: str
+    noticed_at_s: float
+    """Seconds since the epoch, by this device's clock."""
+    agreement_s: float
+    """From noticing to the decision of the next view."""
+    transfer_s: float
+    """Of the restoration: waiting for states and logs from others, here."""
+    replay_s: float
+    """Of the restoration: computing steps again, here."""
+    ready_s: float
+    """From the decision until every member was ready; transfer and replay are in it."""
+    step_s: float
+    """From then to the first new committed step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatusReport:
     """Where the run of this peer stands, as this peer sees it."""
 
@@ -250,6 +269,7 @@ class RunStatusReport:
     """Replicas that this device keeps for others."""
     data_holders: tuple[str, ...]
     """Names of the members that have the run's data."""
+    last_recovery: RecoveryReport | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

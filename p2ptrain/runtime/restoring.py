@@ -7,6 +7,7 @@ DESIGN section 7, rules 1, 4 and 5.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 
 import trio
@@ -18,6 +19,7 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import StagePlan
 from p2ptrain.recovery.restoration import Replay, SpanAt
 from p2ptrain.runtime.asking import Asker
+from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replay import Replayer
 from p2ptrain.runtime.run_state import WEIGHTS_FOLDER, RunState
 from p2ptrain.runtime.stage import StageWorker
@@ -31,9 +33,16 @@ from p2ptrain.training.step_record import StepRecord
 class Restorer:
     """One view's restoration at one member, and what it gives to the others."""
 
-    def __init__(self, *, view: View, state: RunState, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        *,
+        view: View,
+        state: RunState,
+        changed: Callable[[], None],
+        clock: RecoveryClock,
+    ) -> None:
         """`changed` is called whenever `read` may give more than before."""
-        self._view, self._state, self._changed = view, state, changed
+        self._view, self._state, self._changed, self._clock = view, state, changed, clock
         self._services = state.services
         self.asker = Asker(
             stamp=stamp_of(view.plan),
@@ -190,7 +199,7 @@ class Restorer:
         if source == self._services.device:
             content = await trio.to_thread.run_sync(self._state.read_replica, step, segment)
         else:
-            content = await self.asker.fetch(source, "state", segment, step)
+            content = await self._fetch(source, "state", segment, step)
         if content is None:
             raise CheckpointError(f"the replica of segment {segment} at step {step} is gone")
         await trio.to_thread.run_sync(self._state.load, worker, segment, step, content)
@@ -221,7 +230,9 @@ class Restorer:
             }
             inputs = step_inputs(self._state.manifest, self._view.contract, segments, packed)
             record = self._record(step)
+            began_s = time.monotonic()
             await trio.to_thread.run_sync(replayer.run_step, inputs, record)
+            self._clock.replay_s += time.monotonic() - began_s
             self._state.log.finish(step)
             self.replayed_steps += 1
         return worker
@@ -231,10 +242,16 @@ class Restorer:
         if giver is None:
             raise InvariantBroken(f"the view names nobody for {place}")
         if giver != self._services.device:
-            return await self.asker.fetch(giver, place.kind, place.segment, step)
+            return await self._fetch(giver, place.kind, place.segment, step)
         content = await trio.to_thread.run_sync(self._state.read_log, place, step)
         if content is None:
             raise PeerLost(f"the log of step {step} is not here any more")
+        return content
+
+    async def _fetch(self, device: DeviceId, what: str, segment: int, step: int) -> bytes:
+        began_s = time.monotonic()
+        content = await self.asker.fetch(device, what, segment, step)
+        self._clock.fetch_s += time.monotonic() - began_s
         return content
 
     def _record(self, step: int) -> StepRecord:

@@ -38,6 +38,7 @@ from p2ptrain.runtime.home_duty import HomeSession
 from p2ptrain.runtime.inbox import BodyReader, discard
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.progress import ProgressTracker
+from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replanning import NextView, forced_view, next_view
 from p2ptrain.runtime.run_state import RunState
 from p2ptrain.runtime.usage import RunMeter
@@ -86,6 +87,7 @@ class RunMember:
         self._services, self._signal = state.services, state.signal
         self._meter: RunMeter | None = None
         self.driver = open_driver(self)
+        self.recovery = RecoveryClock()
         state.on_stored = self._replica_stored
         self.data = DataKeeping(
             state=state, job=None if home is None else home.job, on_copied=self._data_copied
@@ -230,6 +232,7 @@ class RunMember:
             name = self._services.directory.name_of(device)
             self.fail(PeerLost(f"peer {name} ({device[:8]}) is gone: {reason}"))
             return
+        self.recovery.noticed(reason)
         wait_s = limits.VIEW_WAIT_SURE_S if sure else limits.VIEW_WAIT_SILENT_S
         self.want(reason, after_s=wait_s)
 
@@ -384,6 +387,7 @@ class RunMember:
         view, work = self.machine.view, self._work
         if work is not None and view is not None and work.stamp == stamp_of(view.plan):
             work.committed(record)
+            self.recovery.committed()
 
     def _remember(self, record: StepRecord, *, live: bool) -> None:
         if record.step in self.history:
@@ -396,6 +400,7 @@ class RunMember:
         if view.restoration is not None:
             for record in view.records:
                 self._remember(record, live=False)
+        self.recovery.decided()
         superseded = self._work is not None and self._work.stamp != stamp_of(view.plan)
         if self._view_scope is not None and superseded:
             self._view_scope.cancel()
@@ -513,7 +518,14 @@ class RunMember:
             meter = self._services.open_meter(view.plan, view.contract.minibatch_size)
             self._meter = meter
         hooks = WorkHooks(complete=self._complete, fail=self.fail, begun=lambda: self._begun(view))
-        work = ViewWork(view=view, state=self.state, hooks=hooks, home=self.home, meter=meter)
+        work = ViewWork(
+            view=view,
+            state=self.state,
+            hooks=hooks,
+            home=self.home,
+            meter=meter,
+            clock=self.recovery,
+        )
         self._work = work
         for device, message in self._early.take(work.stamp):
             self.receive(device, work.stamp, message)
@@ -533,6 +545,7 @@ class RunMember:
         return False
 
     def _begun(self, view: View) -> None:
+        self.recovery.ready()
         self._start(self.data.run, view)
 
     def _open_admission(self, view: View) -> None:

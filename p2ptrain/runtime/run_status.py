@@ -31,6 +31,7 @@ def run_status_report(member: RunMember) -> RunStatusReport:
         log_bytes_max=limits.STEP_LOG_BYTES_MAX,
         replica_bytes=held.stored_bytes,
         data_holders=() if plan is None else tuple(map(name_of, plan.holders)),
+        last_recovery=member.recovery.last,
     )
 
 

@@ -15,6 +15,7 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.giving import Giver
 from p2ptrain.runtime.home_duty import HomeDuty, HomeSession
 from p2ptrain.runtime.inbox import BodyReader, discard
+from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replication import SnapshotOwner
 from p2ptrain.runtime.restoring import Restorer
 from p2ptrain.runtime.run_state import RunState
@@ -70,6 +71,7 @@ class ViewWork:
         hooks: WorkHooks,
         home: HomeSession | None,
         meter: RunMeter,
+        clock: RecoveryClock,
     ) -> None:
         self.view, self.plan, self.stamp = view, view.plan, stamp_of(view.plan)
         self._state, self._services, self._signal = state, state.services, state.signal
@@ -93,7 +95,9 @@ class ViewWork:
         self._giver = Giver(
             outlet=self._services.outlet, blobs=self._services.blobs, read=self._read_wanted
         )
-        self._restorer = Restorer(view=view, state=state, changed=self._giver.look_again)
+        self._restorer = Restorer(
+            view=view, state=state, changed=self._giver.look_again, clock=clock
+        )
         self._duty: HomeDuty | None = None
         if home is not None and self.plan.home == self._services.device:
             self._duty = HomeDuty(
