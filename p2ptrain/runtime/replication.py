@@ -100,9 +100,10 @@ class SnapshotOwner:
     ) -> None:
         """Copy the stage's memory as it is after `step`: all that training waits for.
 
-        Between two steps, while `run` runs. Waits for the hashes of the snapshot before, so that
-        memory holds two at most, and for its collector. A cancellation leaves the stage as it is,
-        without a snapshot.
+        Between two steps, while `run` runs. Waits until the snapshot before is stored, because a
+        set that the next one overtakes is never whole; for a keeper that does not store, no longer
+        than REPLICA_WAIT_S, and then takes its place. Always waits for a checkpoint's collector.
+        A cancellation leaves the stage as it is, without a snapshot.
 
         Args:
             stamp: Of the view.
@@ -110,6 +111,8 @@ class SnapshotOwner:
             collector: The home peer, where this is part of a checkpoint.
             limiter: Of the stage's compute thread.
         """
+        with trio.move_on_after(limits.REPLICA_WAIT_S):
+            await self._signal.wait_until(self._is_idle)
         await self._signal.wait_until(lambda: self._fresh is None and not self._is_awaited())
         images = await trio.to_thread.run_sync(self._copy, stamp, step, limiter=limiter)
         self._fresh = _Snapshot(stamp=stamp, step=step, images=images, collector=collector)
@@ -142,6 +145,7 @@ class SnapshotOwner:
         self._stored_step = step
         if not self._is_awaited():
             self._withdraw()
+        self._signal.notify()
         return True
 
     def collected(self, step: int) -> None:
@@ -178,6 +182,11 @@ class SnapshotOwner:
     def _is_stored(self, snapshot: _Snapshot) -> bool:
         """Whether every keeper has every segment."""
         return len(snapshot.stored) == len(self._keepers) * len(self._worker.segments)
+
+    def _is_idle(self) -> bool:
+        """Whether nothing waits to be offered or stored."""
+        offered = self._offered
+        return self._fresh is None and (offered is None or self._is_stored(offered))
 
     def _is_awaited(self) -> bool:
         """Whether a checkpoint's collector may still fetch what is offered."""
@@ -334,11 +343,13 @@ class ReplicaKeeper:
         """
         while True:
             await self._signal.wait_until(lambda: bool(self._wanted))
-            for wanted in sorted(self._wanted.values(), key=_order):
+            tried = sorted(self._wanted.values(), key=_order)
+            for wanted in tried:
                 if self._is_wanted(wanted) and await self._keep(wanted):
                     self._drop(wanted)
                     self._on_stored(wanted.saved)
-            if self._wanted:
+            # What was announced meanwhile is not made to wait for what cannot be had.
+            if self._wanted and all(wanted in tried for wanted in self._wanted.values()):
                 await self._pause()
 
     def statistics(self) -> KeeperStatistics:
