@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import importlib.metadata
 from collections.abc import Sequence
@@ -46,20 +47,24 @@ def installed_runtimes(path: Sequence[str] | None = None) -> tuple[Installed, ..
 
 
 def _changed(distribution: importlib.metadata.Distribution) -> tuple[str, ...]:
+    """Read from RECORD itself: `Distribution.files` leaves missing files out since Python 3.12."""
+    rows = csv.reader((distribution.read_text("RECORD") or "").splitlines())
     return tuple(
-        str(file)
-        for file in distribution.files or ()
-        if file.hash is not None and not _is_intact(Path(str(file.locate())), file.hash)
+        name
+        for name, recorded, *_ in rows
+        if recorded and not _is_intact(Path(str(distribution.locate_file(name))), recorded)
     )
 
 
-def _is_intact(path: Path, recorded: importlib.metadata.FileHash) -> bool:
+def _is_intact(path: Path, recorded: str) -> bool:
+    """`recorded` is `sha256=`, then url-safe base64 without padding."""
+    mode, _, value = recorded.partition("=")
     try:
-        digest = hashlib.new(recorded.mode)
+        digest = hashlib.new(mode)
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
     except (OSError, ValueError):
         return False
     found = base64.urlsafe_b64encode(digest.digest()).rstrip(b"=").decode()
-    return found == recorded.value
+    return found == value

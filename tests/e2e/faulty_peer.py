@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Saboteur:
         self._faults, self._events = faults, events
         self._roles: set[str] = set()
         self.replaying = False
+        self._hold = threading.Event()
         self.member: RunMember | None = None
         self.link_open = trio.Event()
         self.link_open.set()
@@ -78,14 +80,14 @@ class Saboteur:
         """A phase of a step begins here, in a worker thread: hold it until it may be hit."""
         for fault in self._due(phase, step):
             while not self._is_protected(fault):
-                time.sleep(HOLD_S)
+                self._hold.wait(HOLD_S)
             self._fulfil(fault, step)
 
     def pace(self, step: int) -> None:
         """Let no replica set be overtaken by the next before the one that shall be hit."""
         for fault in self._due("replicate", step):
             while not self._is_protected(fault):
-                time.sleep(HOLD_S)
+                self._hold.wait(HOLD_S)
 
     async def reach_async(self, phase: str, step: int) -> None:
         """The same in the event loop; a replica that is held would itself keep sets from being

@@ -150,8 +150,9 @@ async def test_step_is_stored_when_every_keeper_has_it(engine: Engine, tmp_path:
 
 
 async def test_newer_snapshot_takes_the_place_of_one_that_nobody_stored(
-    engine: Engine, tmp_path: Path
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(limits, "REPLICA_WAIT_S", 0.05)  # for a keeper that does not store
     async with running(engine, tmp_path) as pair:
         pair.hold = True
         pair.train(1)

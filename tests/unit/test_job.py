@@ -176,7 +176,7 @@ def commit(job: Job, **changes: object) -> None:
 
 def test_run_without_a_checkpoint_resumes_from_its_beginning(tmp_path: Path, begun: Job) -> None:
     job = job_of(request(tmp_path, resume="aaa", steps=999, seed=999), tmp_path)
-    assert (job.first_step, job.view) == (0, 2)
+    assert (job.first_step, job.lineage, job.view) == (0, 1, 1), "a lineage of its own"
     assert job.resumed
     assert job.contract == begun.contract, "a resumed run keeps its contract, whatever is asked"
 
