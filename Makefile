@@ -1,7 +1,7 @@
 # Every target does its own set-up on a fresh machine with Python 3.11 or newer.
 .POSIX:
 .SUFFIXES:
-.PHONY: demo demo-long test lint sim clean
+.PHONY: demo demo-long test lint sim exact soak clean
 
 # The first interpreter that really starts (a pyenv shim may be there and not work).
 FIND_PYTHON = for each in "$$PYTHON" python3.11 python3.12 python3 \
@@ -27,6 +27,14 @@ lint:
 
 sim:
 	@$(FIND_PYTHON); "$$python" tools/make_environment.py runtime && "$$python" tools/check.py sim
+
+exact:
+	@$(FIND_PYTHON); "$$python" tools/make_environment.py runtime && \
+		.venv/bin/python -m tests.e2e.run_exact
+
+soak:
+	@$(FIND_PYTHON); "$$python" tools/make_environment.py runtime && \
+		.venv/bin/python tools/soak.py --minutes 20
 
 clean:
 	rm -rf .venv .venv-export .venv-stock .venv-stock-3.13 build dist

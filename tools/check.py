@@ -94,8 +94,8 @@ def sim_steps() -> list[Step]:
 def full_phases() -> list[tuple[list[Step], ...]]:
     """Everything, each test in the environment that it is for.
 
-    Steps of one process run in two lanes side by side; then, alone on the machine, those that start
-    several processes and watch how soon they notice each other.
+    Steps of one process run in two lanes side by side, then those that start several processes; at
+    last, alone on the machine, those that emulate a network or another machine.
     """
     elsewhere = [f"--ignore=tests/{name}" for name in ("export", "arm", "e2e", "netns")]
     first, second = lint_steps(), [tests("export", EXPORT, "tests/export")]
@@ -105,12 +105,16 @@ def full_phases() -> list[tuple[list[Step], ...]]:
             name = folder.name.removeprefix(".venv-")
             kept = [each for each in STOCK_FOLDERS if each not in skipped]
             lane.append(tests(name, folder, *kept, "--ignore=tests/unit/test_tidy.py"))
+    exact = "tests/e2e/test_exact_recovery.py"
+    processes = (
+        [tests("end to end", RUNTIME, "tests/e2e", f"--ignore={exact}")],
+        [tests("exact recovery", RUNTIME, exact)],
+    )
     alone = [
-        tests("end to end", RUNTIME, "tests/e2e"),
         tests("network", RUNTIME, "tests/netns", "-rs"),
         tests("arm", RUNTIME, "tests/arm", "-rs"),
     ]
-    return [(first, second), (alone,)]
+    return [(first, second), processes, (alone,)]
 
 
 def tests(name: str, environment: Path, *arguments: str) -> Step:

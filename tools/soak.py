@@ -31,8 +31,7 @@ import trio
 from rich.console import Console
 from rich.progress import Progress
 
-ROOT: Final = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.runtime.reports import TrainRequest, TrainResult
@@ -43,6 +42,7 @@ from tools.wifi_emulator.medium import Air
 from tools.wifi_emulator.namespaces import Unavailable, require_permitted
 from tools.wifi_emulator.wifi import Wifi, wifi
 
+ROOT: Final = Path(__file__).resolve().parents[1]
 STATIONS: Final = ("a", "b", "c", "d")
 STEPS_PER_MINUTE: Final = 120
 QUIET_S: Final = (0.5, 4.0)
@@ -145,7 +145,7 @@ async def soak(steps: int, seed: int, directory: Path, say: Say) -> Counter[str]
             found = models(peers)
             await restore(air, peers)
             alone, _ = await train(peers[0], request(directory, steps, stages=1))
-    check(found, alone)
+    await trio.to_thread.run_sync(check, found, alone)
     return campaign.counts
 
 
