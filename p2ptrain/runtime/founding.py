@@ -157,7 +157,9 @@ class Founding:
             form=self._contract.form,
             threads=self._contract.threads,
         )
-        members = [record.device for record in self._services.directory.alive()]
+        going = self._services.directory.leaving()
+        there = (record.device for record in self._services.directory.alive())
+        members = [device for device in there if device not in going]
         self._answers = dict.fromkeys(members)
         for device in members:
             try:

@@ -20,7 +20,7 @@ from p2ptrain.engine.onnxruntime_engine import open_engine, runtime_build
 from p2ptrain.errors import ConfigError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, short
 from p2ptrain.membership.accusation import LEFT, REFUSED, RESTARTED
-from p2ptrain.membership.events import AddressLearned, MemberDown, MemberUp
+from p2ptrain.membership.events import AddressLearned, MemberDown, MemberUp, RecordChanged
 from p2ptrain.membership.machine import Membership
 from p2ptrain.membership.messages import MembershipMessage
 from p2ptrain.membership.record import MemberRecord
@@ -34,6 +34,7 @@ from p2ptrain.planner.plan import Plan
 from p2ptrain.power.host import available_memory_bytes, host_identity
 from p2ptrain.power.meter import open_meter
 from p2ptrain.runtime.ballots import Ballots, follow_ballot
+from p2ptrain.runtime.battery_watch import spare_battery
 from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.runtime.config import PeerConfig, default_threads, power_settings
 from p2ptrain.runtime.driver import Driver
@@ -146,6 +147,7 @@ class Peer:
             nursery.start_soon(self._book_energy)
             nursery.start_soon(self._watch_links)
             nursery.start_soon(self._keep_own_record)
+            nursery.start_soon(self._spare_battery)
             for address in self.config.peers:
                 split_address(address)  # a wrong one ends the start
                 self._dial_hint(address)
@@ -365,7 +367,7 @@ class Peer:
             case AddressLearned(device=device, addresses=addresses):
                 for address in addresses:
                     self._dial_hint(address, device)
-            case MemberUp(record=record):
+            case MemberUp(record=record) | RecordChanged(record=record):
                 self.runs.peer_up(record.device)
 
     def _agreement_event(self, event: object) -> None:
@@ -465,6 +467,13 @@ class Peer:
             self.links,
             read=lambda: read_own_state(self.addresses()),
             watch=SuspensionWatch(),
+        )
+
+    async def _spare_battery(self) -> None:
+        await spare_battery(
+            own=lambda: self.membership.machine.own,
+            hand_over=self._hand_over,
+            stay=lambda: self._say_leaving(False),
         )
 
     async def _watch_links(self) -> None:
