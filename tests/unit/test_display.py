@@ -8,7 +8,7 @@ import pytest
 
 from p2ptrain.cli.display import DemoDisplay, RunDisplay
 from p2ptrain.cli.speech import say_error
-from p2ptrain.cli.tables import plan_lines, result_table, status_lines, step_line
+from p2ptrain.cli.tables import plan_lines, result_table, run_lines, status_lines, step_line
 from p2ptrain.demo.baselines import Baselines
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.ids import DeviceId, RunId
@@ -16,6 +16,7 @@ from p2ptrain.runtime.reports import (
     EnergyReport,
     PeerStatus,
     PlanReport,
+    RunStatusReport,
     StepReport,
     TrainResult,
 )
@@ -117,3 +118,27 @@ def test_demo_shows_baselines_and_written_text(capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert all(figure in printed for figure in ("5.5000", "3.3000", "2.6000", "2.0000"))
     assert "    one [b]\n    two\n" in printed
+
+
+RUN = RunStatusReport(
+    run=RunId("r" * 26), lineage=0, view=3,
+    members=("attic: stage 1 of 2, feeds the data", "pi: stage 2 of 2"),
+    step=41, steps=100, safety="protected: any one device may vanish (replicas of step 40)",
+    waits_for=None, replica_step=40, replica_every=10, log_steps=1, log_bytes=3 << 20,
+    log_bytes_max=256 << 20, replica_bytes=1 << 20, data_holders=("attic", "pi"),
+)  # fmt: skip
+
+
+def test_run_says_where_it_stands_and_what_it_waits_for() -> None:
+    lines = run_lines(RUN)
+    assert lines[0] == "run rrrrrrrr, view 3: step 41 of 100"
+    assert "  pi: stage 2 of 2" in lines
+    assert "  protected: any one device may vanish (replicas of step 40)" in lines
+    assert lines[-1] == (
+        "  whole replica set: step 40, one every 10 steps; logs here: 1 steps, "
+        "3.0 MiB of 256.0 MiB; replicas kept here: 1.0 MiB"
+    )
+    paused = replace(RUN, lineage=1, replica_step=None, waits_for="paused: no quorum (1 of 3)")
+    assert run_lines(paused)[0] == "run rrrrrrrr, view 3, lineage 1: step 41 of 100"
+    assert "none yet" in "".join(run_lines(paused))
+    assert run_lines(paused)[-1] == "  paused: no quorum (1 of 3)"
