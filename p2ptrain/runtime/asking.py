@@ -45,6 +45,10 @@ class Asker:
         try:
             self._outlet.send(device, wanted)
             given = await self._wait(key)
+            if given.missing:
+                raise PeerLost(
+                    f"{device[:8]} does not have the {what} of segment {segment} at step {step}"
+                )
             content = await self._blobs.fetch(device, given.blob, size=given.blob_bytes)
         finally:
             del self._answers[key]

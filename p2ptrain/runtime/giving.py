@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from p2ptrain import limits
-from p2ptrain.errors import PeerLost, RemoteProtocolError
+from p2ptrain.errors import CheckpointError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.runtime.blobs import BlobExchange, blob_digest
 from p2ptrain.runtime.outlet import Outlet
@@ -16,7 +16,7 @@ from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.messages import Given, Wanted
 
 Read = Callable[[Wanted], Awaitable[bytes | None]]
-"""The wanted bytes; None while they are not there yet."""
+"""The wanted bytes; None while they are not there yet. CheckpointError: they never will be."""
 
 
 class Giver:
@@ -63,7 +63,12 @@ class Giver:
             self._offered.clear()
 
     async def _answer(self, device: DeviceId, wanted: Wanted) -> None:
-        content = await self._read(wanted)
+        try:
+            content = await self._read(wanted)
+        except CheckpointError:
+            self._waiting.remove((device, wanted))
+            self._tell(device, wanted, Digest(""), 0, missing=True)
+            return
         if content is None:
             return
         self._waiting.remove((device, wanted))
@@ -73,13 +78,19 @@ class Giver:
             self._blobs.withdraw(old)
         self._offered[device] = self._blobs.publish(content, digest=digest)
         self.given_bytes += len(content)
+        self._tell(device, wanted, digest, len(content), missing=False)
+
+    def _tell(
+        self, device: DeviceId, wanted: Wanted, blob: Digest, size: int, *, missing: bool
+    ) -> None:
         given = Given(
             stamp=wanted.stamp,
             what=wanted.what,
             segment=wanted.segment,
             step=wanted.step,
-            blob=digest,
-            blob_bytes=len(content),
+            blob=blob,
+            blob_bytes=size,
+            missing=missing,
         )
         with contextlib.suppress(PeerLost):  # then the view changes again
             self._outlet.send(device, given)

@@ -100,27 +100,34 @@ class Restorer:
         self._replayed.clear()
 
     async def read(self, wanted: Wanted) -> bytes | None:
-        """What another member may have of us; None while it is not there yet."""
+        """What another member may have of us; None while it is not there yet.
+
+        Raises:
+            CheckpointError: a replica or log that the view says is here is not.
+        """
         if not self._settled:
             await trio.lowlevel.checkpoint()
             return None
         if wanted.what != "state":
             return await self._read_step(wanted)
         if wanted.step != self._view.resume_step:
+            found = await trio.to_thread.run_sync(
+                self._state.read_replica, wanted.step, wanted.segment
+            )
+            return _there(found, f"the replica of segment {wanted.segment}")
+        worker = self._holder(wanted.segment)
+        if worker is None:  # a replica of this very step, or a replay that is not finished
             return await trio.to_thread.run_sync(
                 self._state.read_replica, wanted.step, wanted.segment
             )
-        worker = self._holder(wanted.segment)
-        if worker is None:
-            await trio.lowlevel.checkpoint()
-            return None
         return await trio.to_thread.run_sync(
             self._state.serialise, worker, wanted.segment, wanted.stamp, wanted.step
         )
 
     async def _read_step(self, wanted: Wanted) -> bytes | None:
         place = StepPlace(wanted.what, wanted.segment)  # type: ignore[arg-type]  # checked: WANTED
-        return await trio.to_thread.run_sync(self._state.read_log, place, wanted.step)
+        found = await trio.to_thread.run_sync(self._state.read_log, place, wanted.step)
+        return _there(found, f"the {wanted.what} of step {wanted.step}")
 
     # Our stage.
 
@@ -259,6 +266,12 @@ class Restorer:
             if record.step == step:
                 return record
         raise InvariantBroken(f"the view lacks the record of step {step}")
+
+
+def _there(content: bytes | None, what: str) -> bytes:
+    if content is None:
+        raise CheckpointError(f"{what} is not here any more")
+    return content
 
 
 def _device_of(spans: tuple[SpanAt, ...], segment: int) -> DeviceId:

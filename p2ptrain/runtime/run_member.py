@@ -426,7 +426,14 @@ class RunMember:
             self._work.tell_replica(saved)
 
     def _release(self) -> None:
-        """Logs and records that a whole replica set has made needless may go."""
+        """Logs and records that a whole replica set has made needless may go.
+
+        Not between a promise and the work of the view that follows from it: what the promise told
+        may be what that view needs.
+        """
+        work = self._work
+        if self.machine.promised or work is None or not work.started:
+            return
         step = self.state.release()
         if step is not None and step > self._released:
             self._released = step

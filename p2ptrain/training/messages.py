@@ -229,7 +229,7 @@ class Wanted:
 @message("given")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """The answer to `wanted`: it can be fetched as a blob."""
+    """The answer to `wanted`: it can be fetched as a blob, unless it is missing."""
 
     stamp: Stamp
     what: str
@@ -237,6 +237,8 @@ class Given:
     step: int
     blob: Digest
     blob_bytes: int
+    missing: bool = False
+    """It is not here, and will not be: the view must change. There is no blob then."""
 
 
 @message("usage")
