@@ -22,6 +22,7 @@ FAULT_STEP: Final = 8
 """At the earliest, and when the run is protected: two replica sets are whole before."""
 STEPS: Final = 40
 CASE_TIMEOUT_S: Final = 120.0
+RETURN_AFTER_S: Final = 35.0
 ROLES: Final = ("first", "middle", "last", "holder")
 PHASES: Final = ("forward", "backward", "update", "commit", "replicate", "replay", "replan")
 FAULTS: Final = ("kill", "stop", "cut", "leave")
@@ -152,6 +153,16 @@ async def _conduct(peer: PeerProcess, asked: TrainRequest) -> None:
         return  # the home peer was hit: the others go on
 
 
+async def _bring_back(peers: tuple[PeerProcess, ...]) -> None:
+    """Start again whoever was killed: two losses at once may have taken a stage and its replica,
+    and then the run waits for a return."""
+    living = [peer for peer in peers if peer.is_running]
+    address = (await living[0].status()).address.split(",")[0]
+    for peer in peers:
+        if not peer.is_running:
+            await peer.start(address)
+
+
 def _wake(peer: PeerProcess, struck: Path) -> None:
     """Let a stopped process go on after a while, as a lid that is opened."""
     for event in _events(struck / f"{peer.name}.jsonl"):
@@ -170,7 +181,8 @@ def _events(path: Path) -> tuple[Event, ...]:
 
 
 def _check(outcome: Outcome, homes: list[Path], undisturbed: TrainResult) -> None:
-    struck = [event for events in outcome.events for event in events if "fault" in event]
+    hits = [event for events in outcome.events for event in events if "fault" in event]
+    struck = sorted(hits, key=lambda event: event["at"])
     assert len(struck) == len(outcome.case.faults), f"not everything was done: {struck}"
     assert struck[0]["step"] >= FAULT_STEP > 2 * REPLICATE_EVERY
     (model,) = _models(homes)

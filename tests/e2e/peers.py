@@ -30,7 +30,6 @@ from p2ptrain.demo.group import (
 )
 from p2ptrain.net.control_socket import call
 from p2ptrain.runtime.reports import PeerStatus, StepReport, TrainRequest, TrainResult
-from p2ptrain.store.runs import RunDirectory, run_paths
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.wire.codec import from_plain, to_plain
 
@@ -95,9 +94,14 @@ class PeerProcess:
         """Send a signal to the process."""
         os.kill(self.pid, number)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether its process is there, stopped or not."""
+        return self.process is not None and self.process.poll() is None
+
     def resume(self) -> None:
         """Let it go on if it was stopped; one that is gone stays so."""
-        if self.process is not None and self.process.poll() is None:
+        if self.is_running:
             self.send(signal.SIGCONT)
 
     async def kill(self) -> None:
@@ -321,16 +325,6 @@ async def running_command(
             for stream in (process.stdout, process.stderr):
                 if stream is not None:
                     await trio.aclose_forcefully(stream)
-
-
-async def wait_saved(home: PeerProcess, command: RunningCommand) -> RunDirectory:
-    """Wait until the run that a command conducts is in mid step, with a checkpoint behind it."""
-    await command.wait_said("step 7/")
-    (path,) = run_paths(home.member.home / "runs")
-    run = RunDirectory(path)
-    while not run.checkpoint_steps():  # noqa: ASYNC110 written by another process
-        await trio.sleep(POLL_S)
-    return run
 
 
 def typed(request: TrainRequest) -> list[str]:
