@@ -155,7 +155,8 @@ class RunService:
         A cancellation abandons the session on every member; the last checkpoint stays.
 
         Raises:
-            P2PTrainError: as `Coordinator.conduct`; ConfigError when a run is in the way.
+            P2PTrainError: as `Founding.found` and `RunMember.run`; ConfigError when a run is in the
+                way.
         """
         await self._wait_cleared()
         under_way = None if self._part is None else self._part.member
