@@ -169,8 +169,8 @@ async def raw_connection(peer: Peer, member: Group, kind: str) -> Connection:
 
 def hello_of(member: Group, kind: str, **changes: object) -> Hello:
     fields: dict[str, object] = {
-        "protocol_min": 2,
-        "protocol_max": 2,
+        "protocol_min": 3,
+        "protocol_max": 3,
         "features": (),
         "group": member.id,
         "device": member.device,
