@@ -38,7 +38,6 @@ from p2ptrain.training.messages import (
     Evaluated,
     Offer,
     Profiled,
-    Ready,
     SegmentSaved,
     stamp_of,
 )
@@ -257,26 +256,6 @@ async def test_home_that_dies_between_decision_and_begin_leaves_nobody_waiting(
         await until(lambda: group[1].runs.statistics().prepared_count == 0)
         result = await group[1].train(request(tmp_path, stages=2))
         assert result.steps == 2
-
-
-async def test_home_that_never_begins_is_given_up(tmp_path: Path, mock_clock: MockClock) -> None:
-    async with memory_group(tmp_path, 2) as group:
-        group[0].drops = lambda message: isinstance(message, Begin | Abort)
-        outcome = Outcome()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(outcome.of, group[0], request(tmp_path, stages=2))
-            await until(lambda: group[1].runs.statistics().taking_part)
-            await until(lambda: bool(heard(group[0], Ready)))
-            mock_clock.jump(limits.PREPARE_TIMEOUT_S)
-        assert isinstance(outcome.error, PeerLost)
-        assert "peer-1 did not get ready within 120 s" in outcome.error.message
-
-        def later() -> bool:  # it waits from when its disk was ready, which takes real time
-            mock_clock.jump(limits.PROPOSAL_TIMEOUT_S)
-            return group[1].runs.current_run is None
-
-        await until(later)
-        assert "home peer peer-0 did not begin" in (group[1].runs.last_failure or "")
 
 
 async def test_decision_that_nobody_promised_is_answered_with_abort(
