@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import trio
 
-from p2ptrain import limits
 from p2ptrain.errors import ConfigError, NotFound, TrustError
 from p2ptrain.membership.states import State
 from p2ptrain.net.enrol import enrol_with_code
@@ -182,32 +181,6 @@ def rooted(make_home: MakeHome) -> tuple[certs.NewGroup, list[Group]]:
     return made, sorted(groups, key=lambda group: group.device)
 
 
-async def test_rotation_moves_running_members_and_ends_with_one_trusted_root(
-    rooted: tuple[certs.NewGroup, list[Group]],
-) -> None:
-    made, (one, two, three) = rooted
-    async with together(one, two, three):
-        pass
-    async with together(one, two) as (first, second):
-        await until(lambda: read_roster_size(one) > 1)
-        rotation = rotation_of(again(one), made.root_key)
-        assert await first.trust.rotate(rotation) == 1
-        for peer in (first, second):
-            await until(
-                lambda peer=peer: peer.trust.group.trusted == (rotation.new_root, made.root)  # type: ignore[misc]  # bound now
-            )
-        assert first.links.devices() == (two.device,)
-        # The third was away: both roots are trusted until it shows that it has moved.
-        async with opened(again(three), peers=first.addresses()) as third:
-            for peer in (first, second, third):
-                await until(
-                    lambda peer=peer: peer.trust.group.trusted == (rotation.new_root,)  # type: ignore[misc]  # bound now
-                )
-            await until(lambda: len(third.links.devices()) == 2)
-    async with together(again(one), again(two), again(three)) as peers:
-        assert {peer.trust.group.id for peer in peers} == {made.id}
-
-
 async def test_rotation_that_the_root_did_not_sign_is_refused(mint_group: MintGroup) -> None:
     one, two = mint_group(2)
     (stranger,) = mint_group(1)
@@ -286,22 +259,3 @@ async def test_member_without_the_right_to_admit_leaves_without_a_word(
         (two.folder / "issuer.key").rename(two.folder / "hidden")
         await second.trust.leave()
         assert len(first.trust._effective) == len(second.trust._effective) == 0
-
-
-async def test_member_that_missed_a_rotation_learns_it_from_who_refuses_it(
-    rooted: tuple[certs.NewGroup, list[Group]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody remembers the third member, so nobody trusts the old root for its sake."""
-    monkeypatch.setattr(limits, "TRUST_LOOK_S", 0.05)
-    made, (one, two, three) = rooted
-    async with together(one, two) as (first, second):
-        await until(lambda: read_roster_size(one) > 1)
-        rotation = rotation_of(again(one), made.root_key)
-        await first.trust.rotate(rotation)
-        for peer in (first, second):
-            await until(
-                lambda peer=peer: peer.trust.group.trusted == (rotation.new_root,)  # type: ignore[misc]  # bound now
-            )
-        async with opened(again(three), peers=first.addresses()) as third:
-            await until(lambda: third.links.devices() != ())
-            await until(lambda: third.trust.group.trusted == (rotation.new_root,))
