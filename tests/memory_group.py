@@ -50,8 +50,7 @@ from tests.sim.plans import device, make_record
 
 AGREEMENT = (Propose, Accept, Refuse, Decided, Withdraw)
 MEMORY_BYTES = 1 << 34
-SECONDS_MAX = 100.0
-"""Longer than a refused address waits for its next dial (limits.REFUSED_RETRY_S)."""
+SECONDS_MAX = 20.0
 
 
 class MemoryReader:
