@@ -33,6 +33,7 @@ STOCK_FOLDERS: Final = ("tests/unit", "tests/property", "tests/numerics", "tests
 STOCK_SKIPS: Final = (("tests/unit", "tests/property"), ("tests/property",))
 """What says nothing about the other runtime; the unit tests run once more on Python 3.13."""
 SIM_SEEDS: Final = 5000
+LANES: Final = 2
 OUTCOMES: Final = ("passed", "failed", "errors", "skipped", "deselected", "xfailed", "xpassed")
 
 
@@ -58,15 +59,13 @@ def main() -> int:
     """Run the steps of one level; 0 when all of them passed."""
     parser = argparse.ArgumentParser(description="run checks")
     parser.add_argument("level", choices=["full", "lint", "sim"])
-    phases = {
-        "full": full_phases,
-        "lint": lambda: [(lint_steps(),)],
-        "sim": lambda: [(sim_steps(),)],
+    levels = {
+        "full": lambda: run_together(steps_that_share()) + run_in_turn(steps_that_do_not_share()),
+        "lint": lambda: run_in_turn(lint_steps()),
+        "sim": lambda: run_in_turn(sim_steps()),
     }
     started_s = time.monotonic()
-    outcomes = [
-        outcome for lanes in phases[parser.parse_args().level]() for outcome in run_lanes(lanes)
-    ]
+    outcomes = levels[parser.parse_args().level]()
     return report(outcomes, time.monotonic() - started_s)
 
 
@@ -91,30 +90,29 @@ def sim_steps() -> list[Step]:
     ]
 
 
-def full_phases() -> list[tuple[list[Step], ...]]:
-    """Everything, each test in the environment that it is for.
-
-    Steps of one process run in two lanes side by side, then those that start several processes; at
-    last, alone on the machine, those that emulate a network or another machine.
-    """
+def steps_that_share() -> list[Step]:
+    """What may run beside something else, the longest first, so that two lanes end together."""
     elsewhere = [f"--ignore=tests/{name}" for name in ("export", "arm", "e2e", "netns")]
-    first, second = lint_steps(), [tests("export", EXPORT, "tests/export")]
-    first.append(tests("runtime", RUNTIME, "tests", *elsewhere))
-    for lane, folder, skipped in zip((first, second), STOCK, STOCK_SKIPS, strict=True):
+    exact = "tests/e2e/test_exact_recovery.py"
+    steps = [
+        *lint_steps(),
+        tests("export", EXPORT, "tests/export"),
+        tests("runtime", RUNTIME, "tests", *elsewhere),
+        tests("end to end", RUNTIME, "tests/e2e", f"--ignore={exact}"),
+        tests("exact recovery", RUNTIME, exact),
+        tests("arm", RUNTIME, "tests/arm", "-rs"),
+    ]
+    for folder, skipped in zip(STOCK, STOCK_SKIPS, strict=True):
         if folder.is_dir():
             name = folder.name.removeprefix(".venv-")
             kept = [each for each in STOCK_FOLDERS if each not in skipped]
-            lane.append(tests(name, folder, *kept, "--ignore=tests/unit/test_tidy.py"))
-    exact = "tests/e2e/test_exact_recovery.py"
-    processes = (
-        [tests("end to end", RUNTIME, "tests/e2e", f"--ignore={exact}")],
-        [tests("exact recovery", RUNTIME, exact)],
-    )
-    alone = [
-        tests("network", RUNTIME, "tests/netns", "-rs"),
-        tests("arm", RUNTIME, "tests/arm", "-rs"),
-    ]
-    return [(first, second), processes, (alone,)]
+            steps.append(tests(name, folder, *kept, "--ignore=tests/unit/test_tidy.py"))
+    return steps
+
+
+def steps_that_do_not_share() -> list[Step]:
+    """What emulates a network, alone on the machine."""
+    return [tests("network", RUNTIME, "tests/netns", "-rs")]
 
 
 def tests(name: str, environment: Path, *arguments: str) -> Step:
@@ -123,23 +121,24 @@ def tests(name: str, environment: Path, *arguments: str) -> Step:
     return Step(name=f"{name} tests", command=(pytest, "-q", "--durations=5", *arguments))
 
 
-def run_lanes(lanes: Sequence[Sequence[Step]]) -> list[Outcome]:
-    """Run lanes side by side, the steps of each in order; several lanes print step by step."""
-    if len(lanes) == 1:
-        return [run(step, print_line=_print_now) for step in lanes[0]]
+def run_in_turn(steps: Sequence[Step]) -> list[Outcome]:
+    """Run steps one after the other; each prints as it goes."""
+    return [run(step, print_line=_print_now) for step in steps]
+
+
+def run_together(steps: Sequence[Step]) -> list[Outcome]:
+    """Run steps in two lanes, each taking the next that nobody has begun; each prints when done."""
     printing = threading.Lock()
 
-    def run_lane(steps: Sequence[Step]) -> list[Outcome]:
-        outcomes = []
-        for step in steps:
-            lines: list[str] = []
-            outcomes.append(run(step, print_line=lines.append))
-            with printing:
-                _print_now("".join(lines))
-        return outcomes
+    def run_one(step: Step) -> Outcome:
+        lines: list[str] = []
+        outcome = run(step, print_line=lines.append)
+        with printing:
+            _print_now("".join(lines))
+        return outcome
 
-    with ThreadPoolExecutor(len(lanes)) as pool:
-        return [outcome for outcomes in pool.map(run_lane, lanes) for outcome in outcomes]
+    with ThreadPoolExecutor(LANES) as pool:
+        return list(pool.map(run_one, steps))
 
 
 def _print_now(text: str) -> None:

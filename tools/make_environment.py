@@ -19,8 +19,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +30,9 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parents[1]
 RECIPE: Final = 1
 STAMP: Final = "p2ptrain.stamp"
+AT_ONCE: Final = 2
+BUILDING: Final = threading.Lock()
+"""Builds of the project write into its own folder: one at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +66,27 @@ def main() -> int:
     """Make what the command line names; 0 when everything is there."""
     parser = argparse.ArgumentParser(description="make virtual environments")
     parser.add_argument("names", nargs="+", choices=sorted(RECIPES))
-    for name in parser.parse_args().names:
-        try:
-            make(name, RECIPES[name])
-        except subprocess.CalledProcessError as error:
-            print(f"make_environment: {name} failed: {' '.join(map(str, error.cmd))}")
-            return 1
-    return 0
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return 0 if all(list(pool.map(is_made, parser.parse_args().names))) else 1
+
+
+def is_made(name: str) -> bool:
+    """Make one environment; False, after saying why, when that failed."""
+    try:
+        make(name, RECIPES[name])
+    except subprocess.CalledProcessError as error:
+        print(f"make_environment: {name} failed: {' '.join(map(str, error.cmd))}", flush=True)
+        return False
+    return True
 
 
 def make(name: str, recipe: Recipe) -> None:
-    """Make one environment unless its stamp says that it is what the recipe asks for."""
+    """Make one environment unless its stamp says that it is what the recipe asks for.
+
+    Raises:
+        subprocess.CalledProcessError: pip or venv failed, and has said why.
+        SystemExit: there is no interpreter for it; the message says which one it needs.
+    """
     folder = ROOT / recipe.folder
     stamp = stamp_of(recipe)
     found = read_stamp(folder)
@@ -144,18 +159,19 @@ def make_venv(interpreter: str, folder: Path) -> None:
 
 def install(folder: Path, recipe: Recipe) -> None:
     """Install dependencies and the project: editable, or, in a stock environment, as a wheel."""
+    pip(folder, *requirements(read_project(), recipe))
     if recipe.is_stock:
-        pip(folder, *requirements(read_project(), recipe))
         install_wheel(folder, recipe)
         return
-    extras = f"[{','.join(recipe.extras)}]" if recipe.extras else ""
-    pip(folder, "-e", f"{ROOT}{extras}")
+    with BUILDING:
+        pip(folder, "--no-deps", "-e", str(ROOT))
 
 
 def install_wheel(folder: Path, recipe: Recipe) -> None:
     """Build and install the present sources; their runtime is already there."""
     if recipe.is_stock:
-        pip(folder, "--no-deps", "--force-reinstall", str(ROOT))
+        with BUILDING:
+            pip(folder, "--no-deps", "--force-reinstall", str(ROOT))
 
 
 def requirements(project: dict[str, Any], recipe: Recipe) -> list[str]:  # Any: TOML values

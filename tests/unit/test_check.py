@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -52,7 +53,7 @@ def test_failing_step_shows_in_the_closing_line(capsys: pytest.CaptureFixture[st
 def test_passing_steps_are_summed(capsys: pytest.CaptureFixture[str]) -> None:
     check = tool("check")
     says = (sys.executable, "-c", "print('2 passed, 1 skipped in 0.1s')")
-    outcomes = check.run_lanes(([check.Step(name=name, command=says) for name in ("a", "b")],))
+    outcomes = check.run_in_turn([check.Step(name=name, command=says) for name in ("a", "b")])
     assert check.report(outcomes, 9.0) == 0
     assert capsys.readouterr().out.rstrip().endswith("===== 4 passed, 2 skipped in 9.00s =====")
 
@@ -98,16 +99,38 @@ def test_interpreter_that_does_not_start_is_passed_over(tmp_path: Path) -> None:
     assert found == f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
-def test_lanes_run_side_by_side_and_keep_each_others_output_apart(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_lanes_keep_each_others_output_apart(capsys: pytest.CaptureFixture[str]) -> None:
     check = tool("check")
-    lanes = [
-        [check.Step(name=name, command=("echo", f"{number} passed in 0.1s"))]
-        for number, name in ((1, "a"), (2, "b"))
+    steps = [
+        check.Step(name=name, command=("echo", f"{number} passed in 0.1s"))
+        for number, name in ((1, "a"), (2, "b"), (3, "c"))
     ]
-    outcomes = check.run_lanes(lanes)
-    assert [outcome.counts["passed"] for outcome in outcomes] == [1, 2]
+    outcomes = check.run_together(steps)
+    assert [outcome.counts["passed"] for outcome in outcomes] == [1, 2, 3]
     printed = capsys.readouterr().out
-    for name, count in (("a", 1), ("b", 2)):
+    for name, count in (("a", 1), ("b", 2), ("c", 3)):
         assert f"== {name}: echo {count} passed in 0.1s\n{count} passed in 0.1s\n" in printed
+
+
+def test_two_steps_run_at_once(tmp_path: Path) -> None:
+    check = tool("check")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for path in (first, second):
+        os.mkfifo(path)
+    meet = "import sys; open(sys.argv[1], 'w').close(); open(sys.argv[2]).close()"
+    answer = "import sys; open(sys.argv[1]).close(); open(sys.argv[2], 'w').close()"
+    steps = [
+        check.Step(name=code, command=(sys.executable, "-c", code, str(first), str(second)))
+        for code in (meet, answer)
+    ]
+    assert [outcome.code for outcome in check.run_together(steps)] == [0, 0]
+
+
+def test_every_folder_of_tests_is_run_by_some_step() -> None:
+    check = tool("check")
+    steps = [*check.steps_that_share(), *check.steps_that_do_not_share()]
+    (rest,) = (step for step in steps if step.name == "runtime tests")
+    assert "tests" in rest.command
+    ignored = {each.partition("=")[2] for each in rest.command if each.startswith("--ignore=")}
+    named = {each for step in steps if step is not rest for each in step.command}
+    assert ignored <= named
