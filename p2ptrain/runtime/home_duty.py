@@ -14,7 +14,7 @@ import trio
 
 from p2ptrain.agreement.view import View
 from p2ptrain.errors import InvariantBroken, PeerLost
-from p2ptrain.ids import DeviceId, Digest
+from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.checkpoints import CheckpointCollector
 from p2ptrain.runtime.feeder import Feeder
 from p2ptrain.runtime.job import Job
@@ -25,7 +25,7 @@ from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.trained_model import write_trained_model, write_trained_safetensors
 from p2ptrain.runtime.trained_weights import TrainedRun
 from p2ptrain.store.runs import CheckpointRecord
-from p2ptrain.store.weights import Weights, needed_weights
+from p2ptrain.store.weights import Weights
 from p2ptrain.training.messages import (
     Evaluated,
     Finish,
@@ -35,7 +35,6 @@ from p2ptrain.training.messages import (
     stamp_of,
 )
 from p2ptrain.training.program import Program
-from p2ptrain.training.safetensors import raw_bytes
 from p2ptrain.training.segment_state import state_digest
 
 
@@ -73,7 +72,6 @@ class HomeDuty:
     ) -> None:
         self._session, self._view, self._plan = session, view, view.plan
         self._program, self._services, self._signal = program, services, signal
-        self._published: list[Digest] = []
         session.progress.begin_view(view.plan)
         self._feeder = Feeder(
             job=session.job,
@@ -132,20 +130,6 @@ class HomeDuty:
             with contextlib.suppress(PeerLost):  # then the view changes, and says it again
                 self._services.outlet.send(device, StopAfter(stamp=stamp_of(self._plan), step=step))
         self._signal.notify()
-
-    def publish_weights(self, *, resumed: bool) -> None:
-        """Offer every tensor that a stage may fetch; nothing is read before it is asked for."""
-        manifest, weights = self._session.job.bundle.manifest, self._session.weights
-        for segment in range(len(manifest.segments)):
-            for tensor in needed_weights(manifest, segment, resumed=resumed):
-                content = raw_bytes(weights.unchecked(tensor.name))
-                self._published.append(self._services.blobs.publish(content, digest=tensor.digest))
-
-    def withdraw(self) -> None:
-        """Everybody has what it needs, or the view is over."""
-        for digest in self._published:
-            self._services.blobs.withdraw(digest)
-        self._published.clear()
 
     def _all_stored(self) -> bool:
         latest = self._collector.latest

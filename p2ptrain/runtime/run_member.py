@@ -6,34 +6,32 @@ released, a decided view is entered, a wanted view is planned.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
+from typing import Final
 
 import trio
 
 from p2ptrain import limits
-from p2ptrain.agreement.ballot import Ballot
 from p2ptrain.agreement.run_events import (
     Fenced,
     Paused,
-    PromisedInventory,
     ProposalWanted,
     StepCommitted,
     Unpaused,
     ViewDecided,
 )
 from p2ptrain.agreement.run_machine import RunMachine
-from p2ptrain.agreement.run_steps import merged_records
 from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost, PlanInfeasible
-from p2ptrain.ids import DeviceId, ViewNumber
+from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.admission import Admission
 from p2ptrain.runtime.data_keeping import DataKeeping
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.early import EarlyMessages
 from p2ptrain.runtime.foreign import as_ours
+from p2ptrain.runtime.holdings import Holdings
 from p2ptrain.runtime.home_duty import HomeSession
 from p2ptrain.runtime.inbox import BodyReader, discard
 from p2ptrain.runtime.job import Job
@@ -41,6 +39,7 @@ from p2ptrain.runtime.progress import ProgressTracker
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replanning import NextView, forced_view, next_view
 from p2ptrain.runtime.run_state import RunState
+from p2ptrain.runtime.stage_weights import OfferedWeights
 from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.runtime.view_work import ViewWork, WorkHooks, givers
 from p2ptrain.store.weights import Weights
@@ -59,6 +58,9 @@ from p2ptrain.training.messages import (
 )
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.wire.frames import TensorHeader
+
+BEGIN_WITHIN_S: Final = limits.PREPARE_TIMEOUT_S + limits.PROPOSAL_TIMEOUT_S
+"""After the decision."""
 
 
 class LeftOut(P2PTrainError):
@@ -87,11 +89,13 @@ class RunMember:
         self._services, self._signal = state.services, state.signal
         self._meter: RunMeter | None = None
         self.driver = open_driver(self)
+        self._holdings = Holdings(state=state, records=lambda: self.machine.records)
         self.recovery = RecoveryClock()
         state.on_stored = self._replica_stored
         self.data = DataKeeping(
             state=state, job=None if home is None else home.job, on_copied=self._data_copied
         )
+        self._weights = OfferedWeights(self._services.blobs, state.manifest)
         self._admission: Admission | None = None
         self.history: dict[int, StepRecord] = {}
         self._early = EarlyMessages()
@@ -101,7 +105,6 @@ class RunMember:
         self._nursery: trio.Nursery | None = None
         self.failure: P2PTrainError | None = None
         self.paused: Paused | None = None
-        self._holdings: dict[DeviceId, HoldingsTold] = {}
         self.is_restored = False
         """Whether a restart interrupted the view that is known: its stage is lost here."""
         self._released = 0
@@ -141,6 +144,14 @@ class RunMember:
             view.restoration is not None or (work is not None and work.started)
         )
 
+    def offer_weights(self) -> None:
+        """Offer the bundle's weights where this device has them, until `run` ends.
+
+        Before anybody can be told to begin: the others do not wait for this device's disk.
+        """
+        if self.home is not None:
+            self._weights.open(self.home.weights)
+
     async def run(self) -> None:
         """Take part until the run is finished. Cancelling it abandons the run on this device.
 
@@ -148,6 +159,7 @@ class RunMember:
             LeftOut: a view without this device was decided.
             P2PTrainError: the run cannot go on; the others must be told.
         """
+        begin_by_s = trio.current_time() + BEGIN_WITHIN_S
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -156,7 +168,7 @@ class RunMember:
                 nursery.start_soon(self.state.keeper.run)
                 if self.is_restored:
                     await self._await_next_view()
-                await self._await_begin()
+                await self._await_begin(begin_by_s)
                 while not await self._enter_newest():
                     pass
                 nursery.cancel_scope.cancel()
@@ -164,6 +176,7 @@ class RunMember:
             self._nursery = None
             self.state.close()
             self.data.close()
+            self._weights.close()
             if self._meter is not None:
                 self._meter.close()
 
@@ -186,7 +199,7 @@ class RunMember:
             self._take_begin(device, message)
             return
         if isinstance(message, HoldingsAsked | HoldingsTold):
-            self._take_holdings(device, message)
+            self._holdings.receive(device, message)
             return
         work = self._work
         if work is not None and work.stamp == stamp:
@@ -264,7 +277,7 @@ class RunMember:
         if base is None:
             raise PlanInfeasible("the run has not begun")
         given = NextView(
-            wanted=await self._ask_holdings(base),
+            wanted=await self._holdings.ask(base),
             manifest=self.state.manifest,
             leaving=self._services.directory.leaving(),
             newcomers=(),
@@ -277,41 +290,6 @@ class RunMember:
         if self.home is not None:
             self.home.progress.fall_back(view.resume_step)
         self.driver.call(RunMachine.force, view, self.driver.now())
-
-    async def _ask_holdings(self, base: View) -> ProposalWanted:
-        """What promises would say, of those members that answer soon."""
-        self._holdings = {}
-        linked = set(self._services.directory.linked()) & set(base.members)
-        for device in (self._services.device, *sorted(linked)):
-            with contextlib.suppress(PeerLost):
-                asked = HoldingsAsked(stamp=stamp_of(base.plan))
-                self._services.outlet.send(device, asked)
-        with trio.move_on_after(limits.HOLDINGS_TIMEOUT_S):
-            await self._signal.wait_until(lambda: len(self._holdings) > len(linked))
-        records = [told.records for told in self._holdings.values()]
-        newest = max((r[-1].step for r in records if r), default=base.resume_step)
-        return ProposalWanted(
-            ballot=Ballot(round=1, device=self._services.device),
-            number=ViewNumber(base.number + 1),
-            base=base,
-            promises=tuple(
-                PromisedInventory(device=device, inventory=self._holdings[device].inventory)
-                for device in sorted(self._holdings)
-            ),
-            records=merged_records(records, newest),
-            resume_step=newest,
-        )
-
-    def _take_holdings(self, device: DeviceId, message: HoldingsAsked | HoldingsTold) -> None:
-        if isinstance(message, HoldingsTold):
-            self._holdings[device] = message
-            self._signal.notify()
-            return
-        told = HoldingsTold(
-            stamp=message.stamp, inventory=self.state.inventory(), records=self.machine.records
-        )
-        with contextlib.suppress(PeerLost):
-            self._services.outlet.send(device, told)
 
     def safety(self) -> str:
         """Whether any one device may vanish without costing a committed step; else why not."""
@@ -381,6 +359,7 @@ class RunMember:
         for record in known:
             progress.step_committed(record, live=False)
         self.state.take_session(self.home)
+        self.offer_weights()
 
     def _step_committed(self, record: StepRecord) -> None:
         self._remember(record, live=True)
@@ -453,21 +432,25 @@ class RunMember:
             self._begin = begin
             self._signal.notify()
 
-    async def _await_begin(self) -> None:
-        """Wait for the home peer to begin the lineage, unless a later view is known."""
+    async def _await_begin(self, by_s: float) -> None:
+        """Wait for the home peer to begin the lineage, unless a later view is known.
+
+        However long our own disk took: a home peer that never begins holds nobody longer.
+        """
         plan = self.founding
         if plan is None:
             await trio.lowlevel.checkpoint()
             return
-        limit_s = limits.PREPARE_TIMEOUT_S + limits.PROPOSAL_TIMEOUT_S
-        with trio.move_on_after(limit_s):
+        with trio.move_on_at(by_s):
             await self._signal.wait_until(
                 lambda: self._begin is not None or self.machine.view is not None
             )
         begin = self._begin
         if begin is None and self.machine.view is None:
             name = self._services.directory.name_of(plan.home)
-            raise PeerLost(f"the home peer {name} did not begin the run within {limit_s:.0f} s")
+            raise PeerLost(
+                f"the home peer {name} did not begin the run within {BEGIN_WITHIN_S:.0f} s"
+            )
         if begin is not None:
             await self.state.take_listing(plan.home, begin)
             view = View(

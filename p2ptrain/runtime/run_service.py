@@ -391,6 +391,7 @@ class RunService:
     def _begin_part(self, member: RunMember) -> None:
         self._part = _Part(member, trio.CancelScope())
         self.last_failure = None
+        member.offer_weights()
         self._start(self._take_part, self._part)
 
     async def _run_conduct(self, conduct: _Conduct) -> TrainResult | None:

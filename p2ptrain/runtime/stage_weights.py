@@ -1,4 +1,4 @@
-"""The weights of a stage on a peer without the bundle: kept from before, else fetched."""
+"""A bundle's weights: offered by who has them; on other peers kept from before, else fetched."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from p2ptrain import limits
 from p2ptrain.bundle.manifest import DTYPES, Manifest, Tensor
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import BundleError, InvariantBroken
-from p2ptrain.ids import DeviceId
+from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.runtime.blobs import BlobExchange
-from p2ptrain.store.weights import SegmentWeightsWriter, needed_weights, open_segment_weights
+from p2ptrain.store.weights import (
+    SegmentWeightsWriter,
+    Weights,
+    needed_weights,
+    open_segment_weights,
+)
+from p2ptrain.training.safetensors import raw_bytes
 
 FLOAT32_BYTES = DTYPES["float32"]
 
@@ -37,6 +43,33 @@ def prepare_timeout_s(manifest: Manifest, *, resumed: bool) -> float:
 def tensor_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor in the weights file."""
     return tensor.elements * DTYPES[tensor.dtype]
+
+
+class OfferedWeights:
+    """Every tensor that a stage may fetch from this device, as long as it takes part in the run.
+
+    Nothing is read before it is asked for. Members begin a view at different moments, so what
+    one view's work offered would be missing for whoever is ahead of this device.
+    """
+
+    def __init__(self, blobs: BlobExchange, manifest: Manifest) -> None:
+        self._blobs, self._manifest = blobs, manifest
+        self._published: list[Digest] = []
+
+    def open(self, weights: Weights) -> None:
+        """Offer them until `close`; again has no effect."""
+        if self._published:
+            return
+        for segment in range(len(self._manifest.segments)):
+            for tensor in needed_weights(self._manifest, segment, resumed=False):
+                content = raw_bytes(weights.unchecked(tensor.name))
+                self._published.append(self._blobs.publish(content, digest=tensor.digest))
+
+    def close(self) -> None:
+        """The run is over here: offer nothing more."""
+        for digest in self._published:
+            self._blobs.withdraw(digest)
+        self._published.clear()
 
 
 class StageWeights:

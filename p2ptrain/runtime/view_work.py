@@ -140,8 +140,6 @@ class ViewWork:
             if self._services.device in self.plan.members:
                 await self._work()
         finally:
-            if self._duty is not None:
-                self._duty.withdraw()
             if self._stage_run is not None:
                 self._stage_run.inbox.close()
 
@@ -215,8 +213,6 @@ class ViewWork:
         """Restore our part and help the others, until everybody is ready."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._giver.run)
-            if self._duty is not None:
-                self._duty.publish_weights(resumed=not self._restorer.draws)
             await self._restorer.settle()
             self._giver.look_again()
             worker = await self._restorer.restore()

@@ -6,6 +6,7 @@ The clock is virtual and stands still: whatever a test does not jump over cannot
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,7 @@ from trio.testing import MockClock
 from p2ptrain import limits
 from p2ptrain.agreement.journal import DecidedRecord
 from p2ptrain.agreement.messages import Decided, Propose
+from p2ptrain.agreement.run_messages import RUN_MESSAGES
 from p2ptrain.engine.contract import Engine
 from p2ptrain.errors import (
     CheckpointError,
@@ -29,6 +31,8 @@ from p2ptrain.errors import (
 )
 from p2ptrain.ids import Digest, RunId, ViewNumber
 from p2ptrain.runtime.reports import NoteReport, TrainRequest, TrainResult
+from p2ptrain.runtime.run_member import BEGIN_WITHIN_S
+from p2ptrain.runtime.run_state import RunState
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.training.messages import (
     Abort,
@@ -38,12 +42,14 @@ from p2ptrain.training.messages import (
     Evaluated,
     Offer,
     Profiled,
+    Ready,
     SegmentSaved,
     stamp_of,
 )
 from tests.bundles import tiny_bundle
 from tests.memory_group import (
     MEMORY_BYTES,
+    SECONDS_MAX,
     Member,
     MemoryGroup,
     memory_group,
@@ -256,6 +262,46 @@ async def test_home_that_dies_between_decision_and_begin_leaves_nobody_waiting(
         await until(lambda: group[1].runs.statistics().prepared_count == 0)
         result = await group[1].train(request(tmp_path, stages=2))
         assert result.steps == 2
+
+
+async def test_home_that_never_begins_is_given_up(tmp_path: Path, mock_clock: MockClock) -> None:
+    async with memory_group(tmp_path, 2) as group:
+        group[0].drops = lambda message: isinstance(message, (Begin, Abort, *RUN_MESSAGES))
+        outcome = Outcome()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outcome.of, group[0], request(tmp_path, stages=2))
+            await until(lambda: group[1].runs.statistics().taking_part)
+            await until(lambda: bool(heard(group[0], Ready)))
+            mock_clock.jump(limits.PREPARE_TIMEOUT_S)
+        assert isinstance(outcome.error, PeerLost)
+        assert "peer-1 did not get ready within 120 s" in outcome.error.message
+        assert group[1].runs.current_run is not None
+        mock_clock.jump(limits.PROPOSAL_TIMEOUT_S)
+        await until_idle(group[1])
+        assert "home peer peer-0 did not begin" in (group[1].runs.last_failure or "")
+
+
+async def test_slow_disk_of_ones_own_gives_the_home_peer_no_more_time(
+    tmp_path: Path, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_disk, opened = RunState.open_disk, threading.Event()
+
+    def slowly(state: RunState) -> None:
+        if state.services.host == "peer-1":
+            opened.wait(SECONDS_MAX)
+        open_disk(state)
+
+    monkeypatch.setattr(RunState, "open_disk", slowly)
+    async with memory_group(tmp_path, 2) as group:
+        group[0].drops = lambda message: isinstance(message, (Begin, Abort, *RUN_MESSAGES))
+        outcome = Outcome()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outcome.of, group[0], request(tmp_path, stages=2))
+            await until(lambda: bool(heard(group[0], Ready)))
+            mock_clock.jump(BEGIN_WITHIN_S)
+        opened.set()
+        await until_idle(group[1])
+        assert "home peer peer-0 did not begin" in (group[1].runs.last_failure or "")
 
 
 async def test_decision_that_nobody_promised_is_answered_with_abort(

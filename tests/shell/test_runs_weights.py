@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import trio
 from p2ptrain.errors import BundleError, P2PTrainError
 from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.reports import PlanReport, TrainRequest, TrainResult
+from p2ptrain.runtime.run_state import RunState
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.contract import OptimizerChoice
-from p2ptrain.training.messages import BlobRequest
+from p2ptrain.training.messages import Abort, BlobRequest, Ready
 from tests.bundles import tiny_bundle
 from tests.memory_group import (
     MemoryGroup,
@@ -184,3 +186,35 @@ async def test_disk_that_refuses_the_weights_ends_the_session(
         with trio.fail_after(SECONDS_MAX):
             result = await group[0].train(request(tmp_path, bundle, stages=2, steps=1))
     assert np.isfinite(result.losses).all()
+
+
+async def test_weights_are_there_before_the_home_peer_s_own_disk_is(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member that is ahead of its home peer waits for nothing that is not offered yet."""
+    open_disk, opened = RunState.open_disk, threading.Event()
+
+    def slowly(state: RunState) -> None:
+        if state.services.host == "peer-0":
+            opened.wait(SECONDS_MAX)
+        open_disk(state)
+
+    monkeypatch.setattr(RunState, "open_disk", slowly)
+    async with memory_group(tmp_path, 2) as group:
+        results: list[TrainResult] = []
+
+        async def conduct() -> None:
+            results.append(await group[0].train(request(tmp_path, bundle, stages=2, steps=1)))
+
+        def decided() -> bool:
+            return any(isinstance(m, Ready | Abort) for m in group[0].received)
+
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(conduct)
+                try:
+                    await group.wait(decided)
+                finally:
+                    opened.set()
+            await wait_idle(group)
+    assert results[0].steps == 1
