@@ -125,6 +125,7 @@ def _export(
     started = time.monotonic()
     with console.status("reading and tracing the model"), with_extras(), _quiet_runtime():
         from p2ptrain.graph.check import compare
+        from p2ptrain.graph.check_parts import settle_parts
         from p2ptrain.graph.export import export
         from p2ptrain.graph.measured import refuse_failed
         from p2ptrain.graph.write import write_bundle
@@ -140,6 +141,7 @@ def _export(
             cuts=request.cuts,
         )
     with console.status("checking against the model"), _quiet_runtime():
+        bundle = settle_parts(source, bundle)
         rows = compare(source, bundle)
         if artifacts is not None:
             rows += _artifacts(source, bundle, artifacts)

@@ -22,6 +22,7 @@ from p2ptrain.bundle.manifest import (
     LOSSES,
     PORT_ROLES,
     TASKS,
+    GraphPair,
     Manifest,
     Port,
     Segment,
@@ -135,7 +136,7 @@ def _kind_problems(manifest: Manifest, kind: SegmentKind) -> Iterator[str]:
     entering = [port.value for port in kind.inputs]
     entering += [*kind.parameters, *kind.running, *(site.value for site in kind.masks)]
     leaving = [port.value for port in kind.outputs]
-    stashes = [pair.stash for pair in kind.forms.values()]
+    stashes = [_kept(pair) for pair in kind.forms.values()]
     for values in ((*entering, *leaving), *stashes):
         for name, count in Counter(value.name for value in values).items():
             if count > 1:
@@ -152,6 +153,11 @@ def _kind_problems(manifest: Manifest, kind: SegmentKind) -> Iterator[str]:
             yield f"{kind.name}.{site.value.name} drops with probability {site.probability}"
     if kind.forward_flops < 0 or kind.backward_flops < 0:
         yield f"kind {kind.name!r:.80} has negative FLOPs"
+
+
+def _kept(pair: GraphPair) -> tuple[Value, ...]:
+    """What a form keeps between its graphs; one set of buffers holds both."""
+    return pair.stash if pair.parts is None else (*pair.stash, *pair.parts.kept)
 
 
 def _value_problems(manifest: Manifest, owner: str, value: Value) -> Iterator[str]:
@@ -190,7 +196,7 @@ def _reference_problems(manifest: Manifest) -> Iterator[str]:
         for form, pair in kind.forms.items():
             if form not in FORMS:
                 yield f"kind {kind.name!r:.80} has an unknown form {form!r:.40}"
-            referred += [pair.forward, pair.backward]
+            referred += pair.graphs
         if kind.evaluation is not None:
             referred.append(kind.evaluation)
         if "portable" not in kind.forms:

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from p2ptrain import limits
-from p2ptrain.bundle.manifest import BATCH, Manifest, SegmentKind, Tensor, UpdateRule, Value
+from p2ptrain.bundle.manifest import (
+    BATCH,
+    GraphPair,
+    Manifest,
+    SegmentKind,
+    Tensor,
+    UpdateRule,
+    Value,
+)
 from p2ptrain.bundle.onnx_reader import GraphValue, OnnxGraph, read_graph
 from p2ptrain.bundle.operators import MICROSOFT, SIZED_BY_INPUT, STANDARD, TRAINING
 from p2ptrain.errors import BundleError
@@ -96,7 +104,7 @@ def _update_role(name: str, rule: UpdateRule) -> GraphRole:
 
 
 def _kind_roles(manifest: Manifest, kind: SegmentKind, digest: Digest) -> Iterator[GraphRole]:
-    pairs = [graph for pair in kind.forms.values() for graph in (pair.forward, pair.backward)]
+    pairs = [graph for pair in kind.forms.values() for graph in pair.graphs]
     if digest not in (*pairs, kind.evaluation):
         return
     frozen = _frozen_names(manifest, kind)
@@ -115,12 +123,13 @@ def _kind_roles(manifest: Manifest, kind: SegmentKind, digest: Digest) -> Iterat
                 constants=frozen,
                 operators=allowed,
             )
-        if pair.backward == digest:
-            seeds = [_renamed("cotangent", p.value) for p in kind.outputs if p.differentiable]
+        seeds = [_renamed("cotangent", p.value) for p in kind.outputs if p.differentiable]
+        read = [*leaving, *entering, *pair.stash, *seeds]
+        for what, inputs, outputs in _backwards(kind, pair, trainable, digest):
             yield GraphRole(
-                name=f"backward graph of kind {kind.name!r:.80}, {form} form",
-                inputs=_by_name([*leaving, *entering, *pair.stash, *seeds]),
-                outputs=_by_name(_wanted(kind, trainable)),
+                name=f"{what} graph of kind {kind.name!r:.80}, {form} form",
+                inputs=_by_name([*read, *inputs]),
+                outputs=_by_name(outputs),
                 constants=frozen,
                 operators=allowed,
             )
@@ -133,13 +142,18 @@ def _kind_roles(manifest: Manifest, kind: SegmentKind, digest: Digest) -> Iterat
         )
 
 
-def _wanted(kind: SegmentKind, trainable: Iterable[Value]) -> Iterator[Value]:
-    """What a backward graph gives."""
-    for port in kind.inputs:
-        if port.differentiable:
-            yield _renamed("cotangent", port.value)
-    for value in trainable:
-        yield _renamed("gradient", value)
+def _backwards(
+    kind: SegmentKind, pair: GraphPair, trainable: Iterable[Value], digest: Digest
+) -> Iterator[tuple[str, Sequence[Value], list[Value]]]:
+    """Each use of a graph as a backward: its name, what it reads beside the rest, what it gives."""
+    cotangents = [_renamed("cotangent", port.value) for port in kind.inputs if port.differentiable]
+    gradients = [_renamed("gradient", value) for value in trainable]
+    if pair.backward == digest:
+        yield "backward", (), [*cotangents, *gradients]
+    if pair.parts is not None and pair.parts.cotangents == digest:
+        yield "cotangent", (), [*cotangents, *pair.parts.kept]
+    if pair.parts is not None and pair.parts.gradients == digest:
+        yield "gradient", pair.parts.kept, gradients
 
 
 def _frozen_names(manifest: Manifest, kind: SegmentKind) -> frozenset[str]:

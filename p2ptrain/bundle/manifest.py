@@ -12,6 +12,9 @@ Names inside the graphs are the contract between exporter and engine:
 - backward graph: inputs are any of the forward's inputs, its stash, and `cotangent.<output>` for
   differentiable outputs; outputs are `cotangent.<input>` for every differentiable input port and
   `gradient.<parameter>` for every trainable parameter.
+- the backward in two parts, where a form has them: the first gives every `cotangent.<input>` and
+  `kept`, values that the second reads beside what the backward reads; the second gives every
+  `gradient.<parameter>`. Both together give the bits of the whole backward.
 - evaluation graph, where a kind has one: the forward's inputs without masks; outputs are the
   output ports.
 - frozen parameters are read by their local names in any of these graphs and declared in none: the
@@ -37,8 +40,10 @@ from p2ptrain.ids import Digest
 from p2ptrain.wire.codec import from_plain, to_plain
 
 FORMAT: Final = "p2ptrain-bundle"
-VERSION: Final = 2
-VERSIONS_READ: Final = (1, 2)
+VERSION: Final = 3
+VERSIONS_READ: Final = (1, 2, 3)
+_WITHOUT_PARTS: Final = 2
+"""What a bundle without backwards in two parts is written as, so that its digest stays."""
 BATCH: Final = "batch"
 FORMS: Final = ("portable", "training")
 DTYPES: Final = {"float32": 4, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
@@ -99,12 +104,33 @@ class MaskSite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardParts:
+    """A backward in two graphs: what upstream waits for, and what only the update waits for.
+
+    Source: Qi et al. 2024, "Zero Bubble Pipeline Parallelism", section 2 (their B and W).
+    """
+
+    cotangents: Digest
+    gradients: Digest
+    kept: tuple[Value, ...]
+    """What the first makes for the second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraphPair:
     """Forward and backward graph of one form, and what the forward keeps for the backward."""
 
     forward: Digest
     backward: Digest
     stash: tuple[Value, ...]
+    parts: BackwardParts | None = None
+    """None where the backward gives cotangents or gradients only, or was exported whole."""
+
+    @property
+    def graphs(self) -> tuple[Digest, ...]:
+        """Every graph of the form."""
+        parts = () if self.parts is None else (self.parts.cotangents, self.parts.gradients)
+        return (self.forward, self.backward, *parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,6 +328,11 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces after the indent, a final newline."""
         document = {"format": FORMAT, "version": VERSION, **to_plain(self)}
+        if not any(pair.parts for kind in self.kinds.values() for pair in kind.forms.values()):
+            document["version"] = _WITHOUT_PARTS
+            for kind in document["kinds"].values():
+                for pair in kind["forms"].values():
+                    del pair["parts"]
         return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
 
     def tensor(self, name: str) -> Tensor:

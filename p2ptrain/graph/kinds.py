@@ -10,6 +10,7 @@ from p2ptrain.bundle import manifest as words
 from p2ptrain.graph.adapters import without_adapters
 from p2ptrain.graph.costs import COLUMNS, HEADS, Shards, find_shards, product_flops
 from p2ptrain.graph.decompositions import decompose
+from p2ptrain.graph.halving import Halves, halve
 from p2ptrain.graph.ir import IR_VERSION, OPSET, Axis, Graph, depth_first, to_model
 from p2ptrain.graph.local import Local, rename_inner
 from p2ptrain.graph.lowering.registry import lower
@@ -46,6 +47,8 @@ class Kind:
     name: str
     local: Local
     forms: dict[str, Pair]
+    halves: Halves | None
+    """The portable backward in two parts."""
     evaluation: Graph | None
     shards: Shards
 
@@ -62,10 +65,13 @@ def distinct_kinds(locals_: Sequence[Local]) -> dict[str, Kind]:
         shards = find_shards(without_adapters(local.graph))
         if any(sizes.setdefault(symbol, size) != size for symbol, size in shards.sizes.items()):
             shards = Shards(sizes={}, groups={})  # a symbol has one size in a bundle
+        forms = {form: _pair(local, portable=form == "portable") for form in words.FORMS}
+        gradients = [f"gradient.{name}" for name in local.trainable]
         kinds[local.fingerprint] = Kind(
             name=local.role if count == 1 else f"{local.role}_kind{count}",
             local=local,
-            forms={form: _pair(local, portable=form == "portable") for form in words.FORMS},
+            forms=forms,
+            halves=halve(forms["portable"].backward, gradients=gradients),
             evaluation=_evaluation(local),
             shards=shards,
         )
@@ -147,6 +153,18 @@ def _describe_pair(kind: Kind, form: str, files: Files) -> words.GraphPair:
         forward=files.put(pair.forward, f"{kind.name}.forward", free=frozen),
         backward=files.put(pair.backward, f"{kind.name}.backward", free=frozen),
         stash=tuple(Values(graph=pair.forward, sizes=kind.shards.sizes).of(pair.stash)),
+        parts=_describe_parts(kind, files) if form == "portable" else None,
+    )
+
+
+def _describe_parts(kind: Kind, files: Files) -> words.BackwardParts | None:
+    halves, frozen = kind.halves, kind.local.frozen
+    if halves is None:
+        return None
+    return words.BackwardParts(
+        cotangents=files.put(halves.cotangents, f"{kind.name}.cotangents", free=frozen),
+        gradients=files.put(halves.gradients, f"{kind.name}.gradients", free=frozen),
+        kept=tuple(Values(graph=halves.cotangents, sizes=kind.shards.sizes).of(halves.kept)),
     )
 
 

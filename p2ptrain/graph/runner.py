@@ -60,7 +60,13 @@ class Runner:
         return self._functions[key](feeds)
 
     def step(
-        self, *, form: str, parameters: Arrays, inputs: Arrays, masks: Sequence[Arrays]
+        self,
+        *,
+        form: str,
+        parameters: Arrays,
+        inputs: Arrays,
+        masks: Sequence[Arrays],
+        in_parts: bool = False,
     ) -> Ran:
         """Loss, gradients and running values of one microbatch, by the chain of segments.
 
@@ -68,6 +74,7 @@ class Runner:
             parameters: Every tensor by its name.
             inputs: Data by port name, `labels` and `loss_weight`.
             masks: Per segment, by local name.
+            in_parts: Run backwards in their two parts where they have them.
         """
         kept: list[Arrays] = []
         running: Arrays = {}
@@ -83,7 +90,7 @@ class Runner:
             running |= {name: produced[f"new.{n}"] for n, name in segment.running.items()}
             entering = [produced[value.name] for value in _leaving(kind)]
         loss = float(produced[self._loss.name])
-        gradients = self._backward(form, parameters, kept)
+        gradients = self._backward(form, parameters, kept, in_parts=in_parts)
         return Ran(loss=loss, gradients=gradients, running=running)
 
     def evaluate(self, *, parameters: Arrays, inputs: Arrays, masks: Sequence[Arrays]) -> float:
@@ -99,7 +106,9 @@ class Runner:
             entering = [produced[value.name] for value in _leaving(kind)]
         return float(produced[self._loss.name])
 
-    def _backward(self, form: str, parameters: Arrays, kept: Sequence[Arrays]) -> Arrays:
+    def _backward(
+        self, form: str, parameters: Arrays, kept: Sequence[Arrays], *, in_parts: bool
+    ) -> Arrays:
         gradients: Arrays = {}
         incoming: Arrays = {f"cotangent.{self._loss.name}": np.array(1.0, np.float32)}
         later: SegmentKind | None = None
@@ -113,10 +122,16 @@ class Runner:
             if not trained and not any(port.differentiable for port in kind.inputs):
                 incoming = {}  # its backward is empty
                 continue
-            graph = kind.forms[form].backward
             if not _differentiates(kind, frozen):
                 break  # nothing before it is trained either
-            incoming = self.run(graph, {**feeds, **incoming}, frozen=frozen, place=segment.name)
+            pair, fed = kind.forms[form], {**feeds, **incoming}
+            graphs: tuple[Digest, ...] = (pair.backward,)
+            if in_parts and pair.parts is not None:
+                graphs = (pair.parts.cotangents, pair.parts.gradients)
+            incoming = {}
+            for graph in graphs:
+                given = {**fed, **incoming}
+                incoming |= self.run(graph, given, frozen=frozen, place=segment.name)
             gradients |= {tensor: incoming[f"gradient.{n}"] for n, tensor in trained.items()}
         return gradients
 

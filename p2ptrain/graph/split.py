@@ -145,10 +145,10 @@ def split(whole: Graph, *, made: set[str], forward_outputs: list[str], incoming:
         incoming: Inputs that only the backward has.
     """
     gradients = [name for name in whole.outputs if name not in forward_outputs]
-    stash, again = _choose_stash(whole, made, gradients)
+    stash, again = choose_stash(whole, made, gradients)
     ports = [name for name in stash if name in forward_outputs]  # kept anyway, as what leaves
     stash = [name for name in stash if name not in ports]
-    forward = _part(whole, [*forward_outputs, *stash])
+    forward = part(whole, [*forward_outputs, *stash])
     forward.inputs = {n: t for n, t in whole.inputs.items() if n not in incoming}
     backward = whole.copy()
     for name in (*ports, *stash):
@@ -156,7 +156,7 @@ def split(whole: Graph, *, made: set[str], forward_outputs: list[str], incoming:
     backward.nodes = [
         n for n in backward.nodes if not made.intersection(n.output) or again.intersection(n.output)
     ]
-    backward = _part(backward, gradients)
+    backward = part(backward, gradients)
     stash = [name for name in stash if name in backward.inputs]
     stash = [_kept_port(forward, backward, n) if n in forward_outputs else n for n in stash]
     forward.outputs = [*forward_outputs, *stash]
@@ -172,11 +172,17 @@ def _kept_port(forward: Graph, backward: Graph, name: str) -> str:
     return kept
 
 
-def _choose_stash(whole: Graph, made: set[str], gradients: list[str]) -> tuple[list[str], set[str]]:
-    """What the backward reads from the forward, and the forward values it makes again."""
+def choose_stash(whole: Graph, made: set[str], gradients: list[str]) -> tuple[list[str], set[str]]:
+    """What one part of a graph reads from the part before it, and what of that it makes again.
+
+    Args:
+        whole: Both parts.
+        made: Values of the first part.
+        gradients: Outputs of the second.
+    """
     forward_nodes = [node for node in whole.nodes if made.intersection(node.output)]
     free = set(whole.inputs) | set(whole.constants) | {""}
-    needed = _part(whole, gradients)
+    needed = part(whole, gradients)
     stash = {
         name
         for node in needed.nodes
@@ -227,15 +233,15 @@ def _made_of(whole: Graph, name: str, free: set[str]) -> bool:
     return True
 
 
-def _part(whole: Graph, outputs: list[str]) -> Graph:
+def part(whole: Graph, outputs: list[str]) -> Graph:
     """What `outputs` need, with only the inputs that are read, in canonical order."""
-    part = whole.copy()
-    part.outputs = list(outputs)
-    part.prune()
-    read = {name for node in part.nodes for name in node.input}
-    part.inputs = {n: t for n, t in part.inputs.items() if n in read}
-    depth_first(part)
-    return part
+    cone = whole.copy()
+    cone.outputs = list(outputs)
+    cone.prune()
+    read = {name for node in cone.nodes for name in node.input}
+    cone.inputs = {n: t for n, t in cone.inputs.items() if n in read}
+    depth_first(cone)
+    return cone
 
 
 def name_stash(pair: Pair) -> Pair:

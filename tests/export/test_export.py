@@ -12,11 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from onnx_models.gpt import Gpt, gpt
-from p2ptrain.bundle.manifest import FORMS, parse_manifest
+from p2ptrain.bundle.manifest import FORMS, check_manifest, parse_manifest
 from p2ptrain.bundle.protobuf import append_initialisers
 from p2ptrain.errors import BundleError, GraphError
 from p2ptrain.graph.canonical import canonicalise
 from p2ptrain.graph.check import check_masks, check_values, verify
+from p2ptrain.graph.check_parts import settle_parts
 from p2ptrain.graph.export import Bundle, export
 from p2ptrain.graph.measured import gradient_error
 from p2ptrain.graph.runner import Runner
@@ -55,7 +56,7 @@ def test_segments_are_half_blocks_and_equal_ones_share_their_graphs(bundle: Bund
     assert list(manifest.kinds) == ["embedding", "attention", "mlp", "head"]
     assert manifest.segments[1].kind == manifest.segments[3].kind == "attention"
     pairs = [pair for kind in manifest.kinds.values() for pair in kind.forms.values()]
-    graphs = {digest for pair in pairs for digest in (pair.forward, pair.backward)}
+    graphs = {digest for pair in pairs for digest in pair.graphs}
     rest = {*(rule.graph for rule in manifest.updates.values()), manifest.inference.graph}
     assert set(bundle.files) == graphs | rest == set(manifest.graphs)
 
@@ -107,7 +108,7 @@ def test_every_graph_is_valid_and_the_portable_form_is_standard(bundle: Bundle) 
     portable = {
         digest
         for kind in bundle.manifest.kinds.values()
-        for digest in (kind.forms["portable"].forward, kind.forms["portable"].backward)
+        for digest in kind.forms["portable"].graphs
     }
     portable |= {rule.graph for rule in bundle.manifest.updates.values()}
     portable.add(bundle.manifest.inference.graph)
@@ -129,7 +130,7 @@ def test_every_graph_is_valid_and_the_portable_form_is_standard(bundle: Bundle) 
 def test_no_size_that_sharding_changes_is_frozen(bundle: Bundle) -> None:
     for name in ("attention", "mlp"):
         pair = bundle.manifest.kinds[name].forms["portable"]
-        for digest in (pair.forward, pair.backward):
+        for digest in pair.graphs:
             graph = onnx.load_model_from_string(bundle.files[digest]).graph
             for tensor in graph.initializer:
                 if tensor.data_type == onnx.TensorProto.INT64:
@@ -148,6 +149,24 @@ def test_verify_passes_and_a_spoilt_gradient_is_caught(source: Source, bundle: B
     files = {**bundle.files, pair.backward: model.SerializeToString()}
     with pytest.raises(GraphError, match=r"gradients \(portable, open masks\)"):
         verify(source, Bundle(manifest=bundle.manifest, files=files))
+
+
+def test_parts_of_a_backward_stay_only_where_their_bits_are_the_whole_ones(
+    source: Source, bundle: Bundle
+) -> None:
+    assert settle_parts(source, bundle) is bundle
+    parts = bundle.manifest.kinds["mlp"].forms["portable"].parts
+    assert parts is not None
+    model = onnx.load_model_from_string(bundle.files[parts.gradients])
+    spoilt = next(node for node in model.graph.node if node.op_type == "ReduceSum")
+    spoilt.op_type = "ReduceMax"
+    files = {**bundle.files, parts.gradients: model.SerializeToString()}
+    without = settle_parts(source, replace(bundle, files=files))
+    pairs = [pair for kind in without.manifest.kinds.values() for pair in kind.forms.values()]
+    assert all(pair.parts is None for pair in pairs)
+    assert set(without.manifest.graphs) == set(without.files)
+    assert len(without.files) == len(bundle.files) - 3 * 2  # none of the embedding
+    check_manifest(without.manifest)
 
 
 def test_a_shorter_sequence_runs_through_the_same_graphs(source: Source, bundle: Bundle) -> None:

@@ -1,8 +1,9 @@
 """Manifests of earlier format versions are still read."""
 
+import hashlib
 from pathlib import Path
 
-from p2ptrain.bundle.manifest import VERSION, Loss, parse_manifest
+from p2ptrain.bundle.manifest import Loss, parse_manifest
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -17,8 +18,17 @@ def test_version_1_is_read_as_byte_level_language_modelling() -> None:
     assert manifest.labels_port.value.name == "labels"
 
 
-def test_version_1_is_written_as_the_present_version() -> None:
+def test_version_1_is_written_as_one_that_has_its_fields() -> None:
     manifest = parse_manifest((GOLDEN / "manifest-v1.json").read_bytes())
     again = parse_manifest(manifest.to_bytes())
     assert again == manifest
-    assert f'"version": {VERSION}' in manifest.to_bytes().decode()
+    assert '"version": 2' in manifest.to_bytes().decode()
+
+
+def test_version_2_keeps_its_digest_and_has_no_backwards_in_parts() -> None:
+    content = (GOLDEN / "manifest-v2.json").read_bytes()
+    manifest = parse_manifest(content)
+    assert manifest.digest == hashlib.sha256(content).hexdigest()
+    assert all(
+        pair.parts is None for kind in manifest.kinds.values() for pair in kind.forms.values()
+    )

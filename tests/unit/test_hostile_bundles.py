@@ -18,8 +18,9 @@ from p2ptrain.errors import BundleError
 from p2ptrain.ids import Digest, RunId
 from p2ptrain.runtime.job import TrainRequest, open_job
 from p2ptrain.store.bundles import Bundle, bundle_from_parts, load_bundle
-from tests.bundles import tiny_bundle
+from tests.bundles import graph_files, tiny_bundle
 from tests.hostile import GRAPHS, MANIFESTS, Change, Parts, changed_by, node, parts_of, setting
+from tests.parted_bundle import parted_bundle
 
 CASES = GRAPHS | MANIFESTS
 
@@ -133,6 +134,43 @@ def test_training_form_alone_may_use_gradient_kernels(tiny: Bundle) -> None:
     bundle_from_parts(parts.manifest_bytes, parts.graphs)
     parts = changed_by(tiny, _gradient_kernel("portable"))
     with pytest.raises(BundleError, match=r"'com.microsoft.GatherGrad' is not allowed"):
+        bundle_from_parts(parts.manifest_bytes, parts.graphs)
+
+
+def _swap_parts(parts: Parts) -> None:
+    both = parts.manifest["kinds"]["block"]["forms"]["portable"]["parts"]
+    both["cotangents"], both["gradients"] = both["gradients"], both["cotangents"]
+
+
+def _name_kept_as_stash(parts: Parts) -> None:
+    pair = parts.manifest["kinds"]["block"]["forms"]["portable"]
+    pair["parts"]["kept"][0]["name"] = pair["stash"][0]["name"]
+
+
+def _forget_kept(parts: Parts) -> None:
+    parts.manifest["kinds"]["block"]["forms"]["portable"]["parts"]["kept"] = []
+
+
+def _point_nowhere(parts: Parts) -> None:
+    parts.manifest["kinds"]["block"]["forms"]["portable"]["parts"]["gradients"] = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_swap_parts, "graph of kind 'block', portable form: its output .* is not in the manifest"),
+        (_name_kept_as_stash, "kind 'block' has two values 'h'"),
+        (_forget_kept, "its output 'kept_0' is not in the manifest"),
+        (_point_nowhere, "is referred to but not listed"),
+    ],
+)
+def test_parts_of_a_backward_are_held_against_the_manifest(
+    tiny: Bundle, change: Change, said: str
+) -> None:
+    parted = parted_bundle(tiny)
+    assert bundle_from_parts(parted.manifest_bytes, graph_files(parted)).digest == parted.digest
+    parts = changed_by(parted, change)
+    with pytest.raises(BundleError, match=said):
         bundle_from_parts(parts.manifest_bytes, parts.graphs)
 
 
