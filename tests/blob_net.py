@@ -12,6 +12,7 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.training.messages import BlobMissing, BlobRequest
 from p2ptrain.wire import frames
+from p2ptrain.wire.flows import Flow
 from p2ptrain.wire.frames import BulkHeader
 
 
@@ -49,7 +50,9 @@ class BlobNet:
             elif isinstance(message, BlobMissing):
                 self.exchanges[to].missing(own, message)
 
-        async def send_bulk(to: DeviceId, header: BulkHeader, chunk: memoryview) -> None:
+        async def send_bulk(
+            to: DeviceId, header: BulkHeader, chunk: memoryview, flow: Flow
+        ) -> None:
             await trio.lowlevel.checkpoint()
             self._check(own, to)
             self.on_chunk(header)

@@ -44,6 +44,7 @@ from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.wire import frames
 from p2ptrain.wire.codec import decode, encode
+from p2ptrain.wire.flows import Flow
 from p2ptrain.wire.frames import BulkHeader, TensorHeader
 from tests.bundles import write_bundle
 from tests.sim.plans import device, make_record
@@ -101,7 +102,11 @@ class Member:
         self.blobs = BlobExchange(send=self.send, send_bulk=self._send_bulk)
         traffic = Traffic(0, 0)
         self.meter = PeerMeter(
-            device=self.device, name=self.name, meter=model_meter(), traffic=lambda: traffic
+            device=self.device,
+            name=self.name,
+            meter=model_meter(),
+            traffic=lambda: traffic,
+            sent=lambda run: {},
         )
         self.runs = RunService(
             Services(
@@ -184,7 +189,9 @@ class Member:
             await receiver.runs.receive_tensor(self.device, parsed, len(body), reader)
             assert not reader.left
 
-    async def _send_bulk(self, to: DeviceId, header: BulkHeader, chunk: memoryview) -> None:
+    async def _send_bulk(
+        self, to: DeviceId, header: BulkHeader, chunk: memoryview, flow: Flow
+    ) -> None:
         async with self.group.data_link(self.device, to):
             await trio.lowlevel.checkpoint()
             content = bytes(chunk)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from typing import Final
 
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +25,8 @@ from p2ptrain.store.verify_bundle import Verification
 from p2ptrain.units import format_bytes, format_count, format_joules, format_seconds
 
 PHASES = ("compute", "communicate", "wait", "idle")
+TRAFFIC_ROWS: Final = 5
+"""The kinds of traffic that a person sees; `--json` has all, by link."""
 
 
 def plan_table(plan: PlanReport) -> Table:
@@ -101,6 +105,11 @@ def _result_rows(result: TrainResult) -> Iterable[tuple[str, str]]:
     yield "samples/s", f"{result.samples_per_s:.1f}"
     yield "tokens/s", f"{result.tokens_per_s:.0f}"
     yield "sent encrypted", format_bytes(result.bytes_sent)
+    kinds: Counter[str] = Counter()
+    for each in result.traffic:
+        kinds[each.kind] += each.bytes_sent
+    for kind, count in kinds.most_common(TRAFFIC_ROWS):
+        yield f"  {kind}", format_bytes(count)
     if result.energy.joules_per_sample is not None:
         yield "energy per sample", format_joules(result.energy.joules_per_sample)
     if result.model_path is not None:

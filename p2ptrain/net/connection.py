@@ -15,6 +15,7 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.net.tls_link import LinkBroken, LinkStatistics, TlsLink
 from p2ptrain.wire import frames
 from p2ptrain.wire.codec import decode
+from p2ptrain.wire.flows import NO_RUN, Flow, FlowCounter
 from p2ptrain.wire.frames import BulkHeader, FrameType, Prefix, TensorHeader
 from p2ptrain.wire.hello import RENEW, Agreement, Hello, encode_hello, parse_hello
 from p2ptrain.wire.renewal import Wear, wear
@@ -87,11 +88,15 @@ class Connection:
         self._reading = link
         self._successor: TlsLink | None = None
         self._past = _NOTHING
+        self.flows = FlowCounter()
+        """Encrypted bytes sent, by what they are for; HELLO and TLS's own belong to none."""
         self._send_lock = trio.Lock()
         self._stirred = trio.Event()
         self.scope = trio.CancelScope()
         """Of the task that reads; cancelling it closes the link."""
-        self._queue_in, self._queue_out = trio.open_memory_channel[bytes](limits.CONTROL_QUEUE_MAX)
+        self._queue_in, self._queue_out = trio.open_memory_channel[tuple[Flow, bytes]](
+            limits.CONTROL_QUEUE_MAX
+        )
         self._queued_bytes = 0
         self._tensors_waiting = 0
         self._no_tensor_waits = trio.Event()
@@ -123,12 +128,12 @@ class Connection:
         self.clock_ahead_s = hello.clock_s - time.time()
         return hello
 
-    def queue_control(self, body: bytes) -> bool:
-        """Queue an encoded message for sending; False when the queue is full."""
+    def queue_control(self, body: bytes, run: str = NO_RUN) -> bool:
+        """Queue an encoded message, which may be of a run; False when the queue is full."""
         if self._queued_bytes + len(body) > limits.CONTROL_QUEUE_BYTES_MAX:
             return False
         try:
-            self._queue_in.send_nowait(body)
+            self._queue_in.send_nowait((Flow(run, "control"), body))
         except trio.WouldBlock:
             return False
         self._queued_bytes += len(body)
@@ -155,10 +160,10 @@ class Connection:
 
     async def write_control(self) -> None:
         """Send queued messages until the link breaks (LinkBroken)."""
-        async for body in self._queue_out:
+        async for flow, body in self._queue_out:
             self._queued_bytes -= len(body)
             head = frames.encode_frame_head(FrameType.CONTROL, b"", len(body))
-            await self._send_frame(head, body)
+            await self._send_frame(flow, head, body)
 
     async def send_tensor(self, header: TensorHeader, buffers: tuple[ReadableBuffer, ...]) -> None:
         """Send one tensor, before any bulk chunk that waits; cancelling breaks the link."""
@@ -168,20 +173,20 @@ class Connection:
         if self._no_tensor_waits.is_set():
             self._no_tensor_waits = trio.Event()
         try:
-            await self._send_frame(head, *buffers)
+            await self._send_frame(tensor_flow(header), head, *buffers)
         finally:
             self._tensors_waiting -= 1
             if self._tensors_waiting == 0:
                 self._no_tensor_waits.set()
 
-    async def send_bulk(self, header: BulkHeader, chunk: ReadableBuffer) -> None:
+    async def send_bulk(self, header: BulkHeader, chunk: ReadableBuffer, flow: Flow) -> None:
         """Send one chunk once no tensor waits; at most one chunk is ahead of a tensor."""
         length = memoryview(chunk).nbytes
         head = frames.encode_frame_head(FrameType.BULK, frames.encode_header(header), length)
         async with self._bulk_lock:
             while not self._no_tensor_waits.is_set():
                 await self._no_tensor_waits.wait()
-            await self._send_frame(head, chunk)
+            await self._send_frame(flow, head, chunk)
 
     async def read_control(self, on_message: OnMessage) -> None:
         """Decode messages for `on_message` until the peer closes the link.
@@ -239,9 +244,14 @@ class Connection:
         await self._reading.recv_exactly(buffer)
         return buffer
 
-    async def _send_frame(self, *buffers: ReadableBuffer) -> None:
+    async def _send_frame(self, flow: Flow, *buffers: ReadableBuffer) -> None:
         async with self._send_lock:
-            await self.link.send_all(*buffers)
+            link = self.link
+            before = link.encrypted_bytes
+            try:
+                await link.send_all(*buffers)
+            finally:
+                self.flows.add(flow, link.encrypted_bytes - before)
         self._stir_if_worn()
 
     # Renewal, PROTOCOL.md section 3.3: each direction moves to the successor between two frames.
@@ -321,6 +331,11 @@ class Connection:
     def _alive(self) -> list[TlsLink]:
         links = (self.link, self._reading, self._successor)
         return list({id(link): link for link in links if link is not None}.values())
+
+
+def tensor_flow(header: TensorHeader) -> Flow:
+    """What a tensor's bytes are for."""
+    return Flow(header.run, header.kind if header.phase == "train" else "evaluation")
 
 
 async def read_beside(read: Work, *others: Work) -> None:

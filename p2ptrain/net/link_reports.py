@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from p2ptrain.ids import DeviceId
 from p2ptrain.net.connection import Connection
+from p2ptrain.wire.flows import FlowCounter
 from p2ptrain.wire.hello import Agreement, Hello
 
 Totals = dict[tuple[DeviceId, str], tuple[int, int]]
@@ -72,24 +75,48 @@ class LinksStatistics:
         return sum(p.control_bytes_received + p.data_bytes_received for p in self.peers.values())
 
 
-def add_bytes(totals: Totals, connection: Connection) -> None:
-    """Add what went over a connection to the totals per device and kind."""
-    counts = connection.statistics()
-    sent, received = totals.get((connection.device, connection.kind), (0, 0))
-    totals[connection.device, connection.kind] = (
-        sent + counts.socket_bytes_sent,
-        received + counts.socket_bytes_received,
-    )
+class LinkTotals:
+    """What connections have carried: bytes by device and kind of link, and what they were for."""
 
+    def __init__(self, past: LinkTotals | None = None, present: Iterable[Connection] = ()) -> None:
+        """Of connections that are gone, and of those that are up."""
+        self._bytes: Totals = {} if past is None else dict(past._bytes)
+        self._flows: dict[DeviceId, FlowCounter] = {}
+        self._queued: Counter[DeviceId] = Counter()
+        for device, flows in () if past is None else past._flows.items():
+            self._flow(device).merge(flows)
+        for connection in present:
+            self.add(connection)
+            self._queued[connection.device] += connection.queued_bytes
 
-def peer_statistics(device: DeviceId, totals: Totals, queued_bytes: int) -> PeerLinkStatistics:
-    """One peer's share of the totals."""
-    control = totals.get((device, "control"), (0, 0))
-    data = totals.get((device, "data"), (0, 0))
-    return PeerLinkStatistics(
-        control_bytes_sent=control[0],
-        control_bytes_received=control[1],
-        data_bytes_sent=data[0],
-        data_bytes_received=data[1],
-        queued_bytes=queued_bytes,
-    )
+    def add(self, connection: Connection) -> None:
+        """Add what went over one connection."""
+        counts = connection.statistics()
+        sent, received = self._bytes.get((connection.device, connection.kind), (0, 0))
+        self._bytes[connection.device, connection.kind] = (
+            sent + counts.socket_bytes_sent,
+            received + counts.socket_bytes_received,
+        )
+        self._flow(connection.device).merge(connection.flows)
+
+    def peers(self) -> dict[DeviceId, PeerLinkStatistics]:
+        """Bytes by device, sorted."""
+        return {device: self._peer(device) for device in sorted({d for d, _ in self._bytes})}
+
+    def sent(self, run: str) -> dict[DeviceId, dict[str, int]]:
+        """Encrypted bytes sent for a run, by device and kind of traffic."""
+        return {device: flows.of(run) for device, flows in self._flows.items()}
+
+    def _peer(self, device: DeviceId) -> PeerLinkStatistics:
+        control = self._bytes.get((device, "control"), (0, 0))
+        data = self._bytes.get((device, "data"), (0, 0))
+        return PeerLinkStatistics(
+            control_bytes_sent=control[0],
+            control_bytes_received=control[1],
+            data_bytes_sent=data[0],
+            data_bytes_received=data[1],
+            queued_bytes=self._queued[device],
+        )
+
+    def _flow(self, device: DeviceId) -> FlowCounter:
+        return self._flows.setdefault(device, FlowCounter())

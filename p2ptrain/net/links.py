@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -25,11 +24,9 @@ from p2ptrain.net.dialler import Attempt, Dialler
 from p2ptrain.net.link_reports import (
     LinkDown,
     LinksStatistics,
+    LinkTotals,
     LinkUp,
     PeerLinkStatistics,
-    Totals,
-    add_bytes,
-    peer_statistics,
 )
 from p2ptrain.net.listener import Handler, Listener, connect, join_address, listen
 from p2ptrain.net.renewal import keep_fresh
@@ -42,10 +39,12 @@ from p2ptrain.net.tls_link import (
     server_context,
 )
 from p2ptrain.training.contract import RuntimeBuild
+from p2ptrain.training.messages import run_of
 from p2ptrain.trust.credentials import Credentials, FindObjection, no_objection
 from p2ptrain.wire import codec
 from p2ptrain.wire import hello as wire_hello
 from p2ptrain.wire.arbitration import Standing, may_accept, may_offer
+from p2ptrain.wire.flows import Flow
 from p2ptrain.wire.frames import BulkHeader, TensorHeader
 from p2ptrain.wire.hello import LINK_KINDS, Hello, Spoken, negotiate
 
@@ -99,7 +98,7 @@ class Links:
         self._finished: dict[DeviceId, trio.Event] = {}
         self._changed = trio.Event()
         self._undecided = 0
-        self._past: Totals = {}
+        self._past = LinkTotals()
         self._refused_count = self._renewed_count = 0
         self._last_refusal: str | None = None
         self._dialler = Dialler(attempt=self._attempt, wait_missing=self._wait_missing)
@@ -175,7 +174,8 @@ class Links:
             PeerLost: no link, or it was just closed; membership hears of it by LinkDown.
         """
         session = self._live_session(device)
-        if not session.slots["control"].queue_control(codec.encode(message)):
+        queue = session.slots["control"].queue_control
+        if not queue(codec.encode(message), run_of(message)):
             self._end(session, LinkBroken("the peer takes no control messages"))
             raise PeerLost(f"peer {short(device)} takes no control messages")
 
@@ -193,11 +193,13 @@ class Links:
         with _as_peer_lost(device):
             await connection.send_tensor(header, buffers)
 
-    async def send_bulk(self, device: DeviceId, header: BulkHeader, chunk: ReadableBuffer) -> None:
+    async def send_bulk(
+        self, device: DeviceId, header: BulkHeader, chunk: ReadableBuffer, flow: Flow
+    ) -> None:
         """Send one chunk while no tensor waits; otherwise as `send_tensor`."""
         connection = self._live_session(device).slots["data"]
         with _as_peer_lost(device):
-            await connection.send_bulk(header, chunk)
+            await connection.send_bulk(header, chunk, flow)
 
     def close(self, device: DeviceId, reason: str) -> None:
         """Close the links with a peer; LinkDown follows, and whoever dials may come back."""
@@ -207,19 +209,21 @@ class Links:
 
     def statistics(self) -> LinksStatistics:
         """Bytes per peer and refused connections so far."""
-        totals, queued = dict(self._past), Counter[DeviceId]()
-        for session in self._sessions.values():
-            for connection in session.slots.values():
-                add_bytes(totals, connection)
-                queued[session.device] += connection.queued_bytes
-        devices = sorted({device for device, _ in totals})
-        peers = {device: peer_statistics(device, totals, queued[device]) for device in devices}
         return LinksStatistics(
-            peers=peers,
+            peers=self._totals().peers(),
             refused_count=self._refused_count,
             last_refusal=self._last_refusal,
             renewed_count=self._renewed_count,
         )
+
+    def sent(self, run: str) -> dict[DeviceId, dict[str, int]]:
+        """Encrypted bytes sent for a run, by device and kind, since this process started."""
+        return self._totals().sent(run)
+
+    def _totals(self) -> LinkTotals:
+        sessions = self._sessions.values()
+        connections = [each for session in sessions for each in session.slots.values()]
+        return LinkTotals(self._past, connections)
 
     # Connections that others dialled.
 
@@ -518,7 +522,7 @@ class Links:
             del self._sessions[session.device]
         self._finished[session.device] = session.finished
         for connection in session.slots.values():
-            add_bytes(self._past, connection)
+            self._past.add(connection)
             connection.scope.cancel()
             if not connection.ready:
                 connection.close()

@@ -214,6 +214,11 @@ class TlsLink:
         """Close the socket at once; every task in the link gets LinkBroken."""
         self._break("the link was closed here")
 
+    @property
+    def encrypted_bytes(self) -> int:
+        """Ciphertext made so far, handshake included, sent or about to be sent."""
+        return self._socket_sent + self._outgoing.pending + self._unsent_bytes
+
     def statistics(self) -> LinkStatistics:
         """Bytes so far."""
         return LinkStatistics(

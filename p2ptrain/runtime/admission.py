@@ -16,6 +16,7 @@ from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.services import Services
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.messages import Declined, Offer, Profiled
+from p2ptrain.wire.flows import Flow
 
 
 class Admission:
@@ -38,8 +39,9 @@ class Admission:
 
     def begin(self) -> None:
         """Offer the run to every device that is there and not in it."""
+        flow = Flow(self._view.plan.run, "bundle")
         for content in (self._bundle.manifest_bytes, *self._bundle.graphs().values()):
-            self._published.append(self._services.blobs.publish(content))
+            self._published.append(self._services.blobs.publish(content, flow=flow))
         for record in self._services.directory.alive():
             self.arrived(record.device)
 

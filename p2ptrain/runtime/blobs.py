@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 import trio
 
@@ -14,6 +15,7 @@ from p2ptrain import limits
 from p2ptrain.errors import PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.training.messages import BlobMissing, BlobRequest
+from p2ptrain.wire.flows import NO_RUN, Flow
 from p2ptrain.wire.frames import BulkHeader
 
 
@@ -53,7 +55,8 @@ class BlobStatistics:
     fetch_count: int
 
 
-SendBulk = Callable[[DeviceId, BulkHeader, memoryview], Awaitable[None]]
+SendBulk = Callable[[DeviceId, BulkHeader, memoryview, Flow], Awaitable[None]]
+_MODEL: Final = Flow(NO_RUN, "bundle")
 
 
 class BlobExchange:
@@ -66,23 +69,26 @@ class BlobExchange:
     def __init__(self, *, send: Callable[[DeviceId, object], None], send_bulk: SendBulk) -> None:
         self._send = send
         self._send_bulk = send_bulk
-        self._published: dict[Digest, Content] = {}
+        self._published: dict[Digest, tuple[Content, Flow]] = {}
         self._offers: Counter[Digest] = Counter()
-        self._sources: list[Source] = []
+        self._sources: dict[Source, Flow] = {}
         self._reads = trio.CapacityLimiter(limits.BLOBS_READ_AT_ONCE_MAX)
         self._fetches: dict[int, _Fetch] = {}
         self._requests = itertools.count(1)
         self._serving: Counter[DeviceId] = Counter()
 
-    def publish(self, content: Content, *, digest: Digest | None = None) -> Digest:
+    def publish(
+        self, content: Content, *, digest: Digest | None = None, flow: Flow = _MODEL
+    ) -> Digest:
         """Offer a blob to every member until it is withdrawn as often as it was published.
 
         Args:
             content: May be a view of a mapped file, which is read as it is sent.
             digest: Where it is known; nothing is read here then, and who fetches checks it.
+            flow: What its bytes are counted as.
         """
         digest = blob_digest(content) if digest is None else digest
-        self._published[digest] = content
+        self._published[digest] = content, flow
         self._offers[digest] += 1
         return digest
 
@@ -93,23 +99,24 @@ class BlobExchange:
             del self._offers[digest]
             self._published.pop(digest, None)
 
-    def add_source(self, source: Source) -> None:
+    def add_source(self, source: Source, flow: Flow = _MODEL) -> None:
         """Offer blobs that are read when they are asked for, one at a time for each request."""
-        self._sources.append(source)
+        self._sources[source] = flow
 
     def remove_source(self, source: Source) -> None:
         """Take back an `add_source`."""
-        self._sources.remove(source)
+        del self._sources[source]
 
     def published(self, digest: Digest) -> Content | None:
         """A blob of ours."""
-        return self._published.get(digest)
+        found = self._published.get(digest)
+        return None if found is None else found[0]
 
     def statistics(self) -> BlobStatistics:
         """What is offered and under way now."""
         return BlobStatistics(
             published_count=len(self._published),
-            published_bytes=sum(len(content) for content in self._published.values()),
+            published_bytes=sum(len(content) for content, _ in self._published.values()),
             fetch_count=len(self._fetches),
         )
 
@@ -120,7 +127,7 @@ class BlobExchange:
             PeerLost: it does not have the blob, went away, or took longer than the limit.
             RemoteProtocolError: what came is not what the digest names, or no blob is that long.
         """
-        own = self._published.get(digest)
+        own = self.published(digest)
         if own is not None:
             await trio.lowlevel.checkpoint()
             return bytes(own)
@@ -165,16 +172,18 @@ class BlobExchange:
             return
         self._serving[device] += 1
         try:
-            content = self._published.get(request.digest)
-            if content is not None:
-                await self._serve_chunks(device, request, memoryview(content))
+            found = self._published.get(request.digest)
+            if found is not None:
+                await self._serve_chunks(device, request, *found)
             else:
                 await self._serve_read(device, request)
         finally:
             self._serving[device] -= 1
 
-    async def _serve_chunks(self, device: DeviceId, request: BlobRequest, view: memoryview) -> None:
-        step = limits.BULK_CHUNK_BYTES_MAX
+    async def _serve_chunks(
+        self, device: DeviceId, request: BlobRequest, content: Content, flow: Flow
+    ) -> None:
+        view, step = memoryview(content), limits.BULK_CHUNK_BYTES_MAX
         for offset in range(0, max(len(view), 1), step):
             chunk = view[offset : offset + step]
             header = BulkHeader(
@@ -185,15 +194,15 @@ class BlobExchange:
                 total=len(view),
                 chunk=blob_digest(chunk),
             )
-            await self._send_bulk(device, header, chunk)
+            await self._send_bulk(device, header, chunk, flow)
 
     async def _serve_read(self, device: DeviceId, request: BlobRequest) -> None:
         """Serve what a source reads; few at a time, since it is in memory until it is sent."""
         async with self._reads:
-            for source in tuple(self._sources):
+            for source, flow in tuple(self._sources.items()):
                 content = await source(request.digest)
                 if content is not None:
-                    await self._serve_chunks(device, request, memoryview(content))
+                    await self._serve_chunks(device, request, content, flow)
                     return
         self._send(device, BlobMissing(request=request.request))
 

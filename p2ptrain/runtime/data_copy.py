@@ -29,6 +29,7 @@ from p2ptrain.runtime.job import CACHE_FOLDER, Job
 from p2ptrain.store.bundles import Bundle, load_bundle
 from p2ptrain.store.runs import RunDirectory
 from p2ptrain.training.contract import Contract
+from p2ptrain.wire.flows import Flow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +72,9 @@ class OfferedData:
         if len(listing) > limits.DATA_MANIFEST_BYTES_MAX:
             raise DataError("the data has too many files for a second copy")
         self.close()
-        self._source, self._listing = source, self._blobs.publish(listing)
-        self._blobs.add_source(self._read)
+        flow = Flow(job.run, "data")
+        self._source, self._listing = source, self._blobs.publish(listing, flow=flow)
+        self._blobs.add_source(self._read, flow)
         return DataOffer(
             listing=self._listing,
             listing_bytes=len(listing),

@@ -29,6 +29,7 @@ from p2ptrain.store.runs import CheckpointRecord
 from p2ptrain.store.weights import Weights, keep_weights
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import Begin, Declined, Offer, Profiled, stamp_of
+from p2ptrain.wire.flows import Flow
 
 
 class Founding:
@@ -147,7 +148,7 @@ class Founding:
         bundle = self.job.bundle
         blobs = [bundle.manifest_bytes, *bundle.graphs().values()]
         for content in blobs:
-            self._publish(content)
+            self._publish(content, kind="bundle")
         offer = Offer(
             run=self.job.run,
             view=self.job.view,
@@ -201,7 +202,7 @@ class Founding:
             first_step=self.job.first_step,
             checkpoint_every=self.job.checkpoint_every,
             profiles=tuple(self._profiles[device] for device in sorted(self._profiles)),
-            checkpoint=self._publish(listing) if listing else None,
+            checkpoint=self._publish(listing, kind="state") if listing else None,
             checkpoint_bytes=len(listing),
         )
         for device in plan.members:
@@ -211,10 +212,12 @@ class Founding:
         """Offer every segment of a checkpoint until all stages have theirs."""
         read = self.job.directory.read_segment
         for saved in checkpoint.segments:
-            self._publish(await trio.to_thread.run_sync(read, checkpoint.step, saved))
+            content = await trio.to_thread.run_sync(read, checkpoint.step, saved)
+            self._publish(content, kind="state")
 
-    def _publish(self, content: bytes | memoryview, digest: Digest | None = None) -> Digest:
-        digest = self._services.blobs.publish(content, digest=digest)
+    def _publish(self, content: bytes | memoryview, *, kind: str) -> Digest:
+        flow = Flow(self.job.run, kind)
+        digest = self._services.blobs.publish(content, flow=flow)
         self._published.append(digest)
         return digest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 import trio
 
@@ -14,9 +15,14 @@ from p2ptrain.runtime.blobs import BlobExchange, blob_digest
 from p2ptrain.runtime.outlet import Outlet
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.messages import Given, Wanted
+from p2ptrain.wire.flows import Flow
 
 Read = Callable[[Wanted], Awaitable[bytes | None]]
 """The wanted bytes; None while they are not there yet. CheckpointError: they never will be."""
+
+
+_KINDS: Final = {"state": "state", "input": "data", "labels": "data"}
+"""What is counted otherwise than as logs."""
 
 
 class Giver:
@@ -76,7 +82,8 @@ class Giver:
         old = self._offered.pop(device, None)
         if old is not None:
             self._blobs.withdraw(old)
-        self._offered[device] = self._blobs.publish(content, digest=digest)
+        flow = Flow(wanted.stamp.run, _KINDS.get(wanted.what, "log"))
+        self._offered[device] = self._blobs.publish(content, digest=digest, flow=flow)
         self.given_bytes += len(content)
         self._tell(device, wanted, digest, len(content), missing=False)
 

@@ -100,6 +100,7 @@ class Peer:
             device=group.device,
             name=group.device_name,
             meter=open_meter(config=power_settings(read_config(home))),
+            sent=lambda run: self.links.sent(run),
             traffic=self._traffic,
         )
         self.blobs = BlobExchange(send=self.send, send_bulk=self.links.send_bulk)

@@ -15,6 +15,7 @@ from p2ptrain.runtime.reports import (
     EnergyReport,
     EvaluationReport,
     StepReport,
+    TrafficReport,
     TrainResult,
 )
 from p2ptrain.runtime.services import Emit, Services
@@ -151,8 +152,16 @@ class ProgressTracker:
             samples_per_s=rate,
             tokens_per_s=rate * self._job.bundle.manifest.data.context,
             bytes_sent=sum(usage.booking.amounts.bytes_sent for usage in self._usage.values()),
+            traffic=self._traffic(),
             energy=energy,
             state_digest=state_digest,
             model_path=None if model_path is None else str(model_path),
             stopped=stopped,
+        )
+
+    def _traffic(self) -> tuple[TrafficReport, ...]:
+        return tuple(
+            TrafficReport(sender=sender, receiver=each.to, kind=each.kind, bytes_sent=each.bytes)
+            for sender, usage in sorted(self._usage.items())
+            for each in usage.sent
         )

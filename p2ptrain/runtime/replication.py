@@ -25,6 +25,7 @@ from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import SegmentSaved, Stamp
 from p2ptrain.training.segment_image import SegmentImage
 from p2ptrain.training.segment_state import StateHeader, values_bytes
+from p2ptrain.wire.flows import Flow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +221,8 @@ class SnapshotOwner:
         self._withdraw()
         self._fresh, self._offered = None, snapshot
         for segment, image in snapshot.images.items():
-            self._blobs.publish(image.values, digest=snapshot.states[segment])
+            flow = Flow(snapshot.stamp.run, "state")
+            self._blobs.publish(image.values, digest=snapshot.states[segment], flow=flow)
         self._signal.notify()
         collector = set() if snapshot.collector is None else {snapshot.collector}
         for device in sorted(self._keepers | collector):

@@ -173,6 +173,19 @@ class EnergyReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrafficReport:
+    """What one peer sent another for one kind of a run's traffic."""
+
+    sender: DeviceId
+    receiver: DeviceId
+    kind: str
+    """A kind of tensor (activation, cotangent, input, labels, release, tied), evaluation, state,
+    log, data, weights, bundle or control."""
+    bytes_sent: int
+    """Encrypted, at the socket."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
     """The end of a run."""
 
@@ -191,7 +204,9 @@ class TrainResult:
     samples_per_s: float
     tokens_per_s: float
     bytes_sent: int
-    """Encrypted bytes sent by all peers for this run."""
+    """Encrypted bytes sent by all peers during this run."""
+    traffic: tuple[TrafficReport, ...]
+    """What of them belongs to the run, by link and kind; as far as every peer has reported."""
     energy: EnergyReport
     state_digest: str
     """sha256 over parameters and optimizer state, manifest order."""

@@ -95,7 +95,7 @@ class RunMember:
         self.data = DataKeeping(
             state=state, job=None if home is None else home.job, on_copied=self._data_copied
         )
-        self._weights = OfferedWeights(self._services.blobs, state.manifest)
+        self._weights = OfferedWeights(self._services.blobs, state.manifest, state.run)
         self._admission: Admission | None = None
         self.history: dict[int, StepRecord] = {}
         self._early = EarlyMessages()

@@ -12,7 +12,7 @@ from p2ptrain import limits
 from p2ptrain.bundle.manifest import DTYPES, Manifest, Tensor
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import BundleError, InvariantBroken
-from p2ptrain.ids import DeviceId, Digest
+from p2ptrain.ids import DeviceId, Digest, RunId
 from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.store.weights import (
     SegmentWeightsWriter,
@@ -21,6 +21,7 @@ from p2ptrain.store.weights import (
     open_segment_weights,
 )
 from p2ptrain.training.safetensors import raw_bytes
+from p2ptrain.wire.flows import Flow
 
 FLOAT32_BYTES = DTYPES["float32"]
 
@@ -52,8 +53,9 @@ class OfferedWeights:
     one view's work offered would be missing for whoever is ahead of this device.
     """
 
-    def __init__(self, blobs: BlobExchange, manifest: Manifest) -> None:
+    def __init__(self, blobs: BlobExchange, manifest: Manifest, run: RunId) -> None:
         self._blobs, self._manifest = blobs, manifest
+        self._flow = Flow(run, "weights")
         self._published: list[Digest] = []
 
     def open(self, weights: Weights) -> None:
@@ -63,7 +65,9 @@ class OfferedWeights:
         for segment in range(len(self._manifest.segments)):
             for tensor in needed_weights(self._manifest, segment, resumed=False):
                 content = raw_bytes(weights.unchecked(tensor.name))
-                self._published.append(self._blobs.publish(content, digest=tensor.digest))
+                self._published.append(
+                    self._blobs.publish(content, digest=tensor.digest, flow=self._flow)
+                )
 
     def close(self) -> None:
         """The run is over here: offer nothing more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from p2ptrain.energy.combine import PeerBooking
@@ -15,6 +15,7 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.power.meter import Meter
 from p2ptrain.training.messages import Stamp, Usage
+from p2ptrain.wire.flows import carried
 
 
 class Traffic(NamedTuple):
@@ -24,14 +25,25 @@ class Traffic(NamedTuple):
     received: int
 
 
+Sent = Mapping[DeviceId, dict[str, int]]
+"""Encrypted bytes to each device for each kind of traffic of one run."""
+
+
 class PeerMeter:
     """Books every moment of the peer's life, on the run of that moment or on none."""
 
     def __init__(
-        self, *, device: DeviceId, name: str, meter: Meter, traffic: Callable[[], Traffic]
+        self,
+        *,
+        device: DeviceId,
+        name: str,
+        meter: Meter,
+        traffic: Callable[[], Traffic],
+        sent: Callable[[str], Sent],
     ) -> None:
+        """`traffic` and `sent` count since the peer started; `sent` is asked for one run."""
         self._device, self._name = device, name
-        self._meter, self._traffic = meter, traffic
+        self._meter, self._traffic, self.sent = meter, traffic, sent
         self._recorder = EnergyRecorder(
             model=meter.model, reading=meter.read(time.monotonic()), cpu_ns=time.process_time_ns()
         )
@@ -83,6 +95,7 @@ class RunMeter:
     def __init__(self, meter: PeerMeter, plan: Plan, *, samples_per_step: int) -> None:
         self._meter, self._samples = meter, samples_per_step
         self._session = f"{plan.run}.{plan.lineage}.{plan.view}"
+        self._run, self._begun = plan.run, carried(meter.sent(plan.run), ())
         meter.enter_run(self._session)
 
     def phase(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
@@ -97,6 +110,7 @@ class RunMeter:
             step=step,
             activity=_activity(amounts),
             booking=self._meter.booking(self._session),
+            sent=carried(self._meter.sent(self._run), self._begun),
         )
 
     def close(self) -> None:

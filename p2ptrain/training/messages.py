@@ -13,6 +13,7 @@ from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.recovery.inventory import Inventory
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.wire.codec import message
+from p2ptrain.wire.flows import FLOW_KINDS, NO_RUN, Carried
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,13 @@ WANTED: Final = ("state", "activation", "cotangent", "tied", "input", "labels")
 def stamp_of(plan: Plan) -> Stamp:
     """The stamp of every message sent under this plan."""
     return Stamp(run=plan.run, lineage=plan.lineage, view=plan.view, plan=plan.digest)
+
+
+def run_of(sent: object) -> str:
+    """The run that a message belongs to, by its stamp or its own field; NO_RUN: to none."""
+    stamp = getattr(sent, "stamp", None)
+    run = stamp.run if isinstance(stamp, Stamp) else getattr(sent, "run", None)
+    return run if isinstance(run, str) else NO_RUN
 
 
 @message("offer")
@@ -250,6 +258,12 @@ class Usage:
     step: int
     activity: str
     booking: PeerBooking
+    sent: tuple[Carried, ...]
+    """Encrypted bytes to each member for each kind of traffic, in this session of the run."""
+
+    def __post_init__(self) -> None:
+        if len(self.sent) > limits.LINK_PEERS_MAX * len(FLOW_KINDS):
+            raise ValueError("more kinds of traffic than there are")
 
 
 @message("abort")

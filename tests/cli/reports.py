@@ -14,6 +14,7 @@ from p2ptrain.runtime.reports import (
     PlanReport,
     StageReport,
     StepReport,
+    TrafficReport,
     TrainResult,
 )
 
@@ -110,6 +111,10 @@ RESULT = TrainResult(
     samples_per_s=64.0,
     tokens_per_s=8192.0,
     bytes_sent=2_097_152,
+    traffic=(
+        TrafficReport(sender=FIRST, receiver=SECOND, kind="activation", bytes_sent=1_048_576),
+        TrafficReport(sender=SECOND, receiver=FIRST, kind="cotangent", bytes_sent=524_288),
+    ),
     energy=ENERGY,
     state_digest="d" * 64,
     model_path="/models/trained.onnx",

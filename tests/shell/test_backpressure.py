@@ -14,12 +14,14 @@ from p2ptrain import limits
 from p2ptrain.errors import PeerLost
 from p2ptrain.ids import DeviceId
 from p2ptrain.wire.codec import encode
+from p2ptrain.wire.flows import NO_RUN, Flow
 from p2ptrain.wire.frames import FrameType, encode_frame_head
 from tests.linked_peers import MintGroup, Note, Peer, bulk, hostile_pair, running, tensor
 
 KERNEL_BYTES_MAX = 64 << 20
 """More than both sockets' buffers ever hold on loopback."""
 CHUNK = os.urandom(limits.BULK_CHUNK_BYTES_MAX)
+FLOW = Flow(NO_RUN, "state")
 
 
 @asynccontextmanager
@@ -76,7 +78,7 @@ async def test_chunks_wait_in_their_owners_memory(mint_group: MintGroup) -> None
     async with stalled(mint_group) as (peer, device):
 
         async def send(sent: int) -> None:
-            await peer.links.send_bulk(device, header, CHUNK)
+            await peer.links.send_bulk(device, header, CHUNK, FLOW)
             assert queued_bytes(peer, device) <= limits.LINK_UNSENT_BYTES_MAX
 
         assert await blocked_bytes(send, len(CHUNK)) < KERNEL_BYTES_MAX

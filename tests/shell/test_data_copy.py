@@ -298,7 +298,10 @@ async def test_closed_offer_gives_nothing_to_who_asked_before(tmp_path: Path) ->
             await trio.lowlevel.checkpoint()
             pair.offered.close()
 
-        pair.net[0]._sources.insert(0, closing)
+        blobs, own = pair.net[0], pair.offered._read
+        blobs.remove_source(own)
+        blobs.add_source(closing)
+        blobs.add_source(own)
         with pytest.raises(PeerLost, match="no longer has"):
             await pair.fetch(offer)
 

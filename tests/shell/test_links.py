@@ -13,7 +13,9 @@ from p2ptrain import limits
 from p2ptrain.errors import ConfigError, PeerLost, PortInUse
 from p2ptrain.net.listener import connect
 from p2ptrain.net.tls_link import LinkBroken, TlsLink
+from p2ptrain.training.messages import BlobMissing, Finish, Stamp
 from p2ptrain.wire import frames
+from p2ptrain.wire.flows import NO_RUN, Flow
 from p2ptrain.wire.frames import FrameType
 from tests.linked_peers import (
     BUILD,
@@ -29,6 +31,9 @@ from tests.linked_peers import (
     running,
     tensor,
 )
+from tests.memory_group import until
+
+BULK = Flow(tensor(0).run, "state")
 
 
 @pytest.mark.parametrize("dials", ["low", "high", "both", "both and twice"])
@@ -86,6 +91,33 @@ async def test_large_tensors_arrive_equal_and_are_counted(mint_group: MintGroup)
         assert low.links.statistics().bytes_sent > sent.data_bytes_sent
 
 
+async def test_bytes_are_counted_by_run_and_kind(mint_group: MintGroup) -> None:
+    async with linked(mint_group) as (low, high):
+        head, chunk = tensor(0), os.urandom(300_000)
+        run = head.run
+        stamp = Stamp(run=run, lineage=head.lineage, view=head.view, plan=head.plan)
+        hello = low.links.statistics().peers[high.device]
+        await low.links.send_tensor(high.device, tensor(0), bytes(1_000_000))
+        await low.links.send_tensor(high.device, tensor(1, "input"), bytes(50_000))
+        await low.links.send_bulk(high.device, bulk(chunk), chunk, BULK)
+        low.links.send_control(high.device, Finish(stamp=stamp))
+        low.links.send_control(high.device, BlobMissing(request=1))
+        await until(lambda: "control" in low.links.sent(NO_RUN).get(high.device, {}))
+        of_run = low.links.sent(run)[high.device]
+        of_none = low.links.sent(NO_RUN)[high.device]
+        assert set(of_run) == {"activation", "input", "state", "control"}
+        assert set(of_none) == {"control"}
+        for kind, body in (("activation", 1_000_000), ("input", 50_000), ("state", len(chunk))):
+            assert body < of_run[kind] < 1.02 * body + 600, kind
+        after = low.links.statistics().peers[high.device]
+        data = sum(of_run.values()) - of_run["control"]
+        assert after.data_bytes_sent - hello.data_bytes_sent == data
+        control = of_run["control"] + of_none["control"]
+        assert after.control_bytes_sent - hello.control_bytes_sent == control
+        low.links.close(high.device, "a test")
+        assert low.links.sent(run)[high.device] == of_run
+
+
 async def test_tensor_of_another_view_is_discarded_and_the_next_one_read(
     mint_group: MintGroup,
 ) -> None:
@@ -106,7 +138,7 @@ async def test_bulk_waits_for_tensors(mint_group: MintGroup) -> None:
                 nursery.start_soon(low.links.send_tensor, high.device, tensor(step), body)
             await trio.testing.wait_all_tasks_blocked(0.05)
             for _ in range(2):
-                nursery.start_soon(low.links.send_bulk, high.device, bulk(chunk), chunk)
+                nursery.start_soon(low.links.send_bulk, high.device, bulk(chunk), chunk, BULK)
             await trio.testing.wait_all_tasks_blocked(0.05)
             for step in range(3, 5):
                 nursery.start_soon(low.links.send_tensor, high.device, tensor(step), b"late")
@@ -179,7 +211,7 @@ async def test_peer_that_ends_is_down_and_refused_at_once(mint_group: MintGroup)
         with pytest.raises(PeerLost):
             await low.links.send_tensor(high.device, tensor(0), b"x")
         with pytest.raises(PeerLost):
-            await low.links.send_bulk(high.device, bulk(b"x"), b"x")
+            await low.links.send_bulk(high.device, bulk(b"x"), b"x", BULK)
 
 
 async def test_peer_that_starts_again_at_its_address_is_dialled_again(
@@ -305,7 +337,7 @@ async def test_chunk_with_a_wrong_digest_and_refusing_handler_close_the_link(
     mint_group: MintGroup,
 ) -> None:
     async with linked(mint_group) as (low, high):
-        await low.links.send_bulk(high.device, bulk(b"one"), b"two")
+        await low.links.send_bulk(high.device, bulk(b"one"), b"two", BULK)
         assert "digest" in (await high.down()).reason
         await high.up()
         assert not high.chunks

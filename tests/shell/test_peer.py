@@ -13,6 +13,7 @@ from p2ptrain.embed import open_peer
 from p2ptrain.errors import ConfigError, NotFound, PeerAlreadyRunning, PeerLost, PortInUse
 from p2ptrain.runtime.config import PeerConfig
 from p2ptrain.runtime.peer import SELF_QUEUE_MAX, Peer
+from p2ptrain.runtime.reports import PlanReport
 from p2ptrain.store.groups import Group
 from tests.bundles import tiny_bundle
 from tests.memory_group import request_for, until
@@ -36,6 +37,32 @@ async def until_alive(peer: Peer, count: int) -> None:
     await until(lambda: len(peer.alive()) >= count)
 
 
+async def test_boundary_costs_the_bytes_that_the_manifest_predicts(
+    tmp_path: Path, mint_group: MintGroup
+) -> None:
+    one, two = mint_group(2)
+    steps, microbatches, samples = 3, 2, 64
+    async with opened(one) as home, opened(two, peers=home.addresses()):
+        await until_alive(home, 2)
+        with trio.fail_after(SECONDS_MAX):
+            wanted = request_for(
+                tmp_path, BUNDLE, stages=2, steps=steps, microbatches=microbatches,
+                microbatch_size=samples,
+            )  # fmt: skip
+            plans: list[PlanReport] = []
+
+            def watch(name: str, report: object) -> None:
+                plans.extend([report] if isinstance(report, PlanReport) else [])
+
+            result = await home.train(wanted, watch)
+    first, last = (stage.device for stage in plans[0].stages)
+    cut = plans[0].stages[0].last_segment
+    size = BUNDLE.manifest.boundary_bytes(cut, batch=samples) * steps * microbatches
+    sent = {(each.sender, each.receiver, each.kind): each.bytes_sent for each in result.traffic}
+    for way in ((first, last, "activation"), (last, first, "cotangent")):
+        assert size < sent[way] < 1.02 * size, way
+
+
 async def test_two_peers_train_over_tls_and_say_what_they_do(
     tmp_path: Path, mint_group: MintGroup
 ) -> None:
@@ -53,7 +80,7 @@ async def test_two_peers_train_over_tls_and_say_what_they_do(
             wanted = request_for(tmp_path, BUNDLE, stages=2, steps=3)
             result = await home.train(wanted, watch)
         assert result.stages == 2
-        assert result.bytes_sent > 0
+        assert result.bytes_sent > sum(each.bytes_sent for each in result.traffic) > 0
         assert all(ours == theirs is not None for ours, theirs, _ in seen)
         assert {activity[:12] for _, _, activity in seen} == {f"run {result.run[:8]}"}
         await until(lambda: member.status().plan is None)

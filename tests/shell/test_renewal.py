@@ -11,6 +11,7 @@ from trio.testing import MockClock
 
 from p2ptrain import limits
 from p2ptrain.net.connection import Connection
+from p2ptrain.wire.flows import NO_RUN, Flow
 from p2ptrain.wire.frames import FrameType, encode_frame_head
 from p2ptrain.wire.hello import Spoken
 from tests.linked_peers import (
@@ -27,6 +28,7 @@ from tests.linked_peers import (
 )
 
 CHUNK = os.urandom(100_000)
+FLOW = Flow(NO_RUN, "state")
 MOVED = encode_frame_head(FrameType.MOVED, b"", 0)
 
 
@@ -102,7 +104,7 @@ async def test_frames_keep_their_order_while_busy_links_are_renewed(
     async def send_all(sender: Peer, receiver: Peer) -> None:
         for step in range(count):
             await sender.links.send_tensor(receiver.device, tensor(step), CHUNK)
-            await sender.links.send_bulk(receiver.device, header, CHUNK)
+            await sender.links.send_bulk(receiver.device, header, CHUNK, FLOW)
 
     async def talk(sender: Peer, receiver: Peer) -> None:
         for number in range(count):

@@ -107,6 +107,7 @@ def result() -> TrainResult:
         samples_per_s=1.0,
         tokens_per_s=1.0,
         bytes_sent=0,
+        traffic=(),
         energy=energy,
         state_digest="d",
         model_path=None,

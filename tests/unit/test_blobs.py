@@ -18,6 +18,7 @@ from p2ptrain.errors import PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.runtime.blobs import BlobExchange, blob_digest
 from p2ptrain.training.messages import BlobMissing, BlobRequest
+from p2ptrain.wire.flows import Flow
 from p2ptrain.wire.frames import BulkHeader
 from tests.sim.plans import device
 
@@ -38,7 +39,9 @@ class Wire:
             raise PeerLost("no link")
         self.sent.append((to, message))
 
-    async def send_bulk(self, to: DeviceId, header: BulkHeader, chunk: memoryview) -> None:
+    async def send_bulk(
+        self, to: DeviceId, header: BulkHeader, chunk: memoryview, flow: Flow
+    ) -> None:
         await trio.lowlevel.checkpoint()
         self.chunks.append((header, bytes(chunk)))
 
@@ -311,7 +314,7 @@ async def test_member_that_asks_without_taking_is_refused_beyond_a_bound(
     monkeypatch.setattr(limits, "BLOBS_SERVED_MAX", 2)
     wire, held = Wire(), trio.Event()
 
-    async def send_bulk(to: DeviceId, header: BulkHeader, chunk: memoryview) -> None:
+    async def send_bulk(to: DeviceId, header: BulkHeader, chunk: memoryview, flow: Flow) -> None:
         await held.wait()
         wire.chunks.append((header, bytes(chunk)))
 

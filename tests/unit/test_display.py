@@ -33,7 +33,7 @@ PLAN = PlanReport(
 RESULT = TrainResult(
     run=RunId("r" * 26), bundle="b", peers=1, stages=1, first_step=10, steps=90, losses=(3.0, 2.0),
     heldout_first=5.5, heldout_last=2.0, seconds=60.0, samples_per_s=1.0, tokens_per_s=128.0,
-    bytes_sent=0, state_digest="", model_path=None, stopped=True,
+    bytes_sent=0, traffic=(), state_digest="", model_path=None, stopped=True,
     energy=EnergyReport(
         peers=(), marginal_joules=0.0, total_joules=0.0, joules_per_sample=None
     ),

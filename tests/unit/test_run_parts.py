@@ -29,6 +29,7 @@ from p2ptrain.runtime.outlet import send_whole
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
 from p2ptrain.training.messages import Ready, stamp_of
+from p2ptrain.wire.flows import Carried
 from p2ptrain.wire.frames import TensorHeader
 from tests.memory_group import model_meter
 from tests.sim.plans import device, make_plan
@@ -230,7 +231,11 @@ class Counters:
 
 def test_work_is_booked_on_the_session_it_belongs_to() -> None:
     counters = Counters()
-    meter = PeerMeter(device=MEMBER, name="m", meter=model_meter(), traffic=counters)
+    sent = {HOME: {"activation": 7}}
+    meter = PeerMeter(
+        device=MEMBER, name="m", meter=model_meter(), traffic=counters,
+        sent=lambda run: sent if run == PLAN.run else {},
+    )  # fmt: skip
     counters.sent = 100
     first = RunMeter(meter, PLAN, samples_per_step=8)
     counters.sent = 400
@@ -240,9 +245,16 @@ def test_work_is_booked_on_the_session_it_belongs_to() -> None:
     assert usage.booking.amounts.samples == 8
     assert usage.booking.amounts.bytes_sent == 300
     assert usage.booking.device == MEMBER
+    assert usage.sent == ()
+    sent[HOME] = {"activation": 10, "state": 2}
     assert "%" in usage.activity
     meter.settle()
-    assert first.usage(stamp_of(PLAN), step=2).booking.amounts.samples == 16
+    usage = first.usage(stamp_of(PLAN), step=2)
+    assert usage.booking.amounts.samples == 16
+    assert usage.sent == (
+        Carried(to=HOME, kind="activation", bytes=3),
+        Carried(to=HOME, kind="state", bytes=2),
+    )
     first.close()
     counters.sent = 1000
     second = RunMeter(meter, LATER, samples_per_step=8)
@@ -255,7 +267,9 @@ def test_work_is_booked_on_the_session_it_belongs_to() -> None:
 
 
 def test_life_holds_every_session_and_the_idle_time_between() -> None:
-    meter = PeerMeter(device=MEMBER, name="m", meter=model_meter(), traffic=Counters())
+    meter = PeerMeter(
+        device=MEMBER, name="m", meter=model_meter(), traffic=Counters(), sent=lambda run: {}
+    )
     session = RunMeter(meter, PLAN, samples_per_step=1)
     with session.phase("compute"):
         sum(range(1000))
