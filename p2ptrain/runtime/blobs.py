@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections import Counter
@@ -250,3 +251,9 @@ async def _wait_progressing(fetch: _Fetch) -> None:
         if not fetch.done.is_set() and fetch.received == before:
             silence = f"{limits.BLOB_TIMEOUT_S:.0f} s"
             raise PeerLost(f"a transfer from {fetch.device[:8]} stood still for {silence}")
+
+
+async def serve_blob(blobs: BlobExchange, device: DeviceId, request: BlobRequest) -> None:
+    """Answer a request in a task of its own; a device that went away needs no answer."""
+    with contextlib.suppress(PeerLost):
+        await blobs.serve(device, request)

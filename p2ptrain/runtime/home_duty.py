@@ -13,7 +13,7 @@ from pathlib import Path
 import trio
 
 from p2ptrain.agreement.view import View
-from p2ptrain.errors import InvariantBroken, PeerLost
+from p2ptrain.errors import CheckpointError, InvariantBroken, PeerLost
 from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.checkpoints import CheckpointCollector
 from p2ptrain.runtime.feeder import Feeder
@@ -24,11 +24,13 @@ from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.trained_model import write_trained_model, write_trained_safetensors
 from p2ptrain.runtime.trained_weights import TrainedRun
-from p2ptrain.store.runs import CheckpointRecord
+from p2ptrain.store.runs import CheckpointRecord, RunDirectory
 from p2ptrain.store.weights import Weights
 from p2ptrain.training.messages import (
+    Ended,
     Evaluated,
     Finish,
+    Outcome,
     SegmentSaved,
     StopAfter,
     Usage,
@@ -150,9 +152,14 @@ class HomeDuty:
             model_path=model_path,
             stopped=self._program.stopped,
         )
+        await trio.to_thread.run_sync(note_end, session.job.directory, self._ended())
         for device in self._plan.members:
             with contextlib.suppress(PeerLost):
                 self._services.outlet.send(device, Finish(stamp=stamp_of(self._plan)))
+
+    def _ended(self) -> Ended:
+        outcome: Outcome = "stopped" if self._program.stopped else "complete"
+        return Ended(run=self._view.run, lineage=self._view.lineage, outcome=outcome)
 
     def _model_path(self) -> Path:
         return self._session.out or self._session.job.directory.model_path
@@ -168,3 +175,13 @@ class HomeDuty:
         write_trained_model(path, run)
         if self._session.safetensors is not None:
             write_trained_safetensors(self._session.safetensors, run)
+
+
+def note_end(directory: RunDirectory, ended: Ended) -> None:
+    """Write down that a run which is written down is over; blocking.
+
+    A disk that refuses costs nothing but that a restart takes the run up, and is told its end.
+    """
+    if directory.exists():
+        with contextlib.suppress(CheckpointError):
+            directory.write_ended(ended)

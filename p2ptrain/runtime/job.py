@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -237,3 +239,8 @@ def _new_contract(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def new_run_id() -> RunId:
+    """26 random base32 characters: 128 bits and more."""
+    return RunId(base64.b32encode(secrets.token_bytes(17)).decode().lower()[:26])

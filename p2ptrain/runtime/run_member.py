@@ -16,6 +16,7 @@ from p2ptrain.agreement.run_events import (
     Fenced,
     Paused,
     ProposalWanted,
+    Stance,
     StepCommitted,
     Unpaused,
     ViewDecided,
@@ -30,6 +31,7 @@ from p2ptrain.runtime.admission import Admission
 from p2ptrain.runtime.data_keeping import DataKeeping
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.early import EarlyMessages
+from p2ptrain.runtime.first_view import activity, first_view
 from p2ptrain.runtime.foreign import as_ours
 from p2ptrain.runtime.holdings import Holdings
 from p2ptrain.runtime.home_duty import HomeSession
@@ -48,8 +50,10 @@ from p2ptrain.training.messages import (
     DataHeld,
     DataOffered,
     Declined,
+    Ended,
     HoldingsAsked,
     HoldingsTold,
+    Outcome,
     Profiled,
     ReplicaStored,
     SegmentSaved,
@@ -107,6 +111,7 @@ class RunMember:
         self.paused: Paused | None = None
         self.is_restored = False
         """Whether a restart interrupted the view that is known: its stage is lost here."""
+        self._counted = self._is_over = False  # who is there; what `run` does
         self._released = 0
 
     @property
@@ -163,22 +168,29 @@ class RunMember:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                await nursery.start(self.driver.run)
-                await trio.to_thread.run_sync(self.state.open_disk)
-                nursery.start_soon(self.state.keeper.run)
-                if self.is_restored:
-                    await self._await_next_view()
-                await self._await_begin(begin_by_s)
-                while not await self._enter_newest():
-                    pass
-                nursery.cancel_scope.cancel()
+                try:
+                    await self._run_in(nursery, begin_by_s)
+                finally:
+                    self._nursery = None  # it takes no new tasks from now on
         finally:
-            self._nursery = None
+            self._is_over = True
+            self._signal.notify()
             self.state.close()
             self.data.close()
             self._weights.close()
             if self._meter is not None:
                 self._meter.close()
+
+    async def _run_in(self, nursery: trio.Nursery, begin_by_s: float) -> None:
+        await nursery.start(self.driver.run)
+        await trio.to_thread.run_sync(self.state.open_disk)
+        nursery.start_soon(self.state.keeper.run)
+        if self.is_restored:
+            await self._await_next_view()
+        await self._await_begin(begin_by_s)
+        while not await self._enter_newest():
+            pass
+        nursery.cancel_scope.cancel()
 
     def stop(self) -> None:
         """End the session after the step that has begun, where this device conducts it."""
@@ -249,10 +261,42 @@ class RunMember:
         wait_s = limits.VIEW_WAIT_SURE_S if sure else limits.VIEW_WAIT_SILENT_S
         self.want(reason, after_s=wait_s)
 
-    def forget(self) -> None:
-        """The run is finished: what was kept for going on with it may go. Blocking."""
-        work = self._work
-        self.state.forget(complete=work is None or not work.stopped)
+    def ended(self, outcome: Outcome | None = None, reason: str = "") -> Ended | None:
+        """That this run is over here, for whoever missed it; None: it never came to a plan.
+
+        `outcome`: None where the run was finished.
+        """
+        plan, work = self.plan, self._work
+        if plan is None:
+            return None
+        if outcome is None:
+            outcome = "stopped" if work is not None and work.stopped else "complete"
+        reason = reason[: limits.REASON_CHARACTERS_MAX]
+        return Ended(run=plan.run, lineage=plan.lineage, outcome=outcome, reason=reason)
+
+    async def waits_in_vain(self) -> bool:
+        """Whether nobody goes on with a run that a restart interrupted, for RESTORED_WAIT_S.
+
+        Nothing of such a run is in memory: it can go, and be taken up again.
+        """
+        if not self.is_restored:
+            await trio.lowlevel.checkpoint()
+            return False
+
+        def goes_on() -> bool:
+            here = self._counted and self.machine.standing.stance is not Stance.PAUSED
+            return here or self._is_over or self._work is not None
+
+        with trio.move_on_after(limits.RESTORED_WAIT_S):
+            await self._signal.wait_until(goes_on)
+            return False
+        return True
+
+    @property
+    def works(self) -> bool:
+        """Whether the work of a view has begun here and enough members are there."""
+        started = self._work is not None and self._work.started
+        return started and self.machine.standing.stance is not Stance.PAUSED
 
     def leave(self) -> str | None:
         """Ask for a view without this device; why there can be none, or None."""
@@ -263,8 +307,7 @@ class RunMember:
             return "nobody else takes part in the run"
         if plan.keep_data_here and plan.home == own:
             return "the run's data stays on this device"
-        name = self._services.directory.name_of(own)
-        self.want(f"{name} leaves", after_s=0.0)
+        self.want(f"{self._services.directory.name_of(own)} leaves", after_s=0.0)
         return None
 
     async def force(self) -> None:
@@ -453,17 +496,7 @@ class RunMember:
             )
         if begin is not None:
             await self.state.take_listing(plan.home, begin)
-            view = View(
-                plan=plan,
-                contract=self.state.contract,
-                profiles=begin.profiles,
-                previous=None,
-                resume_step=begin.first_step,
-                records=(),
-                restoration=None,
-                first_step=begin.first_step,
-                checkpoint_every=begin.checkpoint_every,
-            )
+            view = first_view(plan, self.state.contract, begin)
             self.driver.call(RunMachine.found, view, self.driver.now())
             self.reachable()
 
@@ -475,6 +508,8 @@ class RunMember:
         self.state.enter(view)
         self.founding = None
         self.reachable()
+        self._counted = True
+        self._signal.notify()
         name = self._services.directory.name_of(self._services.device)
         self.want(f"{name} has restarted", after_s=limits.VIEW_WAIT_SILENT_S)
         await self._signal.wait_until(
@@ -563,13 +598,3 @@ class RunMember:
     def _start(self, task: Callable[..., object], *args: object) -> None:
         if self._nursery is not None:
             self._nursery.start_soon(task, *args)  # type: ignore[arg-type]  # an async function
-
-
-def activity(plan: Plan, device: DeviceId) -> str:
-    """`run 3f2a1b2c, stage 1 of 3`, for status."""
-    index = plan.stage_of(device)
-    if index is not None:
-        what = f"stage {index + 1} of {len(plan.stages)}"
-    else:
-        what = "data" if device == plan.home else "in reserve"
-    return f"run {plan.run[:8]}, {what}"

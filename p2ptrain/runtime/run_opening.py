@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from p2ptrain.runtime.run_member import RunMember
 from p2ptrain.runtime.run_state import JOURNAL_FILE, RunState
 from p2ptrain.runtime.services import Services
 from p2ptrain.store.bundles import Bundle, load_bundle
+from p2ptrain.store.replicas import FOLDER as REPLICAS_FOLDER
 from p2ptrain.store.runs import RunDirectory
 from p2ptrain.store.weights import Weights, open_weights
 from p2ptrain.training.contract import Contract
@@ -120,6 +122,11 @@ class RunOpener:
         if not views or self._services.device not in views[-1].members:
             raise CheckpointError("the journal names no view with this device")
         view, directory = views[-1], RunDirectory(path)
+        ended = directory.read_ended()
+        if ended is not None and ended.lineage >= view.lineage:
+            (path / JOURNAL_FILE).unlink()
+            shutil.rmtree(path / REPLICAS_FOLDER, ignore_errors=True)
+            raise CheckpointError("the run has ended")
         bundle = load_bundle(directory.bundle_path)
         job = reopened_job(directory, bundle, view) if directory.exists() else None
         return InterruptedRun(

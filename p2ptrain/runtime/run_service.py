@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
-import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 import trio
 
@@ -18,24 +15,26 @@ from p2ptrain.errors import (
     ConfigError,
     Interrupted,
     InvariantBroken,
-    NumericsError,
     P2PTrainError,
     PeerLost,
     error_class,
 )
 from p2ptrain.ids import DeviceId, RunId, short
 from p2ptrain.planner.plan import Plan
+from p2ptrain.runtime.blobs import serve_blob
+from p2ptrain.runtime.ended_runs import EndedRuns
 from p2ptrain.runtime.expected import ExpectedPlan
 from p2ptrain.runtime.foreign import SURVIVABLE, as_ours
 from p2ptrain.runtime.founding import Founding
 from p2ptrain.runtime.inbox import BodyReader, discard
-from p2ptrain.runtime.job import Job, open_job
+from p2ptrain.runtime.job import Job, new_run_id, open_job
 from p2ptrain.runtime.memory_release import release_memory
 from p2ptrain.runtime.offers import OfferDesk
 from p2ptrain.runtime.plan_report import plan_report
-from p2ptrain.runtime.reports import EnergyReport, PlanReport, TrainRequest, TrainResult
+from p2ptrain.runtime.reports import EnergyReport, NoteReport, PlanReport, TrainRequest, TrainResult
 from p2ptrain.runtime.run_member import LeftOut, RunMember
 from p2ptrain.runtime.run_opening import RunOpener
+from p2ptrain.runtime.run_parts import Conduct, Part, RunStatistics
 from p2ptrain.runtime.services import Emit, Proposals, Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.store.weights import open_weights
@@ -45,41 +44,13 @@ from p2ptrain.training.messages import (
     BlobMissing,
     BlobRequest,
     Declined,
+    Ended,
     Offer,
     Profiled,
     Stamp,
     stamp_of,
 )
 from p2ptrain.wire.frames import TensorHeader
-
-
-@dataclass(slots=True)
-class _Part:
-    """What this device does in a run."""
-
-    member: RunMember
-    scope: trio.CancelScope
-    failure: P2PTrainError | None = None
-
-
-@dataclass(slots=True)
-class _Conduct:
-    """The run that somebody at this peer asked for, and why it had to end."""
-
-    founding: Founding
-    scope: trio.CancelScope
-    member: RunMember | None = None
-    failure: P2PTrainError | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunStatistics:
-    """What a run service holds now."""
-
-    prepared_count: int
-    """Offers whose engines are open."""
-    taking_part: bool
-    conducting: bool
 
 
 class RunService:
@@ -100,10 +71,14 @@ class RunService:
         self._default_threads = default_threads
         self._desk = OfferDesk(services)
         self._opener = RunOpener(services)
-        self._conduct: _Conduct | None = None
-        self._part: _Part | None = None
+        self._conduct: Conduct | None = None
+        self._part: Part | None = None
         self._expected = ExpectedPlan()
+        self._ended = EndedRuns()
         self._changed = Signal()
+        self._restored = trio.Event()
+        self._aside = False
+        """Whether an interrupted run has made room for one that a person asked for."""
         self._nursery: trio.Nursery | None = None
         self.last_failure: str | None = None
         self.last_energy: EnergyReport | None = None
@@ -162,6 +137,13 @@ class RunService:
         under_way = None if self._part is None else self._part.member
         if request.resume and under_way and under_way.state.run.startswith(request.resume):
             return await self._watch(under_way, request, emit)
+        await self._make_room(emit)
+        try:
+            return await self._conduct_new(request, emit)
+        finally:
+            self._take_up_again()
+
+    async def _conduct_new(self, request: TrainRequest, emit: Emit) -> TrainResult:
         self._refuse_when_busy()
         job = await trio.to_thread.run_sync(self._open_job, request)
         weights = await trio.to_thread.run_sync(open_weights, job.bundle)
@@ -175,7 +157,7 @@ class RunService:
             proposals=self._proposals,
             emit=emit,
         )
-        conduct = _Conduct(founding, trio.CancelScope())
+        conduct = Conduct(founding, trio.CancelScope())
         self._conduct = conduct
         result = None
         try:
@@ -189,7 +171,7 @@ class RunService:
                 hint="p2ptrain status on another member shows it",
             )
         if result is None:
-            raise self._with_run(conduct.failure or Interrupted("the run was cancelled"), conduct)
+            raise conduct.resumable()
         self.last_energy = result.energy
         return result
 
@@ -280,6 +262,7 @@ class RunService:
         """A proposal will not be decided: its engine may go."""
         self._expected.forget(plan)
         self._desk.over(plan)
+        self._changed.notify()
 
     def decided(self, plan: Plan, contract: Contract) -> None:
         """All members agreed: begin our part, or say that it is too late."""
@@ -287,8 +270,9 @@ class RunService:
         conduct = self._conduct
         is_home = plan.home == self._services.device
         abandoned = is_home and (conduct is None or not conduct.founding.proposed(plan))
-        member = None if early is None or abandoned else self._make_member(plan, contract)
-        if member is None or early is None or self._part is not None:
+        late = abandoned or self._part is not None
+        member = None if early is None or late else self._make_member(plan, contract)
+        if member is None or early is None:
             self._abort(plan, PeerLost(f"{self._own_name()} is not ready for this run any more"))
             return
         if is_home and conduct is not None:
@@ -315,6 +299,7 @@ class RunService:
         self._services.blobs.peer_down(device)
         self._expected.home_down(device)
         self._desk.home_down(device)
+        self._changed.notify()
         if self._conduct is not None:
             self._conduct.founding.peer_down(device)
         if self._part is not None:
@@ -331,9 +316,12 @@ class RunService:
     def _receive(self, device: DeviceId, message: object) -> None:
         match message:
             case Offer():
+                self._ended.goes_on(message.run)
                 self._start(self._answer_offer, device, message, self.current_run)
             case BlobRequest():
-                self._start(self._serve_blob, device, message)
+                self._start(serve_blob, self._services.blobs, device, message)
+            case Ended():
+                self._end_told(device, message)
             case BlobMissing():
                 self._services.blobs.missing(device, message)
             case Profiled() | Declined():
@@ -365,7 +353,10 @@ class RunService:
         if part is not None and part.member.state.run == run_of(message):
             await part.member.driver.deliver(device, message)
             return
-        if isinstance(message, DecidedView) and part is None:
+        ended = self._ended.answer_to(message)
+        if ended is not None:
+            self._send(device, ended)
+        elif isinstance(message, DecidedView) and part is None:
             self._joined(message)
         await trio.lowlevel.checkpoint()
 
@@ -378,9 +369,31 @@ class RunService:
 
     async def _restore(self) -> None:
         """Take up our part in a run that the end of our last process interrupted."""
+        await self._changed.wait_until(lambda: self.current_run is None)
+        await trio.to_thread.run_sync(self._ended.load, self._services.runs_path)
         found = await trio.to_thread.run_sync(self._opener.interrupted)
         if found is not None and self.current_run is None:
             self._begin_part(self._opener.restored(found))
+        self._restored.set()
+
+    async def _make_room(self, emit: Emit) -> None:
+        """An interrupted run that nobody goes on with lets another one pass; it stays on disk."""
+        part = self._part
+        if part is None or self._conduct is not None or not await part.member.waits_in_vain():
+            return
+        if self._part is part and self._conduct is None:
+            run = short(part.member.state.run)
+            text = f"run {run} was interrupted and lacks members: it is left on the disk meanwhile"
+            emit("note", NoteReport(text=text))
+            self._aside = True
+            part.scope.cancel()
+            await self._wait_cleared()
+
+    def _take_up_again(self) -> None:
+        if self._aside:
+            self._aside = False
+            with contextlib.suppress(RuntimeError):  # the service has ended meanwhile
+                self._start(self._restore)
 
     def _make_member(self, plan: Plan, contract: Contract) -> RunMember | None:
         """Our part in a plan that begins; None when what it needs is not there any more."""
@@ -389,12 +402,12 @@ class RunService:
         return self._opener.founded(plan, contract, self._desk.prepared(plan.run), founding)
 
     def _begin_part(self, member: RunMember) -> None:
-        self._part = _Part(member, trio.CancelScope())
+        self._part = Part(member, trio.CancelScope())
         self.last_failure = None
         member.offer_weights()
         self._start(self._take_part, self._part)
 
-    async def _run_conduct(self, conduct: _Conduct) -> TrainResult | None:
+    async def _run_conduct(self, conduct: Conduct) -> TrainResult | None:
         """The result, or None when the session failed or was told to end."""
         result: TrainResult | None = None
         try:
@@ -414,7 +427,7 @@ class RunService:
             self._changed.notify()
         return result
 
-    def _end_conduct(self, conduct: _Conduct, *, finished: bool) -> None:
+    def _end_conduct(self, conduct: Conduct, *, finished: bool) -> None:
         """A session that did not finish is over on every member when whoever asked has left."""
         self._conduct = None
         error = conduct.failure or Interrupted("its home peer ended the run")
@@ -424,20 +437,15 @@ class RunService:
         self._desk.forget(conduct.founding.job.run)
         self._changed.notify()
 
-    async def _take_part(self, part: _Part) -> None:
-        """Take part in a run to its end."""
+    async def _take_part(self, part: Part) -> None:
+        """Take part in a run to its end; where it is over for everybody, nothing of it stays."""
         member = part.member
         try:
-            with part.scope:
-                await member.run()
-            if member.failure is not None:
-                self._fail(member.failure)
-            elif not part.scope.cancelled_caught:
-                await trio.to_thread.run_sync(member.forget)
-        except* LeftOut as left:
-            self._left(part, as_ours(left))
-        except* SURVIVABLE as group:
-            self._fail(as_ours(group))
+            await self._run_part(part)
+            if part.ended is not None:
+                self._ended.note(part.ended)
+                with contextlib.suppress(OSError):
+                    await trio.to_thread.run_sync(member.state.forget, part.ended)
         finally:
             plan = member.plan
             self._part = None
@@ -447,7 +455,23 @@ class RunService:
             self._services.say_activity("idle")
             self._changed.notify()
 
-    def _left(self, part: _Part, error: P2PTrainError) -> None:
+    async def _run_part(self, part: Part) -> None:
+        member = part.member
+        try:
+            with part.scope:
+                await member.run()
+            if member.failure is not None:
+                self._fail(member.failure)
+            elif not part.scope.cancelled_caught:
+                part.ended = member.ended()
+        except* LeftOut as left:
+            self._left(part, as_ours(left))
+        except* SURVIVABLE as group:
+            self._fail(as_ours(group))
+        if part.failure is not None:
+            part.ended = member.ended("failed", part.failure.message)
+
+    def _left(self, part: Part, error: P2PTrainError) -> None:
         """The run goes on without this peer; whoever watches it here is told."""
         self.last_failure = error.message
         if self._conduct is not None and self._conduct.failure is None:
@@ -463,6 +487,22 @@ class RunService:
         name = self._services.directory.name_of(device)
         reason = message.reason[: limits.REASON_CHARACTERS_MAX]
         self._fail(error_class(message.error)(reason), told_by=name)
+
+    def _end_told(self, device: DeviceId, message: Ended) -> None:
+        """The run that we are in ended while we could not hear it.
+
+        What failed elsewhere does not end work that goes well here, unless our home peer says so.
+        """
+        part = self._part
+        plan = None if part is None else part.member.plan
+        if part is None or plan is None or part.is_ending or plan.run != message.run:
+            return
+        failed_elsewhere = message.outcome == "failed" and device != plan.home
+        if plan.lineage > message.lineage or (failed_elsewhere and part.member.works):
+            return
+        part.ended = message
+        part.scope.cancel()
+        self._left(part, PeerLost(message.reason or "the run has ended without this peer"))
 
     def _fail(self, error: P2PTrainError, *, told_by: str | None = None) -> None:
         """End the current run on this device; what comes after the first reason changes nothing.
@@ -489,39 +529,43 @@ class RunService:
         message = Abort(stamp=stamp_of(plan), error=type(error).__name__, reason=reason)
         for device in plan.members:
             if device != self._services.device:
-                with contextlib.suppress(PeerLost):
-                    self._services.outlet.send(device, message)
+                self._send(device, message)
 
-    def _with_run(self, error: P2PTrainError, conduct: _Conduct) -> P2PTrainError:
-        """Say which run can be resumed, and from which step, once it is on disk."""
-        job = conduct.founding.job
-        if isinstance(error, PeerLost | NumericsError | Interrupted) and job.directory.exists():
-            step = max(job.directory.checkpoint_steps(), default=0)
-            error.hint = f"go on from step {step} with: --resume {short(job.run)}"
-        return error
+    def _send(self, device: DeviceId, message: object) -> None:
+        with contextlib.suppress(PeerLost):
+            self._services.outlet.send(device, message)
 
     async def _answer_offer(self, device: DeviceId, offer: Offer, busy_with: RunId | None) -> None:
         """Answer; an engine that no decision claims in time is closed.
 
-        A run that is resumed at once may find its last session still ending here.
+        Who asks may have let go of a run before we have.
         """
+        if not self._restored.is_set():
+            await self._restored.wait()
+            busy_with = self.current_run
         await self._wait_cleared()
         if busy_with is not None:
-            busy_with = self.current_run
-        if busy_with == offer.run:
             with trio.move_on_after(limits.OFFER_TIMEOUT_S / 2):
-                await self._changed.wait_until(lambda: self._part is None)
+                await self._changed.wait_until(lambda: not self._may_be_over(device, offer.run))
             busy_with = self.current_run
         await self._desk.answer(device, offer, busy_with)
         await trio.sleep(limits.OFFER_KEPT_S)
         self._desk.expire(offer)
 
+    def _may_be_over(self, device: DeviceId, run: RunId) -> bool:
+        """Whether what we are busy with may be over for a device that offers a run.
+
+        It is, where that is this very run, or was conducted by that device, which conducts one at
+        a time. What is only promised is begun or withdrawn within moments.
+        """
+        part = self._part
+        if part is None:
+            return self._conduct is None and self._expected.run not in (None, run)
+        plan = part.member.plan
+        return part.member.state.run == run or (plan is not None and plan.home == device)
+
     def _own_name(self) -> str:
         return self._services.directory.name_of(self._services.device)
-
-    async def _serve_blob(self, device: DeviceId, request: BlobRequest) -> None:
-        with contextlib.suppress(PeerLost):
-            await self._services.blobs.serve(device, request)
 
     def _open_job(self, request: TrainRequest) -> Job:
         return open_job(
@@ -532,10 +576,14 @@ class RunService:
         )
 
     async def _wait_cleared(self) -> None:
-        """A run that has ended may still be giving back what it had on the disk."""
-        await self._changed.wait_until(
-            lambda: self._part is None or not self._part.member.is_finishing
-        )
+        """A run that is over, or has to end, may still be in a thread or on the disk."""
+
+        def cleared() -> bool:
+            failing = self._conduct is not None and self._conduct.failure is not None
+            return not failing and (self._part is None or not self._part.is_ending)
+
+        await self._restored.wait()
+        await self._changed.wait_until(cleared)
 
     def _refuse_when_busy(self) -> None:
         if self.current_run is not None:
@@ -548,8 +596,3 @@ class RunService:
         if self._nursery is None:
             raise InvariantBroken("the run service is not running")
         self._nursery.start_soon(task, *args)
-
-
-def new_run_id() -> RunId:
-    """26 random base32 characters: 128 bits and more."""
-    return RunId(base64.b32encode(secrets.token_bytes(17)).decode().lower()[:26])

@@ -21,7 +21,7 @@ from p2ptrain.recovery.protection import Provisional, Safeguards, protection
 from p2ptrain.recovery.replica_sets import ReplicaSets
 from p2ptrain.recovery.step_log import LogKey, StepLog
 from p2ptrain.runtime.checkpoint_listing import parse_listing
-from p2ptrain.runtime.home_duty import HomeSession
+from p2ptrain.runtime.home_duty import HomeSession, note_end
 from p2ptrain.runtime.replication import ReplicaKeeper
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
@@ -30,7 +30,7 @@ from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.replicas import Replica, ReplicaPlace, ReplicaStore
 from p2ptrain.store.runs import RunDirectory, SavedSegment
 from p2ptrain.training.contract import Contract
-from p2ptrain.training.messages import Begin, SegmentSaved, Stamp
+from p2ptrain.training.messages import Begin, Ended, SegmentSaved, Stamp
 from p2ptrain.training.minibatch import FedKind, read_minibatch
 from p2ptrain.training.program import Item
 from p2ptrain.training.replay_inputs import StepPlace
@@ -315,12 +315,16 @@ class RunState:
         if not directory.exists():
             directory.write_bundle(self.bundle.manifest_bytes, self.bundle.graphs())
 
-    def forget(self, *, complete: bool) -> None:
-        """Delete what only a run that goes on needs; weights stay for a resumption. Blocking."""
+    def forget(self, ended: Ended) -> None:
+        """Delete what only a run that goes on needs; weights stay for a resumption. Blocking.
+
+        The end is written down first: after a crash in between, the journal is not taken up.
+        """
+        note_end(RunDirectory(self.path), ended)
         self.forget_replicas(limits.STEPS_MAX)
         (self.path / JOURNAL_FILE).unlink(missing_ok=True)
         directory = RunDirectory(self.path)
-        if complete:
+        if ended.outcome == "complete":
             shutil.rmtree(self.path / WEIGHTS_FOLDER, ignore_errors=True)
         if not directory.exists():
             shutil.rmtree(directory.bundle_path, ignore_errors=True)

@@ -5,6 +5,7 @@
     runs/<run id>/checkpoints/step-00000020/segment-0003.safetensors
     runs/<run id>/checkpoints/step-00000020/checkpoint.json   written last: it commits the step
     runs/<run id>/progress.jsonl                              one line per step
+    runs/<run id>/ended.json                                  how its newest lineage ended
 
 A checkpoint without `checkpoint.json` does not exist. Checkpoints are per segment, so that any
 number of peers can resume them.
@@ -29,9 +30,11 @@ from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber, is_base32
 from p2ptrain.store.atomic import write_atomic
 from p2ptrain.store.bundles import TOKENIZER_FILE
 from p2ptrain.training.contract import Contract
+from p2ptrain.training.messages import Ended
 from p2ptrain.wire.codec import from_plain, to_plain
 
 RUN_FORMAT: Final = "p2ptrain-run"
+ENDED_FORMAT: Final = "p2ptrain-run-end"
 CHECKPOINT_FORMAT: Final = "p2ptrain-checkpoint"
 VERSION: Final = 1
 KEPT_CHECKPOINTS: Final = 2
@@ -103,6 +106,7 @@ class RunDirectory:
         with storing("the run's record"):
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomic(self.path / "run.json", [_document(RUN_FORMAT, record)])
+            (self.path / "ended.json").unlink(missing_ok=True)  # it goes on
 
     def read_record(self) -> RunRecord:
         """The run's record; CheckpointError when it is damaged, foreign or of another version."""
@@ -110,6 +114,18 @@ class RunDirectory:
         if record.run != self.path.name:
             raise CheckpointError(f"run.json is of run {record.run[:8]}, not {self.path.name[:8]}")
         return record
+
+    def write_ended(self, ended: Ended) -> None:
+        """Note that a lineage is over: a restart does not take it up, and others can be told."""
+        with storing("the run's end"):
+            write_atomic(self.path / "ended.json", [_document(ENDED_FORMAT, ended)])
+
+    def read_ended(self) -> Ended | None:
+        """How the newest lineage ended; None where nothing is known of an end."""
+        with contextlib.suppress(CheckpointError):
+            ended = _read(self.path / "ended.json", ENDED_FORMAT, Ended)
+            return ended if ended.run == self.path.name else None
+        return None
 
     def write_bundle(
         self, manifest: bytes, graphs: Mapping[Digest, bytes], tokenizer: bytes | None = None

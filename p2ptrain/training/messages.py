@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from p2ptrain import limits
 from p2ptrain.energy.combine import PeerBooking
@@ -283,6 +283,27 @@ class Finish:
     """Home to stage peers: everything is stored; forget the run."""
 
     stamp: Stamp
+
+
+Outcome = Literal["complete", "stopped", "failed"]
+"""How a lineage ended: after its contract's last step, earlier because somebody wanted it, or not
+on purpose."""
+
+
+@message("ended")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """Any member to who still talks about a run: this lineage, or a later one, has ended."""
+
+    run: RunId
+    lineage: Lineage
+    outcome: Outcome
+    reason: str = ""
+    """Why, where it failed."""
+
+    def __post_init__(self) -> None:
+        if len(self.reason) > limits.REASON_CHARACTERS_MAX:
+            raise ValueError("the reason is too long")
 
 
 @message("blob_request")
