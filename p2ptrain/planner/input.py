@@ -35,6 +35,9 @@ class LinkEstimate:
     latency_ns: int
     """One way, for a small message."""
     bytes_per_s: int
+    medium: str = ""
+    """The air (or cable) that it shares with every other link of this name; empty: its own, both
+    ways at once."""
 
     def __post_init__(self) -> None:
         if self.latency_ns < 0 or self.bytes_per_s < 1 or self.first == self.second:

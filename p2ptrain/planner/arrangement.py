@@ -1,0 +1,79 @@
+"""Devices in their places, before the model is cut: stages in order, each with its replicas."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from p2ptrain.planner.question import Kind
+from p2ptrain.schedule.actions import Action
+from p2ptrain.schedule.replicated import Owners
+
+Groups = tuple[tuple[int, ...], ...]
+"""By stage: indices of its devices, ascending."""
+Cuts = tuple[int, ...]
+"""By stage: the end (exclusive) of its segments; the last is the number of segments."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """One device in its stage, with its share of the microbatches."""
+
+    device: int
+    forward_ns: tuple[int, ...]
+    """Prefix sums over segments of one microbatch's time."""
+    backward_ns: tuple[int, ...]
+    both_ns: tuple[int, ...]
+    microbatches: int
+    in_flight: int
+
+    def busy_ns(self, first: int, end: int) -> int:
+        """Its compute of one step, for segments first..end-1."""
+        return self.microbatches * (self.both_ns[end] - self.both_ns[first])
+
+    def longest(self, first: int, within_ns: int) -> int:
+        """The last end for which its step's compute is within a time."""
+        return bisect_right(self.both_ns, self.both_ns[first] + within_ns // self.microbatches) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hop:
+    """The boundary between two stages: the quickest way across, for lower bounds."""
+
+    latency_ns: int
+    bytes_per_s: int
+    links: tuple[tuple[tuple[int, int], int, int, str], ...]
+    """(replica before, after), latency, bytes per second, medium."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrangement:
+    """Groups with everything about them that no cut changes."""
+
+    groups: Groups
+    schedule: str
+    stages: tuple[tuple[Replica, ...], ...]
+    owners: tuple[Owners, ...]
+    actions: tuple[tuple[tuple[Action, ...], ...], ...]
+    hops: tuple[Hop, ...]
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.groups)
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """All devices, stage by stage."""
+        return tuple(device for group in self.groups for device in group)
+
+    @property
+    def action_count(self) -> int:
+        """What simulating it costs."""
+        return 2 * len(self.owners[0]) * len(self.groups)
+
+
+def kind_of(groups: Groups) -> Kind:
+    """What people call a plan of these groups."""
+    if len(groups) == 1:
+        return "one device" if len(groups[0]) == 1 else "data"
+    return "pipeline" if all(len(group) == 1 for group in groups) else "hybrid"

@@ -1,0 +1,216 @@
+"""Search all kinds of plan for the best one; deterministic, bounded by counts, never by a clock.
+
+One way for small and large questions. Per kind: groupings are arranged and cut at their
+bottleneck; from the lowest lower bound upwards, cuts around it are collected; then candidates are
+simulated from the lowest bound upwards until no bound is below the best found, or a budget ends.
+For few devices and segments nothing is dropped before that, so the best is found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.arrangement import Arrangement, Cuts
+from p2ptrain.planner.cutting import bottleneck_cuts, cuts_around
+from p2ptrain.planner.groupings import groupings, subsets
+from p2ptrain.planner.pricing import Price, Pricing, spans
+from p2ptrain.planner.question import KINDS, Kind, Objective
+from p2ptrain.planner.sharded import Sharded, ShardedPricing, objection
+
+CUTS_MAX: Final = 4_000
+"""Of one kind and schedule: cuts that are bounded. Four devices and ten segments have 2,500."""
+WORK_MAX: Final = 20_000
+"""Of one kind and schedule: stages times segments of the beams. Four devices and ten segments have
+3,000."""
+ACTIONS_MAX: Final = 200_000
+"""Of one kind and schedule: actions that are simulated. Four devices, ten segments and eight
+microbatches have 175,000."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One complete plan with its price."""
+
+    kind: Kind
+    schedule: str
+    """Empty where there is none."""
+    price: Price
+    memory_bytes: tuple[int, ...]
+    """By share."""
+    arrangement: Arrangement | None = None
+    cuts: Cuts = ()
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        return tuple(share.device for share in self.price.shares)
+
+
+@dataclass(slots=True, kw_only=True)
+class Found:
+    """What a search found."""
+
+    best: Candidate | None = None
+    by_kind: dict[Kind, Candidate] = field(default_factory=dict)
+    with_device: dict[int, Candidate] = field(default_factory=dict)
+    """The best candidate that each device takes part in."""
+    objections: dict[Kind, str] = field(default_factory=dict)
+    """Why there is none of a kind."""
+    priced_count: int = 0
+
+
+class Explorer:
+    """One search over one question."""
+
+    def __init__(self, pricing: Pricing) -> None:
+        self._pricing = pricing
+        self._objective = pricing.question.objective
+        self._found = Found()
+
+    def run(self) -> Found:
+        """Search once."""
+        question = self._pricing.question
+        for kind in [kind for kind in KINDS if kind in question.kinds]:
+            if kind in ("tensor", "sequence"):
+                self._sharded(kind)
+                continue
+            for schedule in question.schedules if kind != "one device" else question.schedules[:1]:
+                self._arranged(kind, schedule)
+        found = self._found
+        found.best = min(found.by_kind.values(), key=self._order, default=None)
+        return found
+
+    def value(self, price: Price) -> int:
+        """What the objective minimises."""
+        return price.step_ns if self._objective.goal == "time" else price.total_uj
+
+    def admits(self, price: Price) -> bool:
+        """Whether a price is within deadline, joules and batteries."""
+        return not violations(self._pricing, self._objective, price)
+
+    def _arranged(self, kind: Kind, schedule: str) -> None:
+        pricing = self._pricing
+        starts: list[tuple[int, int, Arrangement, Cuts]] = []
+        for groups in groupings(pricing, kind):
+            arrangement = pricing.arrange(groups, schedule)
+            cuts = None if arrangement is None else bottleneck_cuts(pricing, arrangement)
+            if arrangement is not None and cuts is not None:
+                starts.append((self._bound(arrangement, cuts), len(starts), arrangement, cuts))
+        starts.sort(key=lambda each: each[:2])
+        bounded: list[tuple[int, int, Cuts, Arrangement]] = []
+        spent = 0
+        for _, index, arrangement, middle in starts:
+            if len(bounded) >= CUTS_MAX or spent >= WORK_MAX:
+                break
+            spent += len(middle) * pricing.segment_count
+            for cuts in cuts_around(pricing, arrangement, middle):
+                bounded.append((self._bound(arrangement, cuts), index, cuts, arrangement))
+        bounded.sort(key=lambda each: each[:3])
+        actions = 0
+        for bound, _, cuts, arrangement in bounded:
+            best = self._found.by_kind.get(kind)
+            beaten = best is not None and bound > self.value(best.price)
+            if beaten or actions > ACTIONS_MAX:
+                break
+            actions += arrangement.action_count
+            self._consider(self.candidate(arrangement, cuts))
+        if kind not in self._found.by_kind:
+            self._found.objections.setdefault(kind, self._why_none(kind, bool(starts)))
+
+    def candidate(self, arrangement: Arrangement, cuts: Cuts) -> Candidate:
+        """The priced candidate of an arrangement and its cuts."""
+        pricing = self._pricing
+        memory = tuple(
+            pricing.memory_bytes(first, end, replica.in_flight)
+            for replicas, (first, end) in zip(arrangement.stages, spans(cuts), strict=True)
+            for replica in replicas
+        )
+        return Candidate(
+            kind=arrangement.kind,
+            schedule=arrangement.schedule,
+            price=pricing.price(arrangement, cuts),
+            memory_bytes=memory,
+            arrangement=arrangement,
+            cuts=cuts,
+        )
+
+    def _sharded(self, kind: Kind) -> None:
+        pricing, sharding = self._pricing, ShardedPricing(self._pricing)
+        against = objection(pricing, kind, 2)
+        if len(pricing.devices) < 2:
+            against = "it takes two devices"
+        if against is not None:
+            self._found.objections[kind] = against
+            return
+        fitting = False
+        for devices in subsets(pricing):
+            sharded = Sharded(kind=kind, devices=devices)
+            if objection(pricing, kind, len(devices)) is not None:
+                continue
+            memory = sharding.memory_bytes(sharded)
+            rooms = [pricing.devices[i].profile.memory_bytes for i in devices]
+            price = sharding.price(sharded)
+            if price is None or any(m > room for m, room in zip(memory, rooms, strict=True)):
+                continue
+            fitting = True
+            self._consider(Candidate(kind=kind, schedule="", price=price, memory_bytes=memory))
+        if kind not in self._found.by_kind:
+            self._found.objections[kind] = self._why_none(kind, fitting)
+
+    def _consider(self, candidate: Candidate) -> None:
+        found, price = self._found, candidate.price
+        found.priced_count += 1
+        if not self.admits(price):
+            return
+        known = found.by_kind.get(candidate.kind)
+        if known is None or self._order(candidate) < self._order(known):
+            found.by_kind[candidate.kind] = candidate
+        for device in candidate.devices:
+            other = found.with_device.get(device)
+            if other is None or self._order(candidate) < self._order(other):
+                found.with_device[device] = candidate
+
+    def _bound(self, arrangement: Arrangement, cuts: Cuts) -> int:
+        """No candidate of these cuts has a lower value."""
+        pricing = self._pricing
+        step_ns = pricing.bound_ns(arrangement, cuts)
+        if self._objective.goal == "time":
+            return step_ns
+        return pricing.total(step_ns, pricing.shares(arrangement, cuts)).total_uj
+
+    def _order(self, one: Candidate) -> tuple[int, int, int, bool, int, tuple[int, ...], Cuts]:
+        """The lowest value; among equals fewer devices, what runs today, the home peer first."""
+        price, home = one.price, self._pricing.question.home
+        other = price.total_uj if self._objective.goal == "time" else price.step_ns
+        away = home is not None and self._pricing.devices[one.devices[0]].id != home
+        return (
+            self.value(price), len(price.shares), KINDS.index(one.kind), away, other,
+            one.devices, one.cuts,
+        )  # fmt: skip
+
+    def _why_none(self, kind: Kind, fitting: bool) -> str:
+        if fitting:
+            return "none is within deadline, joules and batteries"
+        if kind == "hybrid" and len(self._pricing.devices) < 3:
+            return "it takes three devices"
+        if kind != "one device" and len(self._pricing.devices) < 2:
+            return "it takes two devices"
+        if kind in ("pipeline", "hybrid") and self._pricing.segment_count < 2:
+            return "the model has one segment"
+        return "none fits the memory"
+
+
+def violations(pricing: Pricing, objective: Objective, price: Price) -> list[tuple[str, DeviceId]]:
+    """Which limits a price breaks: deadline, joules, or battery with the device."""
+    steps = max(1, pricing.question.contract.steps)
+    found = []
+    if objective.deadline_ns is not None and price.step_ns * steps > objective.deadline_ns:
+        found.append(("deadline", DeviceId("")))
+    if objective.joules_uj is not None and price.total_uj * steps > objective.joules_uj:
+        found.append(("joules", DeviceId("")))
+    for share, used_uj in zip(price.shares, price.device_uj, strict=True):
+        device = pricing.devices[share.device]
+        if device.battery_uj is not None and used_uj * steps > device.battery_uj:
+            found.append(("battery", device.id))
+    return found

@@ -1,0 +1,408 @@
+"""What a candidate costs in time, joules and bytes: the planner's cost model, integers only.
+
+A step is the simulated schedule, then whatever of the all-reduces does not fit beside the last
+backward, the update of the parameters, and the processor time of replica sets. Energy counts the
+devices that take part: idle watts for the whole step, busy watts above them while they compute,
+joules per byte at both ends. What the data holder feeds is small and not counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Final
+
+from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups, Hop, Replica
+from p2ptrain.planner.input import (
+    OTHER_HOST_BYTES_PER_S,
+    OTHER_HOST_LATENCY_NS,
+    SAME_HOST_BYTES_PER_S,
+    SAME_HOST_LATENCY_NS,
+    LinkEstimate,
+)
+from p2ptrain.planner.question import Question
+from p2ptrain.planner.replica_interval import SET_NS_PER_BYTE, StageCosts, replica_interval
+from p2ptrain.planner.segment_costs import model_costs
+from p2ptrain.planner.traffic import all_reduce_bytes, rounds_ns
+from p2ptrain.schedule.actions import in_flight_max
+from p2ptrain.schedule.replicated import (
+    Passage,
+    ReplicatedTimeline,
+    ReplicaTimes,
+    play,
+    replicated_actions,
+    shared_out,
+)
+from p2ptrain.units import NS_PER_S
+
+UPDATE_PASSES: Final = 7
+"""Times that AdamW moves each value through memory: four reads, three writes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One device's part in a candidate, per step."""
+
+    device: int
+    stage: int
+    microbatches: int
+    compute_ns: int
+    sent_bytes: int
+    moved_bytes: int
+    """Sent and received."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What one step of a candidate costs."""
+
+    step_ns: int
+    device_uj: tuple[int, ...]
+    """By share: total joules of the step."""
+    shares: tuple[Share, ...]
+    marginal_uj: int
+    """Above idle, all devices."""
+
+    @property
+    def total_uj(self) -> int:
+        return sum(self.device_uj)
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(share.sent_bytes for share in self.shares)
+
+
+class Pricing:
+    """Prices arrangements and cuts; remembers what it has asked and computed."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.devices = tuple(sorted(question.devices, key=lambda device: device.id))
+        self.costs = model_costs(question.manifest, question.contract)
+        self.segment_count = len(question.manifest.segments)
+        self.microbatches = question.contract.microbatches
+        self._kinds = tuple(segment.kind for segment in question.manifest.segments)
+        self._links = {frozenset((link.first, link.second)): link for link in question.links}
+        self._memory: dict[tuple[int, int, int], int] = {}
+        self._longest: dict[tuple[int, int, int], int] = {}
+        self._times: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {}
+        segments = self.costs.segments
+        self._gradients = _sums([s.gradient_bytes for s in segments])
+        self._states = _sums([s.state_bytes for s in segments])
+
+    def link(self, first: int, second: int) -> LinkEstimate:
+        """The link of two devices, or the assumption for its kind."""
+        one, other = self.devices[first].profile, self.devices[second].profile
+        known = self._links.get(frozenset((one.device, other.device)))
+        if known is not None:
+            return known
+        near = one.host == other.host
+        return LinkEstimate(
+            first=one.device,
+            second=other.device,
+            latency_ns=SAME_HOST_LATENCY_NS if near else OTHER_HOST_LATENCY_NS,
+            bytes_per_s=SAME_HOST_BYTES_PER_S if near else OTHER_HOST_BYTES_PER_S,
+        )
+
+    def memory_bytes(self, first: int, end: int, in_flight: int) -> int:
+        """Peak memory of segments first..end-1 with this many microbatches in flight."""
+        key = (first, end, in_flight)
+        if key not in self._memory:
+            self._memory[key] = self.question.stage_memory(range(first, end), in_flight)
+        return self._memory[key]
+
+    def longest_fit(self, replica: Replica, first: int) -> int:
+        """The last end whose segments fit the replica's memory; `first` when not one does."""
+        room = self.devices[replica.device].profile.memory_bytes
+        key = (room, replica.in_flight, first)
+        if key not in self._longest:
+            low, high = first, self.segment_count
+            while low < high:
+                middle = (low + high + 1) // 2
+                if self.memory_bytes(first, middle, replica.in_flight) <= room:
+                    low = middle
+                else:
+                    high = middle - 1
+            self._longest[key] = low
+        return self._longest[key]
+
+    def pass_ns(self, device: int) -> int:
+        """One microbatch forward and backward through the whole model."""
+        forward, backward = self.times(device, 1)
+        return forward[-1] + backward[-1]
+
+    def times(self, device: int, on_host: int) -> tuple[tuple[int, ...], ...]:
+        """Prefix sums of forward and backward times, with peers of one host sharing its cores."""
+        key = (device, on_host)
+        if key not in self._times:
+            profile = self.devices[device].profile
+            busy = max(on_host * self.question.contract.threads, profile.cores)
+            kinds = [profile.kinds[name] for name in self._kinds]
+            self._times[key] = tuple(
+                _sums([-(-time * busy // profile.cores) for time in times])
+                for times in ([k.forward_ns for k in kinds], [k.backward_ns for k in kinds])
+            )
+        return self._times[key]
+
+    def arrange(self, groups: Groups, schedule: str) -> Arrangement | None:
+        """The arrangement of these groups; None when a replica would get no microbatch."""
+        hosts = Counter(self.devices[i].profile.host for group in groups for i in group)
+        tables = [
+            [self.times(i, hosts[self.devices[i].profile.host]) for i in group] for group in groups
+        ]
+        owners = tuple(
+            shared_out([t[0][-1] + t[1][-1] for t in own], self.microbatches) for own in tables
+        )
+        if any(len(set(own)) < len(group) for own, group in zip(owners, groups, strict=True)):
+            return None
+        actions = replicated_actions(schedule, owners, [len(group) for group in groups])
+        stages = tuple(
+            tuple(
+                Replica(
+                    device=device,
+                    forward_ns=forward,
+                    backward_ns=backward,
+                    both_ns=tuple(map(int.__add__, forward, backward)),
+                    microbatches=len(listed) // 2,
+                    in_flight=in_flight_max(listed),
+                )
+                for device, (forward, backward), listed in zip(group, own, todo, strict=True)
+            )
+            for group, own, todo in zip(groups, tables, actions, strict=True)
+        )
+        hops = tuple(self._hop(a, b) for a, b in itertools.pairwise(groups))
+        return Arrangement(
+            groups=groups, schedule=schedule, stages=stages, owners=owners, actions=actions,
+            hops=hops,
+        )  # fmt: skip
+
+    def _hop(self, before: tuple[int, ...], after: tuple[int, ...]) -> Hop:
+        links = []
+        for (i, a), (j, b) in itertools.product(enumerate(before), enumerate(after)):
+            link = self.link(a, b)
+            links.append(((i, j), link.latency_ns, link.bytes_per_s, link.medium))
+        return Hop(
+            latency_ns=min(each[1] for each in links),
+            bytes_per_s=max(each[2] for each in links),
+            links=tuple(links),
+        )
+
+    def bound_ns(self, arrangement: Arrangement, cuts: Cuts) -> int:
+        """No step of this candidate is shorter: fill, busiest replica, drain; slots in flight."""
+        segments = self.costs.segments
+        bound = lead = tail = 0
+        trips: list[int] = []
+        for stage, (first, end) in enumerate(spans(cuts)):
+            replicas = arrangement.stages[stage]
+            busy = max(replica.busy_ns(first, end) for replica in replicas)
+            bound = max(bound, lead + busy + tail)
+            lead += min(r.forward_ns[end] - r.forward_ns[first] for r in replicas)
+            tail += min(r.backward_ns[end] - r.backward_ns[first] for r in replicas)
+            trips.append(min(r.both_ns[end] - r.both_ns[first] for r in replicas))
+            if stage < len(cuts) - 1:
+                hop, sent = arrangement.hops[stage], segments[end - 1]
+                over = hop.latency_ns + sent.sent_bytes * NS_PER_S // hop.bytes_per_s
+                back = hop.latency_ns + sent.returned_bytes * NS_PER_S // hop.bytes_per_s
+                lead, tail = lead + over, tail + back
+                trips.append(over + back)
+        return max(bound, self._slots_bound_ns(arrangement, cuts, trips))
+
+    def _slots_bound_ns(self, arrangement: Arrangement, cuts: Cuts, trips: list[int]) -> int:
+        """A replica holds so many microbatches at once, each for one trip to the end and back."""
+        bound = 0
+        behind = sum(trips)
+        for stage, (first, end) in enumerate(spans(cuts)):
+            behind -= trips[2 * stage]
+            for replica in arrangement.stages[stage]:
+                trip = behind + replica.both_ns[end] - replica.both_ns[first]
+                bound = max(bound, replica.microbatches * trip // replica.in_flight)
+            behind -= trips[2 * stage + 1] if 2 * stage + 1 < len(trips) else 0
+        return bound
+
+    def timeline(self, arrangement: Arrangement, cuts: Cuts) -> ReplicatedTimeline:
+        """The simulated schedule of one step."""
+        times = [
+            [
+                ReplicaTimes(
+                    forward_ns=r.forward_ns[end] - r.forward_ns[first],
+                    backward_ns=r.backward_ns[end] - r.backward_ns[first],
+                )
+                for r in replicas
+            ]
+            for replicas, (first, end) in zip(arrangement.stages, spans(cuts), strict=True)
+        ]
+        return play(
+            arrangement.actions, arrangement.owners, times, self._passages(arrangement, cuts)
+        )
+
+    def _passages(
+        self, arrangement: Arrangement, cuts: Cuts
+    ) -> dict[tuple[int, int, int], Passage]:
+        found = {}
+        for boundary, hop in enumerate(arrangement.hops):
+            crossing = self.costs.segments[cuts[boundary] - 1]
+            for (i, j), latency_ns, bytes_per_s, medium in hop.links:
+                name = f"{boundary}.{i}.{j}"
+                found[boundary, i, j] = Passage(
+                    forward_line=medium or f"{name} on",
+                    backward_line=medium or f"{name} back",
+                    forward_busy_ns=-(-crossing.sent_bytes * NS_PER_S // bytes_per_s),
+                    backward_busy_ns=-(-crossing.returned_bytes * NS_PER_S // bytes_per_s),
+                    latency_ns=latency_ns,
+                )
+        return found
+
+    def price(self, arrangement: Arrangement, cuts: Cuts) -> Price:
+        """Simulate a candidate and add everything up."""
+        timeline = self.timeline(arrangement, cuts)
+        step_ns = self._reduced_ns(arrangement, cuts, timeline)
+        step_ns += max(
+            self.update_ns(replica.device, self._gradients[end] - self._gradients[first])
+            for replicas, (first, end) in zip(arrangement.stages, spans(cuts), strict=True)
+            for replica in replicas
+        )
+        interval = self._interval(arrangement, cuts, step_ns)
+        replicated = [self._replicated_bytes(arrangement, cuts, s) for s in range(len(cuts))]
+        step_ns += max(size * SET_NS_PER_BYTE // interval for size in replicated)
+        sets = [size // interval for size in replicated]
+        return self.total(step_ns, self.shares(arrangement, cuts, sets))
+
+    def total(self, step_ns: int, shares: tuple[Share, ...]) -> Price:
+        """Joules of a step from its time and its shares."""
+        power = [self.devices[share.device].power for share in shares]
+        active = [
+            p.active_uj(s.compute_ns, s.moved_bytes) for p, s in zip(power, shares, strict=True)
+        ]
+        idle = [p.idle_uj(step_ns) for p in power]
+        return Price(
+            step_ns=step_ns,
+            device_uj=tuple(map(int.__add__, idle, active)),
+            shares=shares,
+            marginal_uj=sum(active),
+        )
+
+    def shares(
+        self, arrangement: Arrangement, cuts: Cuts, sets: list[int] | None = None
+    ) -> tuple[Share, ...]:
+        """What each device computes and moves; `sets`: bytes per step of each stage's replicas."""
+        segments, found = self.costs.segments, []
+        order = arrangement.devices
+        kept: Counter[int] = Counter()
+        for stage, size in enumerate(sets or ()):
+            if size:
+                last = arrangement.groups[stage][-1]
+                kept[order[(order.index(last) + 1) % len(order)]] += size
+        for stage, (first, end) in enumerate(spans(cuts)):
+            before = segments[first - 1] if stage else None
+            after = segments[end - 1]
+            replicas = arrangement.stages[stage]
+            reduced = all_reduce_bytes(self._gradients[end] - self._gradients[first], len(replicas))
+            own = sets[stage] if sets else 0
+            for r in replicas:
+                out = r.microbatches * (after.sent_bytes + (before.returned_bytes if before else 0))
+                into = r.microbatches * (
+                    after.returned_bytes + (before.sent_bytes if before else 0)
+                )
+                update = self.update_ns(r.device, self._gradients[end] - self._gradients[first])
+                sent = out + reduced + own
+                found.append(
+                    Share(
+                        device=r.device,
+                        stage=stage,
+                        microbatches=r.microbatches,
+                        compute_ns=r.busy_ns(first, end) + update + own * SET_NS_PER_BYTE,
+                        sent_bytes=sent,
+                        moved_bytes=sent + into + reduced + kept[r.device],
+                    )
+                )
+        return tuple(found)
+
+    def update_ns(self, device: int, gradient_bytes: int) -> int:
+        """Time of the update of so many bytes of parameters; 0 where memory is not known."""
+        rate = self.devices[device].memory_bytes_per_s
+        return 0 if rate is None else gradient_bytes * UPDATE_PASSES * NS_PER_S // rate
+
+    def reduce_ns(self, devices: tuple[int, ...], whole_bytes: int) -> int:
+        """Time of a ring all-reduce among devices, over their slowest link."""
+        part = -(-whole_bytes // len(devices))
+        return self.ring_ns(devices, part, 2 * (len(devices) - 1))
+
+    def ring_ns(self, devices: tuple[int, ...], part_bytes: int, rounds: int) -> int:
+        """Time of so many rounds in which each device sends a part to the next."""
+        if len(devices) < 2 or part_bytes == 0:
+            return 0
+        pairs = zip(devices, (*devices[1:], devices[0]), strict=True)
+        links = [self.link(a, b) for a, b in pairs]
+        shared = Counter(link.medium for link in links if link.medium)
+        return max(
+            rounds_ns(
+                part_bytes, rounds, latency_ns=link.latency_ns, bytes_per_s=link.bytes_per_s,
+                sharing=shared[link.medium] if link.medium else 1,
+            )
+            for link in links
+        )  # fmt: skip
+
+    def _reduced_ns(
+        self, arrangement: Arrangement, cuts: Cuts, timeline: ReplicatedTimeline
+    ) -> int:
+        """When the last stage has its whole gradients.
+
+        All but the first segment's gradient may travel beside the last backward. Stages on one
+        medium take turns.
+        """
+        end_ns, free_ns = timeline.end_ns, dict[str, int]()
+        waiting = []
+        for stage, group in enumerate(arrangement.groups):
+            if len(group) > 1:
+                waiting.append((timeline.stage_end_ns(stage), stage))
+        for ready_ns, stage in sorted(waiting):
+            first, end = spans(cuts)[stage]
+            group = arrangement.groups[stage]
+            whole_ns = self.reduce_ns(group, self._gradients[end] - self._gradients[first])
+            last_ns = min(
+                r.backward_ns[end] - r.backward_ns[first] for r in arrangement.stages[stage]
+            )
+            after_ns = max(
+                whole_ns - last_ns,
+                self.reduce_ns(group, self._gradients[first + 1] - self._gradients[first]),
+            )
+            medium = self.link(group[0], group[1]).medium
+            done_ns = max(ready_ns, free_ns.get(medium, 0) if medium else 0) + after_ns
+            free_ns[medium] = done_ns
+            end_ns = max(end_ns, done_ns)
+        return end_ns
+
+    def _replicated_bytes(self, arrangement: Arrangement, cuts: Cuts, stage: int) -> int:
+        """State that goes to a keeper with each set; of a replicated stage a sibling has it."""
+        first, end = spans(cuts)[stage]
+        alone = len(arrangement.groups[stage]) == 1 and len(cuts) > 1
+        return self._states[end] - self._states[first] if alone else 0
+
+    def _interval(self, arrangement: Arrangement, cuts: Cuts, step_ns: int) -> int:
+        """Steps between replica sets, as a run would choose them."""
+        stages = []
+        for stage, (first, end) in enumerate(spans(cuts)):
+            near = [arrangement.hops[i] for i in (stage - 1, stage) if 0 <= i < len(cuts) - 1]
+            crossing = [self.costs.segments[i - 1].sent_bytes for i in (first, end) if i > 0]
+            stages.append(
+                StageCosts(
+                    state_bytes=self._replicated_bytes(arrangement, cuts, stage),
+                    log_bytes=self.microbatches * sum(crossing),
+                    compute_ns=max(r.busy_ns(first, end) for r in arrangement.stages[stage]),
+                    bytes_per_s=min(
+                        (each[2] for hop in near for each in hop.links),
+                        default=SAME_HOST_BYTES_PER_S,
+                    ),
+                )
+            )
+        return replica_interval(stages, step_ns=step_ns).steps
+
+
+def spans(cuts: Cuts) -> list[tuple[int, int]]:
+    """First segment and end (exclusive) of every stage."""
+    return list(zip((0, *cuts[:-1]), cuts, strict=True))
+
+
+def _sums(values: list[int]) -> tuple[int, ...]:
+    return tuple(itertools.accumulate(values, initial=0))

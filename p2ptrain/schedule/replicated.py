@@ -1,0 +1,218 @@
+"""Schedules of stages that run on several peers, and how long a step of theirs takes.
+
+Every microbatch goes through one replica of each stage. A replica's actions are those of one
+stage-wide list in which only its own microbatches are kept, so lists that cannot deadlock as a
+whole cannot deadlock apart. With one replica everywhere they are the lists of `stage_actions`.
+
+Source: warm-up by the number of workers from the stage on, after PipeDream (Narayanan et al. 2019,
+section 3.2), here with uneven replicas.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from p2ptrain.errors import ConfigError
+from p2ptrain.schedule.actions import SCHEDULES, Action
+from p2ptrain.schedule.simulator import Span
+
+Owners = tuple[int, ...]
+"""By microbatch: the index of the replica that runs it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """How tensors get from one replica to another one of the next stage, and cotangents back."""
+
+    forward_line: str
+    """What carries it, one tensor at a time: a direction of a pair, or a shared medium."""
+    backward_line: str
+    forward_busy_ns: int
+    """For how long an activation takes the line."""
+    backward_busy_ns: int
+    latency_ns: int
+
+
+Passages = Mapping[tuple[int, int, int], Passage]
+"""By boundary between stages, replica before it and replica after it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaTimes:
+    """Time of one microbatch on one replica of a stage."""
+
+    forward_ns: int
+    backward_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicatedTimeline:
+    """One simulated step, without what follows the last backward."""
+
+    spans: tuple[tuple[tuple[Span, ...], ...], ...]
+    """By stage and replica, in the order they run."""
+
+    def stage_end_ns(self, stage: int) -> int:
+        """When the last replica of a stage has done its last backward."""
+        return max((own[-1].end_ns for own in self.spans[stage] if own), default=0)
+
+    @property
+    def end_ns(self) -> int:
+        return max(self.stage_end_ns(stage) for stage in range(len(self.spans)))
+
+
+def shared_out(times_ns: Sequence[int], microbatches: int) -> Owners:
+    """Give each microbatch to the replica that would be done with it first; ties to the first.
+
+    For equal microbatches this makes the busiest replica as little busy as possible.
+    """
+    if len(times_ns) == 1:
+        return (0,) * microbatches
+    done_ns = [0] * len(times_ns)
+    owners = []
+    for _ in range(microbatches):
+        own = min(range(len(times_ns)), key=lambda i: (done_ns[i] + times_ns[i], i))
+        done_ns[own] += times_ns[own]
+        owners.append(own)
+    return tuple(owners)
+
+
+def replicated_actions(
+    schedule: str, owners: Sequence[Owners], replicas: Sequence[int]
+) -> tuple[tuple[tuple[Action, ...], ...], ...]:
+    """Actions by stage and replica.
+
+    Args:
+        schedule: 1f1b or gpipe.
+        owners: By stage; all of the same length.
+        replicas: How many replicas each stage has.
+
+    Raises:
+        ConfigError: the schedule is unknown.
+    """
+    if schedule not in SCHEDULES:
+        raise ConfigError(
+            f"unknown schedule {schedule!r:.40}", hint=f"choose one of: {', '.join(SCHEDULES)}"
+        )
+    found = []
+    for stage, own in enumerate(owners):
+        count = len(own)
+        ahead = count if schedule == "gpipe" else min(count, sum(replicas[stage:]) - 1)
+        whole = _stage_wide(stage, count, ahead)
+        found.append(
+            tuple(
+                tuple(action for action in whole if own[action.microbatch] == replica)
+                for replica in range(replicas[stage])
+            )
+        )
+    return tuple(found)
+
+
+def _stage_wide(stage: int, microbatches: int, ahead: int) -> list[Action]:
+    """`ahead` forwards, then one backward after each forward, then the backwards that are left."""
+    actions = [Action(stage=stage, kind="F", microbatch=m) for m in range(ahead)]
+    for m in range(microbatches):
+        if m + ahead < microbatches:
+            actions.append(Action(stage=stage, kind="F", microbatch=m + ahead))
+        actions.append(Action(stage=stage, kind="B", microbatch=m))
+    return actions
+
+
+def play(
+    actions: Sequence[Sequence[Sequence[Action]]],
+    owners: Sequence[Owners],
+    times: Sequence[Sequence[ReplicaTimes]],
+    passages: Passages,
+) -> ReplicatedTimeline:
+    """Simulate one step, event by event.
+
+    A replica does one action at a time, in order. A tensor leaves when its action ends, and waits
+    for its line in the order in which tensors become ready.
+
+    Raises:
+        ConfigError: the action lists deadlock.
+    """
+    step = _Step(actions, owners, times, passages)
+    step.run()
+    return step.timeline()
+
+
+class _Step:
+    """The event heap of one step: ends of actions and arrivals of tensors, by time."""
+
+    def __init__(
+        self,
+        actions: Sequence[Sequence[Sequence[Action]]],
+        owners: Sequence[Owners],
+        times: Sequence[Sequence[ReplicaTimes]],
+        passages: Passages,
+    ) -> None:
+        self._actions, self._owners = actions, owners
+        self._times, self._passages = times, passages
+        self._last = len(actions) - 1
+        self._spans: list[list[list[Span]]] = [[[] for _ in own] for own in actions]
+        self._free_at_ns: list[list[int | None]] = [[0 for _ in own] for own in actions]
+        self._here: set[tuple[int, str, int]] = set()
+        self._line_free_ns: dict[str, int] = {}
+        self._events: list[tuple[int, int, Action, bool]] = []
+        self._count = 0
+
+    def run(self) -> None:
+        for stage, own in enumerate(self._actions):
+            for replica in range(len(own)):
+                self._start(stage, replica, 0)
+        while self._events:
+            now_ns, _, action, ended = heapq.heappop(self._events)
+            stage = action.stage
+            replica = self._owners[stage][action.microbatch]
+            if ended:
+                self._free_at_ns[stage][replica] = now_ns
+                self._send(action, now_ns)
+            else:
+                self._here.add((stage, action.kind, action.microbatch))
+            self._start(stage, replica, now_ns)
+
+    def timeline(self) -> ReplicatedTimeline:
+        for own, done in zip(self._actions, self._spans, strict=True):
+            for listed, spans in zip(own, done, strict=True):
+                if len(spans) < len(listed):
+                    stuck = listed[len(spans)]
+                    raise ConfigError(f"the schedule deadlocks: {stuck} waits for ever")
+        return ReplicatedTimeline(spans=tuple(tuple(map(tuple, own)) for own in self._spans))
+
+    def _start(self, stage: int, replica: int, now_ns: int) -> None:
+        """Begin the replica's next action if it is free and its input is there."""
+        listed, spans = self._actions[stage][replica], self._spans[stage][replica]
+        if self._free_at_ns[stage][replica] is None or len(spans) == len(listed):
+            return
+        action = listed[len(spans)]
+        edge = stage == 0 if action.kind == "F" else stage == self._last
+        if not edge and (stage, action.kind, action.microbatch) not in self._here:
+            return
+        own = self._times[stage][replica]
+        end_ns = now_ns + (own.forward_ns if action.kind == "F" else own.backward_ns)
+        spans.append(Span(action=action, start_ns=now_ns, end_ns=end_ns))
+        self._free_at_ns[stage][replica] = None
+        self._push(end_ns, action, ended=True)
+
+    def _send(self, action: Action, now_ns: int) -> None:
+        forward = action.kind == "F"
+        target = action.stage + (1 if forward else -1)
+        if not 0 <= target <= self._last:
+            return
+        boundary = min(action.stage, target)
+        ends = (self._owners[boundary], self._owners[boundary + 1])
+        before, after = (own[action.microbatch] for own in ends)
+        passage = self._passages[boundary, before, after]
+        line = passage.forward_line if forward else passage.backward_line
+        busy_ns = passage.forward_busy_ns if forward else passage.backward_busy_ns
+        sent_ns = max(now_ns, self._line_free_ns.get(line, 0)) + busy_ns
+        self._line_free_ns[line] = sent_ns
+        arriving = Action(stage=target, kind=action.kind, microbatch=action.microbatch)
+        self._push(sent_ns + passage.latency_ns, arriving, ended=False)
+
+    def _push(self, at_ns: int, action: Action, *, ended: bool) -> None:
+        self._count += 1
+        heapq.heappush(self._events, (at_ns, self._count, action, ended))

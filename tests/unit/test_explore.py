@@ -1,0 +1,202 @@
+"""The what-if planner where the answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from p2ptrain.planner.explore import Explorer, Found
+from p2ptrain.planner.input import LinkEstimate
+from p2ptrain.planner.pricing import Pricing
+from p2ptrain.planner.question import RUNTIME_KINDS, Kind, Objective, Power, Question
+from p2ptrain.planner.sharded import divided
+from p2ptrain.schedule.actions import stage_actions
+from p2ptrain.schedule.replicated import replicated_actions, shared_out
+from tests.planning_cases import device
+from tests.planning_questions import (
+    bert_question,
+    equal_devices,
+    question,
+)
+
+PIPELINES: tuple[Kind, ...] = ("pipeline",)
+
+
+def _find(asked: Question) -> Found:
+    return Explorer(Pricing(asked)).run()
+
+
+@pytest.mark.parametrize("kinds", [PIPELINES, RUNTIME_KINDS, ("data", "hybrid", "pipeline")])
+def test_capacities_of_ten_ten_one_gain_68_over_an_equal_split(kinds: tuple[Kind, ...]) -> None:
+    asked = question(
+        equal_devices("abc", segment_count=21, slowness=(1, 1, 10)),
+        segment_count=21, microbatches=256, kinds=kinds,
+    )  # fmt: skip
+    pricing = Pricing(asked)
+    equal = pricing.arrange(((0,), (1,), (2,)), "1f1b")
+    assert equal is not None
+    best = Explorer(pricing).run().best
+    assert best is not None
+    assert pricing.price(equal, (7, 14, 21)).step_ns / best.price.step_ns >= 6.8
+
+
+def test_uneven_replicas_share_microbatches_by_speed() -> None:
+    assert shared_out([1, 1, 2], 5) == (0, 1, 0, 1, 2)
+    assert shared_out([7], 3) == (0, 0, 0)
+    assert shared_out([1, 10], 4) == (0, 0, 0, 0)
+
+
+def test_replicas_of_a_schedule_keep_only_their_microbatches() -> None:
+    (first, second), (last,) = replicated_actions("1f1b", [(0, 1, 0, 1), (0, 0, 0, 0)], [2, 1])
+    assert " ".join(map(str, first)) == "0F0 0F2 0B0 0B2"
+    assert " ".join(map(str, second)) == "0F1 0F3 0B1 0B3"
+    assert last == stage_actions("1f1b", 1, 2, 4)
+
+
+def test_units_are_divided_by_speed() -> None:
+    assert divided(7, (10, 10)) == (4, 3)
+    assert divided(12, (10, 10, 20)) == (5, 5, 2)
+    assert sum(divided(3072, (7, 9, 13, 100))) == 3072
+
+
+def test_replicas_beat_a_pipeline_where_links_are_free() -> None:
+    best = _find(question(equal_devices("abcd", segment_count=8), segment_count=8)).best
+    assert best is not None
+    assert (best.kind, best.devices) == ("data", (0, 1, 2, 3))
+    assert best.price.step_ns == pytest.approx(2 * 8 * 3_000_000, rel=0.01)
+
+
+def test_energy_leaves_a_wasteful_device_out() -> None:
+    taking_part = equal_devices("ab", segment_count=4)
+    wasteful = Power(idle_uw=50_000_000, busy_uw=90_000_000, pj_per_byte=0)
+    taking_part = (taking_part[0], dataclasses.replace(taking_part[1], power=wasteful))
+    fast = _find(question(taking_part, segment_count=4)).best
+    frugal = _find(question(taking_part, segment_count=4, objective=Objective(goal="energy"))).best
+    assert fast is not None
+    assert frugal is not None
+    assert (fast.devices, frugal.devices) == ((0, 1), (0,))
+    assert frugal.price.total_uj < fast.price.total_uj
+
+
+def test_limits_turn_the_answer() -> None:
+    taking_part = equal_devices("abcd", segment_count=8)
+    free = _find(question(taking_part, segment_count=8)).best
+    assert free is not None
+    steps = 10  # of the contract
+    frugal = Objective(goal="energy", deadline_ns=free.price.step_ns * steps)
+    best = _find(question(taking_part, segment_count=8, objective=frugal)).best
+    assert best is not None
+    assert best.price.step_ns <= free.price.step_ns
+    poor = Objective(goal="time", joules_uj=free.price.total_uj * steps - 1)
+    best = _find(question(taking_part, segment_count=8, objective=poor)).best
+    assert best is None or best.price.total_uj < free.price.total_uj
+
+
+def test_battery_caps_one_device() -> None:
+    taking_part = equal_devices("ab", segment_count=4)
+    tired = dataclasses.replace(taking_part[1], battery_uj=1000)
+    best = _find(question((taking_part[0], tired), segment_count=4)).best
+    assert best is not None
+    assert best.devices == (0,)
+
+
+def test_one_medium_makes_two_boundaries_wait_for_each_other() -> None:
+    taking_part = equal_devices("abc", segment_count=3)
+
+    def step_ns(medium: str) -> int:
+        links = tuple(
+            LinkEstimate(
+                first=device(a), second=device(b), latency_ns=0, bytes_per_s=100_000, medium=medium
+            )
+            for a, b in ("ab", "bc", "ac")
+        )
+        pricing = Pricing(question(taking_part, segment_count=3, links=links))
+        arrangement = pricing.arrange(((0,), (1,), (2,)), "1f1b")
+        assert arrangement is not None
+        return pricing.price(arrangement, (1, 2, 3)).step_ns
+
+    assert step_ns("air") > 1.3 * step_ns("")
+
+
+def test_all_reduce_is_partly_hidden_behind_the_last_backward() -> None:
+    # 3 segments of 16 float32; 64 bytes take 0.5 ms each over this link, in two rounds of halves.
+    taking_part = equal_devices("ab", segment_count=3)
+    link = LinkEstimate(first=device("a"), second=device("b"), latency_ns=0, bytes_per_s=128_000)
+    pricing = Pricing(question(taking_part, segment_count=3, links=(link,), microbatches=2))
+    arrangement = pricing.arrange(((0, 1),), "1f1b")
+    assert arrangement is not None
+    compute_ns = 3 * 3_000_000
+    assert pricing.price(arrangement, (3,)).step_ns == compute_ns + 500_000
+
+
+def test_memory_decides_before_speed_and_says_so() -> None:
+    taking_part = equal_devices("ab", segment_count=4, memory_bytes=100)
+    found = _find(question(taking_part, segment_count=4))
+    assert found.best is None
+    assert found.objections["pipeline"] == "none fits the memory"
+    assert found.objections["hybrid"] == "it takes three devices"
+    assert found.objections["tensor"] == "no segment has heads or columns that could be divided"
+
+
+def test_tensor_needs_a_head_for_everyone() -> None:
+    letters = "abcdefghijklm"
+    found = _find(bert_question(letters, "tensor"))
+    assert found.best is not None
+    assert len(found.best.devices) <= 12
+
+
+def test_update_is_counted_where_memory_is_known() -> None:
+    (one,) = equal_devices("a", segment_count=2)
+    slow = dataclasses.replace(one, memory_bytes_per_s=1_000_000)
+    plain = _find(question((one,), segment_count=2)).best
+    counted = _find(question((slow,), segment_count=2)).best
+    assert plain is not None
+    assert counted is not None
+    assert counted.price.step_ns - plain.price.step_ns == 2 * 16 * 4 * 7 * 1000
+
+
+def test_impossible_questions_are_refused() -> None:
+    (one,) = equal_devices("a", segment_count=2)
+    with pytest.raises(ValueError, match="twice"):
+        question((one, one), segment_count=2, links=())
+    with pytest.raises(ValueError, match="at least one kind"):
+        question((one,), segment_count=2, kinds=())
+    with pytest.raises(ValueError, match="no less than idle"):
+        Power(idle_uw=2, busy_uw=1, pj_per_byte=0)
+
+
+LARGE = """
+import random, time
+from tests.planning_questions import devices, question
+from tests.planning_cases import profile
+from p2ptrain.planner.explore import Explorer
+from p2ptrain.planner.pricing import Pricing
+from p2ptrain.ids import DeviceId
+import dataclasses
+r = random.Random(7)
+times = [(r.randint(10**5, 10**6), r.randint(2 * 10**5, 2 * 10**6)) for _ in range(200)]
+peers = []
+for i in range(64):
+    slow = r.randint(1, 20)
+    own = profile("a", [(slow * f, slow * b) for f, b in times], host=f"h{i}",
+                  memory_bytes=r.choice([20_000, 60_000, 1 << 30]))
+    peers.append(dataclasses.replace(own, device=DeviceId(f"d{i:02}")))
+asked = question(devices(peers), segment_count=200, links=())
+began = time.process_time()
+best = Explorer(Pricing(asked)).run().best
+print(time.process_time() - began, best.price.step_ns, best.kind)
+"""
+
+
+def test_64_peers_and_200_segments_take_less_than_five_seconds_of_processor_time() -> None:
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", LARGE], check=True, capture_output=True, text=True
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert outputs[0][1:] == outputs[1][1:]
+    assert min(float(each[0]) for each in outputs) < 5.0

@@ -1,0 +1,66 @@
+"""Predicted wire bytes, against the published arithmetic for BERT-base on four devices."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2ptrain.planner.explore import Explorer
+from p2ptrain.planner.pricing import Pricing
+from p2ptrain.planner.question import Kind
+from p2ptrain.planner.segment_costs import model_costs
+from p2ptrain.planner.sharded import Sharded, ShardedPricing
+from p2ptrain.planner.traffic import all_reduce_bytes, gather_bytes
+from tests.planning_questions import bert_base, bert_question
+
+
+def test_description_has_the_parameters_of_bert_base() -> None:
+    assert bert_base(sequence=32).parameter_count == pytest.approx(102.3e6, rel=0.001)
+
+
+def test_pipeline_sends_one_activation_and_one_cotangent_over_each_boundary() -> None:
+    question = bert_question("abcd", "pipeline")
+    costs = model_costs(question.manifest, question.contract)
+    crossing = {(s.sent_bytes + s.returned_bytes) * 4 for s in costs.segments[:-1]}
+    assert len(crossing) == 1
+    assert crossing.pop() == pytest.approx(3.15e6, rel=0.01)
+    pricing = Pricing(question)
+    arrangement = pricing.arrange(((0,), (1,), (2,), (3,)), "1f1b")
+    assert arrangement is not None
+    sent = [share.sent_bytes for share in pricing.shares(arrangement, (7, 13, 19, 26))]
+    assert sum(sent) == pytest.approx(3 * 3.15e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "megabytes", "seconds"),
+    [("tensor", 113, 9.1), ("data", 614, 49), ("sequence", 670, 54)],
+)
+def test_bytes_per_peer_and_step(kind: Kind, megabytes: float, seconds: float) -> None:
+    pricing = Pricing(bert_question("abcd", kind))
+    if kind == "data":
+        arrangement = pricing.arrange(((0, 1, 2, 3),), "1f1b")
+        assert arrangement is not None
+        price = pricing.price(arrangement, (26,))
+    else:
+        found = ShardedPricing(pricing).price(Sharded(kind=kind, devices=(0, 1, 2, 3)))
+        assert found is not None
+        price = found
+    for share in price.shares:
+        assert share.sent_bytes == pytest.approx(megabytes * 1e6, rel=0.01)
+    compute_ns = max(share.compute_ns for share in price.shares)
+    assert (price.step_ns - compute_ns) / 1e9 == pytest.approx(seconds, rel=0.02)
+
+
+def test_slow_links_favour_the_pipeline_and_one_device() -> None:
+    times = {}
+    kinds: tuple[Kind, ...] = ("one device", "pipeline", "data", "tensor", "sequence")
+    for kind in kinds:
+        best = Explorer(Pricing(bert_question("abcd", kind))).run().best
+        assert best is not None
+        times[kind] = best.price.step_ns
+    assert times["pipeline"] < times["one device"] < times["tensor"] < times["data"]
+
+
+def test_rings_send_what_they_should() -> None:
+    assert all_reduce_bytes(400, 4) == 600
+    assert all_reduce_bytes(400, 1) == 0
+    assert gather_bytes(401, 4) == 301
