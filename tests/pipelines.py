@@ -1,9 +1,9 @@
-"""Run stage workers in one process, in 1F1B order: what peers do over links, without links."""
+"""Run stage workers in one process, by a schedule: what peers do over links, without links."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.ids import Digest
 from p2ptrain.runtime.replay import OnSent
 from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.schedule.actions import Action, all_actions, delayed_microbatches, held
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.clipping import Clip, clip_scale
 from p2ptrain.training.contract import Contract
@@ -74,6 +75,7 @@ class LocalPipeline:
     workers: list[StageWorker]
     segments: list[range]
     samples: Samples
+    schedule: str = "1f1b"
     sequence: int = 0
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -90,23 +92,27 @@ class LocalPipeline:
         cuts: tuple[int, ...],
         data: NDArray[np.uint8] | Samples,
         weights: Mapping[str, Array] | None = None,
+        schedule: str = "1f1b",
     ) -> LocalPipeline:
         edges = [0, *cuts, len(bundle.manifest.segments)]
         segments = [range(a, b) for a, b in itertools.pairwise(edges)]
+        actions = all_actions(schedule, len(segments), contract.microbatches)
         workers = [
             StageWorker(
                 engine=engine,
                 bundle=bundle,
                 segments=part,
                 contract=contract,
-                in_flight=min(len(segments) - stage, contract.microbatches),
+                in_flight=held(own).in_flight,
+                delayed=held(own).delayed,
                 weights=weights,
             )
-            for stage, part in enumerate(segments)
+            for part, own in zip(segments, actions, strict=True)
         ]
         for worker in workers:
             worker.draw_parameters()
-        return cls(bundle, contract, workers, segments, _samples(data, bundle.manifest))
+        samples = _samples(data, bundle.manifest)
+        return cls(bundle, contract, workers, segments, samples, schedule)
 
     def train(self, first_step: int, last_step: int) -> None:
         """Steps `first_step` to `last_step`, both included and counted from 1."""
@@ -188,26 +194,39 @@ class LocalPipeline:
         )  # fmt: skip
 
     def _microbatches(self, step: int) -> float:
-        """One step in 1F1B order: every stage goes on as soon as its input is there."""
+        """One step by the schedule: every stage goes on as soon as its input is there."""
         count, stages = self.contract.microbatches, len(self.workers)
         feeds = [self._feed(step, index) for index in range(count)]
-        forwards, backwards, loss = [0] * stages, [0] * stages, 0.0
-        start = self.sequence
-        while backwards[0] < count:
-            for stage in range(stages):
-                f, b = forwards[stage], backwards[stage]
-                in_flight = min(stages - stage, count)
-                cotangent_here = stage == stages - 1 or backwards[stage + 1] > b
-                if b < f and cotangent_here and (f - b == in_flight or f == count):
-                    self._backward(stage, step, b, start + b)
-                    backwards[stage] += 1
-                elif f < count and f - b < in_flight and (stage == 0 or forwards[stage - 1] > f):
-                    self.sequence = start + f
-                    part = self._forward(stage, step, f, feeds[f], training=True)
-                    loss += part if part is not None else 0.0
-                    forwards[stage] += 1
+        lists = all_actions(self.schedule, stages, count)
+        done: set[tuple[int, str, int]] = set()
+        position, loss, start = [0] * stages, 0.0, self.sequence
+        while any(at < len(own) for at, own in zip(position, lists, strict=True)):
+            for stage, own in enumerate(lists):
+                action = own[position[stage]] if position[stage] < len(own) else None
+                if action is None or not self._arrived(action, done):
+                    continue
+                self.sequence = start + action.microbatch
+                loss += self._act(action, step, feeds, delayed_microbatches(own))
+                done.add((stage, action.kind, action.microbatch))
+                position[stage] += 1
         self.sequence = start + count
         return loss
+
+    def _arrived(self, action: Action, done: set[tuple[int, str, int]]) -> bool:
+        """Whether what an action needs from its neighbour is there."""
+        source = {"F": action.stage - 1, "B": action.stage + 1, "W": -1}[action.kind]
+        ends = not 0 <= source < len(self.workers)
+        return ends or (source, action.kind, action.microbatch) in done
+
+    def _act(self, action: Action, step: int, feeds: list[Feed], delayed: Collection[int]) -> float:
+        stage, index, sequence = action.stage, action.microbatch, self.sequence
+        if action.kind == "F":
+            return self._forward(stage, step, index, feeds[index], training=True) or 0.0
+        if action.kind == "B":
+            self._backward(stage, step, index, sequence, parted=index in delayed)
+        else:
+            self.workers[stage].backward_gradients(microbatch=index, sequence=sequence)
+        return 0.0
 
     def _feed(self, step: int, microbatch: int) -> Feed:
         c = self.contract
@@ -242,9 +261,10 @@ class LocalPipeline:
                 self.on_sent("activation", step, index, segment, arrays)
         return loss
 
-    def _backward(self, stage: int, step: int, index: int, sequence: int) -> None:
+    def _backward(self, stage: int, step: int, index: int, sequence: int, *, parted: bool) -> None:
         worker = self.workers[stage]
-        worker.backward(microbatch=index, sequence=sequence)
+        run = worker.backward_cotangents if parted else worker.backward
+        run(microbatch=index, sequence=sequence)
         if stage > 0:
             before = self.workers[stage - 1]
             segment = self.segments[stage][0] - 1

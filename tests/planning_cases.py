@@ -104,14 +104,25 @@ def profile(
     memory_bytes: int = 1 << 40,
     host: str | None = None,
     cores: int = 4,
+    delayed_percent: int | None = None,
 ) -> PeerProfile:
-    """A peer with one (forward, backward) time per segment, on its own host unless given."""
+    """A peer with one (forward, backward) time per segment, on its own host unless given.
+
+    With `delayed_percent` backwards have parts, of which the second takes that much of the whole.
+    """
+
+    def cost(forward: int, backward: int) -> KindCost:
+        if delayed_percent is None:
+            return KindCost(forward_ns=forward, backward_ns=backward)
+        gradients = backward * delayed_percent // 100
+        return KindCost(
+            forward_ns=forward, backward_ns=backward, cotangents_ns=backward - gradients,
+            gradients_ns=gradients,
+        )  # fmt: skip
+
     return PeerProfile(
         device=device(letter),
-        kinds={
-            f"k{i}": KindCost(forward_ns=forward, backward_ns=backward)
-            for i, (forward, backward) in enumerate(times_ns)
-        },
+        kinds={f"k{i}": cost(forward, backward) for i, (forward, backward) in enumerate(times_ns)},
         memory_bytes=memory_bytes,
         host=host if host is not None else f"host-{letter}",
         cores=cores,
@@ -119,9 +130,10 @@ def profile(
     )
 
 
-def stage_memory(segments: range, in_flight: int) -> int:
-    """SEGMENT_BYTES per segment for its state, and as much for each microbatch in flight."""
-    return len(segments) * SEGMENT_BYTES * (1 + in_flight)
+def stage_memory(segments: range, in_flight: int, delayed: int = 0) -> int:
+    """SEGMENT_BYTES per segment for its state, as much for each microbatch in flight, and a tenth
+    for each whose gradients wait."""
+    return len(segments) * SEGMENT_BYTES * (10 + 10 * in_flight + delayed) // 10
 
 
 def fast_links(profiles: Sequence[PeerProfile], *, latency_ns: int = 0) -> tuple[LinkEstimate, ...]:

@@ -70,10 +70,10 @@ _RATE = click.FloatRange(min=0.0)
 )
 @click.option(
     "--schedule",
-    type=click.Choice(["1f1b", "gpipe"]),
+    type=click.Choice(["1f1b", "gpipe", "zb-h1"]),
     default="1f1b",
     show_default=True,
-    help="The order of forward and backward passes.",
+    help="The order of the passes; zb-h1 computes weights' gradients where 1f1b would idle.",
 )
 @click.option(
     "--dropout",

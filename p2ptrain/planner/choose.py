@@ -166,6 +166,7 @@ class _Chosen:
             self._model.actions(len(spans)),
             forward_ns=[t[e] - t[f] for t, (f, e) in zip(costs.forward_ns, spans, strict=True)],
             backward_ns=[t[e] - t[f] for t, (f, e) in zip(costs.backward_ns, spans, strict=True)],
+            parts=[costs.parts(stage, f, e) for stage, (f, e) in enumerate(spans)],
         )
 
     def _headline(self) -> str:

@@ -11,9 +11,11 @@ from p2ptrain.planner.costs import CostModel
 from p2ptrain.planner.input import PlanningInput
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.planner.search import Search
+from p2ptrain.schedule.actions import Held
 from p2ptrain.units import format_bytes
 
 EXTRA_PEERS_TRIED_MAX: Final = 4
+_ONE: Final = Held(in_flight=1, delayed=0)
 
 
 def infeasible(
@@ -60,7 +62,7 @@ def _memory(
     if planning.contract.microbatch_size > 1:
         smaller = f"use --microbatch-size {planning.contract.microbatch_size // 2}"
     needs, index = max(
-        (model.memory_bytes(index, index + 1, 1), -index) for index in range(model.segment_count)
+        (model.memory_bytes(index, index + 1, _ONE), -index) for index in range(model.segment_count)
     )
     if needs > largest.memory_bytes:
         name = planning.manifest.segments[-index].name
@@ -69,7 +71,7 @@ def _memory(
             f"segment {name} alone needs {format_bytes(needs)}, the largest peer has {has}",
             hint=" or ".join(filter(None, (roomy, smaller))),
         )
-    whole = format_bytes(model.memory_bytes(0, model.segment_count, 1))
+    whole = format_bytes(model.memory_bytes(0, model.segment_count, _ONE))
     over = f"no cut over {len(usable)} peers fits" if len(usable) > 1 else "it is the only peer"
     return PlanInfeasible(
         f"the model needs {whole} on one peer, the largest has {has}, and {over}",

@@ -21,9 +21,10 @@ OTHER_HOST_BYTES_PER_S: Final = 12_500_000
 
 
 class StageMemory(Protocol):
-    """Peak bytes of a stage; grows with the segments and with the microbatches in flight."""
+    """Peak bytes of a stage; grows with the segments, with the microbatches in flight and with
+    those of them whose gradients may be delayed."""
 
-    def __call__(self, segments: range, in_flight: int) -> int: ...
+    def __call__(self, segments: range, in_flight: int, delayed: int = 0) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Final
 
 from p2ptrain import limits
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
+from p2ptrain.schedule.actions import SCHEDULES
 from p2ptrain.wire.codec import to_plain
 
 PLAN_VERSION: Final = 2
@@ -53,7 +54,7 @@ class Plan:
     """Steps between replica sets."""
     contract: Digest
     schedule: str
-    """1f1b or gpipe."""
+    """One of `schedule.actions.SCHEDULES`."""
     stages: tuple[StagePlan, ...]
     replicas: tuple[DeviceId | None, ...] = ()
     """By stage: the member that keeps a replica of its state; None (or no entry): nobody can."""
@@ -108,7 +109,7 @@ def _problem(plan: Plan) -> str | None:
     kept = zip(plan.stages, plan.replicas, strict=False)
     if any(keeper == s.device or keeper not in (None, *plan.members) for s, keeper in kept):
         return "a replica is kept by another member than the stage's"
-    if plan.schedule not in ("1f1b", "gpipe"):
+    if plan.schedule not in SCHEDULES:
         return f"unknown schedule {plan.schedule!r}"
     expected = 0
     for stage in plan.stages:

@@ -14,10 +14,21 @@ class KindCost:
 
     forward_ns: int
     backward_ns: int
+    """In one piece."""
+    cotangents_ns: int | None = None
+    """Of a backward in parts, what the segment before waits for; None: not measured, as if it were
+    all of it."""
+    gradients_ns: int = 0
+    """The rest of a backward in parts."""
 
     def __post_init__(self) -> None:
-        if self.forward_ns < 0 or self.backward_ns < 0:
+        if min(self.forward_ns, self.backward_ns, self.first_ns, self.gradients_ns) < 0:
             raise ValueError("a time is not negative")
+
+    @property
+    def first_ns(self) -> int:
+        """What a backward takes until its cotangents may leave, when its gradients are delayed."""
+        return self.backward_ns if self.cotangents_ns is None else self.cotangents_ns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

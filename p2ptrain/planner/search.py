@@ -219,7 +219,7 @@ class _Beam:
             busy_ns = self._microbatches * compute_ns
             if busy_ns > self._limit_ns or not self._model.fits(self._costs, stage, first, end):
                 return
-            around_ns = compute_ns + (0 if last_stage else 2 * self._costs.transfer_ns[stage][end])
+            around_ns = 0 if last_stage else self._costs.around_ns(stage, first, end)
             for bound_ns, before_ns, cuts in states:
                 self.extensions += 1
                 # A stage can neither start before the first microbatch arrives nor end before
@@ -233,8 +233,9 @@ class _Beam:
         bound = trip_ns = 0
         firsts = (0, *cuts[:-1])
         for stage in reversed(range(self._stages)):
-            trip_ns += self._costs.compute_ns(stage, firsts[stage], cuts[stage])
-            bound = max(bound, -(-self._microbatches * trip_ns // self._costs.in_flight[stage]))
+            trip_ns += self._costs.trip_ns(stage, firsts[stage], cuts[stage])
+            room = self._costs.holds[stage].in_flight
+            bound = max(bound, -(-self._microbatches * trip_ns // room))
             if stage > 0:
                 trip_ns += 2 * self._costs.transfer_ns[stage - 1][cuts[stage - 1]]
         return bound

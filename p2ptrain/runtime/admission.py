@@ -14,6 +14,7 @@ from p2ptrain.errors import PeerLost
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.services import Services
+from p2ptrain.schedule.actions import delays_gradients
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.messages import Declined, Offer, Profiled
 from p2ptrain.wire.flows import Flow
@@ -65,6 +66,7 @@ class Admission:
             microbatch_size=contract.microbatch_size,
             form=contract.form,
             threads=contract.threads,
+            in_parts=delays_gradients(self._view.plan.schedule),
         )
         with contextlib.suppress(PeerLost):
             self._services.outlet.send(device, offer)

@@ -25,6 +25,7 @@ from p2ptrain.runtime.progress import ProgressTracker
 from p2ptrain.runtime.reports import NoteReport, TrainRequest
 from p2ptrain.runtime.services import Emit, Proposals, Services
 from p2ptrain.runtime.signal import Signal
+from p2ptrain.schedule.actions import delays_gradients
 from p2ptrain.store.runs import CheckpointRecord
 from p2ptrain.store.weights import Weights, keep_weights
 from p2ptrain.training.contract import Contract
@@ -157,6 +158,7 @@ class Founding:
             microbatch_size=self._contract.microbatch_size,
             form=self._contract.form,
             threads=self._contract.threads,
+            in_parts=delays_gradients(self._request.schedule),
         )
         going = self._services.directory.leaving()
         there = (record.device for record in self._services.directory.alive())

@@ -14,12 +14,12 @@ from p2ptrain.data.options import DataOptions
 from p2ptrain.errors import CheckpointError, ConfigError, DataError, InvariantBroken
 from p2ptrain.ids import Lineage, RunId, ViewNumber
 from p2ptrain.runtime.reports import TrainRequest
+from p2ptrain.schedule.actions import SCHEDULES
 from p2ptrain.store.bundles import Bundle, find_bundle, load_bundle
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory, RunRecord, find_run
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.feed import Samples
 
-SCHEDULES = ("1f1b", "gpipe")
 CACHE_FOLDER = "cache"
 """Beside the runs: what is derived from data once."""
 
@@ -178,7 +178,8 @@ def _job_of(
 
 def _check_request(request: TrainRequest) -> None:
     if request.schedule not in SCHEDULES:
-        raise ConfigError(f"unknown schedule {request.schedule!r}", hint="use 1f1b or gpipe")
+        hint = f"choose one of: {', '.join(SCHEDULES)}"
+        raise ConfigError(f"unknown schedule {request.schedule!r}", hint=hint)
     if request.stages is not None and not 1 <= request.stages <= limits.STAGES_MAX:
         raise ConfigError(f"stages must be between 1 and {limits.STAGES_MAX}")
     if request.checkpoint_every < 0:

@@ -121,6 +121,7 @@ class OfferDesk:
                 form=offer.form,
                 batch=offer.microbatch_size,
                 repeats=PROFILE_REPEATS,
+                in_parts=offer.in_parts,
             )
         )
         self._keep(offer, _Prepared(bundle, engine, offer, home, time.monotonic()))

@@ -6,14 +6,16 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.choose import choose_plan
-from p2ptrain.planner.input import LeftOut, PlanningInput
+from p2ptrain.planner.input import LeftOut, PlanningInput, StageMemory
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import KindCost, PeerProfile
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.reports import TrainRequest
+from p2ptrain.schedule.actions import delays_gradients
 from p2ptrain.training.contract import Contract, RuntimeBuild
 from p2ptrain.training.memory import stage_memory
 
@@ -47,19 +49,18 @@ def place(
     if not able:
         raise PlanInfeasible("no peer can take part in this run")
     manifest, contract = job.bundle.manifest, job.contract
+    schedule, notes = _settled(request.schedule, manifest, contract)
     choice = choose_plan(
         PlanningInput(
             manifest=manifest,
             contract=contract,
             profiles=tuple(planning_profile(profile, contract) for profile in able),
             home=home,
-            stage_memory=lambda segments, in_flight: (
-                stage_memory(manifest, segments, contract, in_flight).total
-            ),
+            stage_memory=predicted_memory(manifest, contract),
             run=job.run,
             lineage=job.lineage,
             view=job.view,
-            schedule=request.schedule,
+            schedule=schedule,
             stages=request.stages,
             keep_data_here=request.keep_data_here,
             replica_every=request.replicate_every,
@@ -68,8 +69,35 @@ def place(
     if not job.resumed:
         taking_part = {stage.device for stage in choice.plan.stages}
         contract = with_builds(contract, (p.build for p in able if p.device in taking_part))
-    plan = dataclasses.replace(choice.plan, contract=contract.digest)
+    reasons = (*choice.plan.reasons, *notes)
+    plan = dataclasses.replace(choice.plan, contract=contract.digest, reasons=reasons)
     return Placement(plan=plan, contract=contract, left_out=(*outsiders, *choice.left_out))
+
+
+def predicted_memory(manifest: Manifest, contract: Contract) -> StageMemory:
+    """The memory of a stage as the planner asks for it."""
+
+    def predict(segments: range, in_flight: int, delayed: int = 0) -> int:
+        return stage_memory(manifest, segments, contract, in_flight, delayed=delayed).total
+
+    return predict
+
+
+def _settled(schedule: str, manifest: Manifest, contract: Contract) -> tuple[str, tuple[str, ...]]:
+    """The schedule that this run can have, and what the plan says about it.
+
+    Delayed gradients need backwards in parts, and stashes that stay; without them ZB-H1 does what
+    1F1B does and holds more for it.
+    """
+    if not delays_gradients(schedule):
+        return schedule, ()
+    if contract.rematerialise:
+        return "1f1b", (f"schedule 1f1b, not {schedule}: rematerialised backwards stay whole",)
+    if not any(kind.forms[contract.form].parts for kind in manifest.kinds.values()):
+        remedy = "export the model again" if contract.form == "portable" else "use --form portable"
+        lacking = f"the bundle has no {contract.form} backwards in two parts; {remedy}"
+        return "1f1b", (f"schedule 1f1b, not {schedule}: {lacking}",)
+    return schedule, ()
 
 
 def with_builds(contract: Contract, builds: Iterable[RuntimeBuild]) -> Contract:

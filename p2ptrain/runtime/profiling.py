@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -22,7 +23,7 @@ _STEP: Final = 1
 
 
 def profile_kinds(
-    engine: Engine, bundle: Bundle, form: str, batch: int, repeats: int
+    engine: Engine, bundle: Bundle, form: str, batch: int, repeats: int, in_parts: bool = False
 ) -> dict[str, KindCost]:
     """The shortest forward and backward time over `repeats`, by kind name.
 
@@ -35,6 +36,7 @@ def profile_kinds(
         form: Of the graphs.
         batch: Samples of a microbatch.
         repeats: At least 1; the first run of each graph is not counted.
+        in_parts: Time backwards in their two parts as well.
     """
     contract = _contract(engine, bundle, form, batch)
     costs: dict[str, KindCost] = {}
@@ -46,6 +48,7 @@ def profile_kinds(
                 segments=range(index, index + 1),
                 contract=contract,
                 in_flight=1,
+                delayed=1 if in_parts else 0,
             )
             costs[segment.kind] = _time_stage(worker, bundle, batch, repeats)
     return costs
@@ -54,33 +57,46 @@ def profile_kinds(
 def _time_stage(worker: StageWorker, bundle: Bundle, batch: int, repeats: int) -> KindCost:
     worker.draw_parameters()
     feed = made_up_feed(bundle.manifest, batch)
-    forward_ns, backward_ns = [], []
-    for sequence in range(repeats + 1):
-        for array in worker.entry(sequence):
-            fill(array, 1.0)
-        for array in worker.exit_cotangent(sequence):
-            fill(array, 1e-3)
-
-        def forward(sequence: int = sequence) -> None:
-            worker.forward(
-                step=_STEP,
-                microbatch=sequence,
-                sequence=sequence,
-                training=True,
-                inputs=feed.inputs,
-                labels=feed.labels,
-                loss_weight=1.0,
-            )
-
-        def backward(sequence: int = sequence) -> None:
-            worker.backward(microbatch=sequence, sequence=sequence)
-
-        forward_ns.append(_time_ns(forward))
-        backward_ns.append(_time_ns(backward))
-    return KindCost(forward_ns=min(forward_ns[1:]), backward_ns=min(backward_ns[1:]))
+    forward_ns, backward_ns, cotangents_ns, gradients_ns = [], [], [], []
+    sequence = 0
+    for _ in range(repeats + 1):
+        forward_ns.append(_time_ns(_forward(worker, feed, sequence)))
+        backward_ns.append(_time_ns(partial(worker.backward, microbatch=0, sequence=sequence)))
+        sequence += 1
+        if worker.holds.delayed:
+            _forward(worker, feed, sequence)()
+            run = partial(worker.backward_cotangents, microbatch=0, sequence=sequence)
+            cotangents_ns.append(_time_ns(run))
+            run = partial(worker.backward_gradients, microbatch=0, sequence=sequence)
+            gradients_ns.append(_time_ns(run))
+            sequence += 1
+    return KindCost(
+        forward_ns=min(forward_ns[1:]),
+        backward_ns=min(backward_ns[1:]),
+        cotangents_ns=min(cotangents_ns[1:], default=None),
+        gradients_ns=min(gradients_ns[1:], default=0),
+    )
 
 
-def _time_ns(run: Callable[[], None]) -> int:
+def _forward(worker: StageWorker, feed: Feed, sequence: int) -> Callable[[], object]:
+    """A forward of a microbatch whose inputs are there, and the cotangents for its backward."""
+    for array in worker.entry(sequence):
+        fill(array, 1.0)
+    for array in worker.exit_cotangent(sequence):
+        fill(array, 1e-3)
+    return partial(
+        worker.forward,
+        step=_STEP,
+        microbatch=sequence,
+        sequence=sequence,
+        training=True,
+        inputs=feed.inputs,
+        labels=feed.labels,
+        loss_weight=1.0,
+    )
+
+
+def _time_ns(run: Callable[[], object]) -> int:
     start = time.perf_counter_ns()
     run()
     return time.perf_counter_ns() - start

@@ -22,8 +22,7 @@ from p2ptrain.recovery.inventory import Inventory
 from p2ptrain.recovery.placing import placing
 from p2ptrain.recovery.planning import Losses, Unrecoverable, last_whole_set, restoration
 from p2ptrain.recovery.successor import Succession, successor_plans
-from p2ptrain.runtime.placement import planning_profile
-from p2ptrain.training.memory import stage_memory
+from p2ptrain.runtime.placement import planning_profile, predicted_memory
 from p2ptrain.training.ties import tie_groups
 
 GAIN_PERCENT = 10
@@ -184,9 +183,7 @@ class _Planner:
             contract=contract,
             profiles=tuple(planning_profile(profile, contract) for profile in able),
             home=home,
-            stage_memory=lambda segments, in_flight: (
-                stage_memory(manifest, segments, contract, in_flight).total
-            ),
+            stage_memory=predicted_memory(manifest, contract),
             run=plan.run,
             lineage=plan.lineage,
             view=self._wanted.number,

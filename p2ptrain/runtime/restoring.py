@@ -25,6 +25,7 @@ from p2ptrain.runtime.run_state import WEIGHTS_FOLDER, RunState
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.stage_run import apply_update
 from p2ptrain.runtime.stage_weights import StageWeights
+from p2ptrain.schedule.actions import Held, held, stage_actions
 from p2ptrain.training.messages import Wanted, stamp_of
 from p2ptrain.training.replay_inputs import StepPlace, needed_places, step_inputs
 from p2ptrain.training.step_record import StepRecord
@@ -140,9 +141,9 @@ class Restorer:
         workers = [w for w in (self._state.worker, *self._replayed) if w is not None]
         for worker in workers:
             fits = worker.segments == stage.segments and not worker.rounds_inside
-            if fits and worker.in_flight >= stage.in_flight_max:
+            if fits and worker.holds.covers(self._holds()):
                 return worker
-        made = await self._make_worker(stage.segments, stage.in_flight_max)
+        made = await self._make_worker(stage.segments, self._holds())
         if self._view.restoration is None:
             await self._start(made)
             return made
@@ -157,12 +158,20 @@ class Restorer:
                 await self._load_from(made, segment, source, self._view.resume_step)
         return made
 
+    def _holds(self) -> Held:
+        """How many microbatches our stage has room for."""
+        plan = self._view.plan
+        index, count = plan.stage_of(self._services.device), self._view.contract.microbatches
+        if index is None:
+            raise InvariantBroken("a device without a stage holds no microbatches")
+        return held(stage_actions(plan.schedule, index, len(plan.stages), count))
+
     async def _make_worker(
-        self, segments: range, in_flight: int, cuts: Collection[int] = ()
+        self, segments: range, holds: Held, cuts: Collection[int] = ()
     ) -> StageWorker:
         weights = await self._weights(segments)
         return await trio.to_thread.run_sync(
-            lambda: self._state.make_worker(segments, in_flight, weights, cuts)
+            lambda: self._state.make_worker(segments, holds, weights, cuts)
         )
 
     async def _weights(self, segments: range) -> Mapping[str, Array]:
@@ -216,8 +225,9 @@ class Restorer:
     async def _replay(self, replay: Replay) -> StageWorker:
         """Make a lost range again: its replica, then every step since, from logs and records."""
         segments, stage = replay.span.segments, self._own_stage()
-        in_flight = stage.in_flight_max if stage is not None and stage.segments == segments else 1
-        worker = await self._make_worker(segments, in_flight, replay.cuts)
+        ours = stage is not None and stage.segments == segments
+        holds = self._holds() if ours else Held(in_flight=1, delayed=0)
+        worker = await self._make_worker(segments, holds, replay.cuts)
         if replay.step == 0:
             await trio.to_thread.run_sync(worker.draw_parameters)
         else:

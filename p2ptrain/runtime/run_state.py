@@ -26,6 +26,7 @@ from p2ptrain.runtime.replication import ReplicaKeeper
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.schedule.actions import Held
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.replicas import Replica, ReplicaPlace, ReplicaStore
 from p2ptrain.store.runs import RunDirectory, SavedSegment
@@ -126,7 +127,7 @@ class RunState:
     def make_worker(
         self,
         segments: range,
-        in_flight: int,
+        holds: Held,
         weights: Mapping[str, Array] | None,
         cuts: Collection[int] = (),
     ) -> StageWorker:
@@ -138,7 +139,8 @@ class RunState:
             bundle=self.bundle,
             segments=segments,
             contract=self.contract,
-            in_flight=in_flight,
+            in_flight=holds.in_flight,
+            delayed=holds.delayed,
             weights=weights,
             cuts=cuts,
         )

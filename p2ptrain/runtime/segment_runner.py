@@ -5,6 +5,9 @@ stays there until it ran. Boundary values lie in rings that neighbouring segment
 contract rematerialises, a slot keeps only what was fed and the running values that the forward
 read; the stash and the masks lie in one place for all segments of a kind, and the backward runs
 the forward again unless they are still there.
+
+A backward whose gradients are delayed runs in two parts: `cotangents`, later `gradients`. What the
+first keeps for the second lies in a ring as long as gradients may be missing.
 """
 
 from __future__ import annotations
@@ -19,12 +22,15 @@ from p2ptrain.bundle.manifest import Manifest, Port, Value
 from p2ptrain.engine.contract import Array, Binding, Buffer, Engine, Program
 from p2ptrain.errors import GraphError, InvariantBroken
 from p2ptrain.runtime.segment_memory import FloatArray, SegmentMemory
+from p2ptrain.runtime.segment_programs import SegmentPrograms, passes_back
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.masks import MaskPlace, draw_mask
 
 FED_ROLES: Final = ("data", "labels", "loss_weight")
 Pass = Literal["train", "again", "evaluate"]
 """A forward of training; the same one again for its backward; one that only gives the loss."""
+_Part = Literal["whole", "cotangents", "gradients"]
+"""Of a backward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,17 +85,6 @@ class Fed:
     loss_weight: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentPrograms:
-    """A segment's compiled graphs."""
-
-    forward: Program
-    backward: Program | None
-    """None where nothing is trained and nobody upstream waits for a cotangent."""
-    evaluation: Program | None
-    """None: the forward with masks of ones."""
-
-
 @dataclass(slots=True)
 class KindStash:
     """The one stash of all segments of a kind, where the contract rematerialises."""
@@ -108,6 +103,8 @@ class StageSetting:
     contract: Contract
     slots: int
     """Microbatches in flight."""
+    delayed: int
+    """Microbatches whose gradients may be missing after their cotangents."""
     scratch: FloatArray
     """Gradients of one microbatch of one segment, before they are added to the sum."""
     running_scratch: FloatArray
@@ -172,7 +169,8 @@ class SegmentRunner:
         self._stash = setting.kind_stashes.setdefault(kind.name, KindStash())
         self._slots = [self._make_slot() for _ in range(setting.slots)]
         self._forward_bindings: dict[tuple[int, Pass], _WiredBinding] = {}
-        self._backward_bindings: dict[tuple[int, bool], _WiredBinding] = {}
+        self._kept = self._make_kept(setting.delayed)
+        self._backward_bindings: dict[tuple[_Part, int, bool], _WiredBinding] = {}
         self._check_programs()
 
     def forward(self, *, step: int, microbatch: int, sequence: int, fed: Fed) -> float | None:
@@ -194,17 +192,45 @@ class SegmentRunner:
 
     def backward(self, *, sequence: int, first: bool) -> None:
         """Compute cotangents and gradients of one microbatch; `first` of a step starts the sum."""
-        if self._programs.backward is None:
+        program = self._programs.backward
+        if program is None:
             return
         if self._contract.rematerialise and self._stash.holds != (self._index, sequence):
             self._run_forward("again", sequence)
+        self._run_backward("whole", program, sequence, first=first)
+        self._add_gradients(first=first)
+
+    def cotangents(self, *, sequence: int, first: bool) -> None:
+        """The first part of a backward: what the segment before waits for, and more only where it
+        cannot be delayed."""
+        if self._programs.parts is not None:
+            self._run_backward("cotangents", self._programs.parts[0], sequence, first=False)
+        elif not self._delays_all:
+            self.backward(sequence=sequence, first=first)
+
+    def gradients(self, *, sequence: int, first: bool) -> None:
+        """The rest of a backward, after `cotangents`, in microbatch order."""
+        if self._programs.parts is not None:
+            self._run_backward("gradients", self._programs.parts[1], sequence, first=first)
+            self._add_gradients(first=first)
+        elif self._delays_all:
+            self.backward(sequence=sequence, first=first)
+
+    @property
+    def _delays_all(self) -> bool:
+        """Whether nobody waits for cotangents of this segment and its stash stays."""
+        return not passes_back(self._kind) and not self._contract.rematerialise
+
+    def _run_backward(self, part: _Part, program: Program, sequence: int, *, first: bool) -> None:
         index = sequence % len(self._slots)
-        binding = self._backward_bindings.get((index, first))
+        binding = self._backward_bindings.get((part, index, first))
         if binding is None:
             gradients = self._gradients if first else self._scratch_views
-            binding = self._bind_backward(self._programs.backward, self._slots[index], gradients)
-            self._backward_bindings[index, first] = binding
+            binding = self._bind_backward(program, self._slots[index], gradients)
+            self._backward_bindings[part, index, first] = binding
         binding.run(sequence)
+
+    def _add_gradients(self, *, first: bool) -> None:
         if not first:
             self._memory.accumulate(self._scratch)
 
@@ -229,6 +255,14 @@ class SegmentRunner:
             values = self._allocate([*own, *kept])
         running = self._engine.allocate(self._memory.running.shape, np.float32).host()
         return _Slot(values, running, self._memory.running_buffers(running))
+
+    def _make_kept(self, places: int) -> dict[str, Sequence[Buffer]]:
+        """Rings of what one part of a backward keeps for the other."""
+        parts = self._kind.forms[self._contract.form].parts
+        if parts is None or self._programs.parts is None:
+            return {}
+        rings = [self._allocate(parts.kept) for _ in range(places)]
+        return {value.name: tuple(ring[value.name] for ring in rings) for value in parts.kept}
 
     def _allocate(self, values: Sequence[Value]) -> dict[str, Buffer]:
         batch = self._contract.microbatch_size
@@ -322,6 +356,8 @@ class SegmentRunner:
             port = name.removeprefix("cotangent.")
             if port != name:
                 wires.append(_Wire(name, self._incoming_cotangent(port), False))
+            elif name in self._kept:
+                wires.append(_Wire(name, self._kept[name], False))
             elif name in self._entering or name in self._leaving:
                 ring = self._entering.get(name) or self._leaving[name]
                 wires.append(_Wire(name, ring, False))
@@ -331,6 +367,9 @@ class SegmentRunner:
         for name in program.outputs:
             if name.startswith("gradient."):
                 binding.set_output(name, gradients[name.removeprefix("gradient.")])
+                continue
+            if name in self._kept:
+                wires.append(_Wire(name, self._kept[name], True))
                 continue
             outgoing = self._cotangents_out.get(name.removeprefix("cotangent."))
             if outgoing is not None:
@@ -375,6 +414,12 @@ class SegmentRunner:
             given = {name for name in programs.backward.outputs if name.startswith("gradient.")}
             unknown |= {*programs.backward.inputs} - inner - cotangents
             unknown |= gradients ^ given
+        if programs.parts is not None:
+            first, second = programs.parts
+            unknown |= {*first.inputs} - inner - cotangents
+            unknown |= {*second.inputs} - inner - cotangents - {*self._kept}
+            unknown |= gradients ^ {*second.outputs}
+            unknown |= {*self._kept} - {*first.outputs}
         if unknown:
             names = ", ".join(sorted(unknown))
             raise GraphError(f"the graphs of kind {self._kind.name!r} do not fit: {names:.200}")

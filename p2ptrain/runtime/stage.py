@@ -2,36 +2,36 @@
 
 Called from one worker thread; only arrays cross to the event loop. `sequence` counts every
 microbatch that the stage runs, training or evaluation. Boundary arrays are named by it and stay
-valid until the ring wraps round, `in_flight + 1` microbatches later.
+valid until the ring wraps round, `in_flight + delayed + 1` microbatches later.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from p2ptrain.bundle.manifest import Manifest, Tensor, UpdateRule, Value
-from p2ptrain.bundle.onnx_reader import read_graph
-from p2ptrain.engine.contract import Array, Buffer, Engine, Program
+from p2ptrain.bundle.manifest import Manifest, Tensor, UpdateRule
+from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.errors import BundleError, CheckpointError, ConfigError, InvariantBroken
 from p2ptrain.ids import Digest
 from p2ptrain.runtime.segment_memory import FloatArray, SegmentMemory
+from p2ptrain.runtime.segment_programs import SegmentPrograms, compile_programs
 from p2ptrain.runtime.segment_runner import (
     Boundary,
     ConstantBuffers,
     Fed,
-    SegmentPrograms,
     SegmentRunner,
     StageSetting,
 )
 from p2ptrain.runtime.segment_updater import SegmentUpdater, UpdateScalars
+from p2ptrain.runtime.stage_rings import RingMaker, places
+from p2ptrain.schedule.actions import Held
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.barrier import stage_tensor_indices
-from p2ptrain.training.boundaries import cotangent_positions
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.layout import flat_layout
 from p2ptrain.training.optimizer import optimizer_scalars
@@ -75,6 +75,7 @@ class StageWorker:
         segments: range,
         contract: Contract,
         in_flight: int,
+        delayed: int = 0,
         weights: Mapping[str, Array] | None = None,
         cuts: Collection[int] = (),
     ) -> None:
@@ -85,7 +86,9 @@ class StageWorker:
             bundle: Of the model.
             segments: The stage's.
             contract: Of the run.
-            in_flight: Microbatches between their forward and their backward, at most.
+            in_flight: Microbatches between their forward and the end of their backward, at most.
+            delayed: Microbatches whose gradients are still to be computed after their cotangents,
+                at most: 0 runs every backward whole.
             weights: By name, every tensor of these segments that the bundle's weights hold; best
                 `numpy.memmap`, whose frozen tensors are then not copied. None draws them like the
                 others, which is good for measuring only.
@@ -103,25 +106,33 @@ class StageWorker:
         self._manifest = manifest
         self._contract = contract
         self._segments = segments
-        self._in_flight = in_flight
+        self._in_flight, self._delayed = in_flight, delayed
         self._weights = weights
         self._rule = manifest.updates[contract.optimizer.name]
         self._memories = {
             index: SegmentMemory(engine, flat_layout(manifest, index), self._rule.state)
             for index in segments
         }
+        rings = RingMaker(
+            engine=engine,
+            manifest=manifest,
+            segments=segments,
+            batch=contract.microbatch_size,
+            in_flight=in_flight,
+            delayed=delayed,
+        )
         self._boundaries = [
-            self._boundary(index) for index in range(segments.start, segments.stop + 1)
+            rings.boundary(index) for index in range(segments.start, segments.stop + 1)
         ]
         lossy = contract.codec != "fp32"
-        self._cuts = {cut: self._boundary(cut + 1) for cut in (cuts if lossy else ())}
+        self._cuts = {cut: rings.boundary(cut + 1) for cut in (cuts if lossy else ())}
         self._runners = self._make_runners(bundle)
         self._feedback = ErrorFeedback(contract.codec)
         self._scalars = UpdateScalars(engine, self._rule)
         self._updaters = self._make_updaters(bundle, self._rule)
         self._work = np.empty(CHUNK_ELEMENTS)
         self._waiting: set[int] = set()
-        self._accumulated = 0
+        self._passed_back = self._accumulated = 0
         self._ties = self._find_ties()
         self._ties_summed = False
         self._tensor_indices = stage_tensor_indices(manifest, segments)
@@ -140,9 +151,9 @@ class StageWorker:
         return self._segments
 
     @property
-    def in_flight(self) -> int:
-        """Microbatches between their forward and their backward, at most."""
-        return self._in_flight
+    def holds(self) -> Held:
+        """How many microbatches it has room for."""
+        return Held(in_flight=self._in_flight, delayed=self._delayed)
 
     @property
     def contract(self) -> Contract:
@@ -232,30 +243,30 @@ class StageWorker:
 
     def entry(self, sequence: int) -> tuple[Array, ...]:
         """Where the activations of a microbatch are received; empty for the first stage."""
-        return _places(self._boundaries[0].activations, sequence)
+        return places(self._boundaries[0].activations, sequence)
 
     def exit(self, sequence: int) -> tuple[Array, ...]:
         """The activations to send after `forward`; empty for the last stage."""
-        return _places(self._boundaries[-1].activations, sequence)
+        return places(self._boundaries[-1].activations, sequence)
 
     def exit_cotangent(self, sequence: int) -> tuple[Array, ...]:
         """Where cotangents are received, one for each differentiable boundary value."""
-        return _places(self._boundaries[-1].cotangents, sequence)
+        return places(self._boundaries[-1].cotangents, sequence)
 
     def entry_cotangent(self, sequence: int) -> tuple[Array, ...]:
         """The cotangents to send after `backward`; empty for the first stage."""
-        return _places(self._boundaries[0].cotangents, sequence)
+        return places(self._boundaries[0].cotangents, sequence)
 
     def crossing(self, segment: int, sequence: int) -> tuple[Array, ...]:
         """What `forward` let out of a segment of this stage, or into its first one from before;
         inner values are overwritten by a later microbatch."""
-        return _places(self._before(segment + 1).activations, sequence)
+        return places(self._before(segment + 1).activations, sequence)
 
     def crossing_cotangent(self, segment: int, sequence: int) -> tuple[Array, ...]:
         """What `backward` gave back across the same boundary, one per differentiable value;
         inner values are overwritten by the next backward."""
         boundary = self._cuts.get(segment) or self._before(segment + 1)
-        return _places(boundary.cotangents, sequence)
+        return places(boundary.cotangents, sequence)
 
     def forward(
         self,
@@ -299,7 +310,7 @@ class StageWorker:
         for segment, runner in zip(self._segments, self._runners, strict=True):
             loss = runner.forward(step=step, microbatch=microbatch, sequence=sequence, fed=fed)
             if (cut := self._cuts.get(segment)) is not None:
-                beyond = _places(cut.activations, sequence)
+                beyond = places(cut.activations, sequence)
                 hand_over(self._contract.codec, self.crossing(segment, sequence), beyond)
         self._forward_count += 1
         return loss
@@ -309,15 +320,53 @@ class StageWorker:
 
         Calls come in microbatch order: the order of the additions is part of the contract.
         """
-        if sequence not in self._waiting:
-            raise InvariantBroken(f"backward of microbatch {microbatch} before its forward")
+        self._check_backward(microbatch, sequence)
+        if self._passed_back > self._accumulated:
+            raise InvariantBroken(f"microbatch {microbatch} overtakes delayed gradients")
+        first = self._accumulated == 0
+        for runner in self._backwards(microbatch, sequence):
+            runner.backward(sequence=sequence, first=first)
+        self._passed_back += 1
+        self._end_microbatch(sequence)
+
+    def backward_cotangents(self, *, microbatch: int, sequence: int) -> None:
+        """The first part of a backward: what the stage before waits for.
+
+        Each such call is followed by `backward_gradients`, at most `delayed` such calls later;
+        both in microbatch order. A segment whose backward is not in parts may do all of it here.
+        """
+        self._check_backward(microbatch, sequence)
+        if self._passed_back - self._accumulated >= self._delayed:
+            raise InvariantBroken(f"the gradients of more than {self._delayed} microbatches wait")
+        first = self._passed_back == 0
+        for runner in self._backwards(microbatch, sequence):
+            runner.cotangents(sequence=sequence, first=first)
+        self._passed_back += 1
+
+    def backward_gradients(self, *, microbatch: int, sequence: int) -> None:
+        """The rest of a backward: add the gradients of one microbatch to the sum."""
+        if sequence not in self._waiting or self._passed_back <= self._accumulated:
+            raise InvariantBroken(f"gradients of microbatch {microbatch} before its cotangents")
+        first = self._accumulated == 0
+        for runner in reversed(self._runners):
+            runner.gradients(sequence=sequence, first=first)
+        self._end_microbatch(sequence)
+
+    def _backwards(self, microbatch: int, sequence: int) -> Iterator[SegmentRunner]:
+        """The segments from the last to the first; rounds what crosses a cut between two."""
         for segment, runner in zip(reversed(self._segments), reversed(self._runners), strict=True):
             if segment in self._cuts:
-                given = _places(self._before(segment + 1).cotangents, sequence)
+                given = places(self._before(segment + 1).cotangents, sequence)
                 sent = self.encoded_cotangent(segment, microbatch=microbatch, sequence=sequence)
                 for encoded, target in zip(sent, given, strict=True):
                     decode(self._contract.codec, encoded, target)
-            runner.backward(sequence=sequence, first=self._accumulated == 0)
+            yield runner
+
+    def _check_backward(self, microbatch: int, sequence: int) -> None:
+        if sequence not in self._waiting:
+            raise InvariantBroken(f"backward of microbatch {microbatch} before its forward")
+
+    def _end_microbatch(self, sequence: int) -> None:
         self._waiting.remove(sequence)
         self._accumulated += 1
         self._backward_count += 1
@@ -435,7 +484,7 @@ class StageWorker:
         self._feedback.restore({**others, **loaded})
 
     def _begin_sum(self) -> None:
-        self._accumulated = 0
+        self._passed_back = self._accumulated = 0
         self._ties_summed = False
 
     def _check_ties(self) -> None:
@@ -476,29 +525,9 @@ class StageWorker:
             raise InvariantBroken(f"more than {self._in_flight} microbatches in flight")
         self._waiting.add(sequence)
 
-    def _boundary(self, index: int) -> Boundary:
-        """The rings before segment `index`: none at the ends of the model."""
-        if index == 0 or index == len(self._manifest.segments):
-            return Boundary(activations=(), cotangents=())
-        inner = self._segments.start < index < self._segments.stop
-        values = self._manifest.boundary(index - 1)
-        kinds = [self._manifest.kinds[self._manifest.segments[i].kind] for i in (index - 1, index)]
-        edge = self._in_flight + 1
-        return Boundary(
-            activations=tuple(self._ring(v, self._in_flight if inner else edge) for v in values),
-            cotangents=tuple(
-                self._ring(value, 1 if inner else edge) if differentiable else None
-                for value, differentiable in zip(values, cotangent_positions(*kinds), strict=True)
-            ),
-        )
-
     def _before(self, index: int) -> Boundary:
         """The rings before segment `index`, seen from the segment before it."""
         return self._boundaries[index - self._segments.start]
-
-    def _ring(self, value: Value, places: int) -> tuple[Buffer, ...]:
-        shape = self._manifest.shape(value, batch=self._contract.microbatch_size)
-        return tuple(self._engine.allocate(shape, np.dtype(value.dtype)) for _ in range(places))
 
     def _make_runners(self, bundle: Bundle) -> list[SegmentRunner]:
         memories = self._memories.values()
@@ -509,6 +538,7 @@ class StageWorker:
             manifest=self._manifest,
             contract=self._contract,
             slots=self._in_flight,
+            delayed=self._delayed,
             scratch=self._engine.allocate((longest,), np.float32).host(),
             running_scratch=self._engine.allocate((running,), np.float32).host(),
             constants=ConstantBuffers(self._engine),
@@ -528,21 +558,14 @@ class StageWorker:
 
     def _programs(self, bundle: Bundle, segment_index: int) -> SegmentPrograms:
         kind = self._manifest.kinds[self._manifest.segments[segment_index].kind]
-        pair = kind.forms[self._contract.form]
-        constants = self._frozen(segment_index)
-
-        def program(digest: Digest) -> Program:
-            graph = bundle.graph(digest)
-            read = {name for node in read_graph(graph).nodes for name in node.inputs}
-            bound = {name: array for name, array in constants.items() if name in read}
-            return self._engine.compile(graph, bound)
-
-        passes_back = any(p.differentiable and p.role == "boundary" for p in kind.inputs)
-        trains = bool(self._memories[segment_index].layout.places)
-        return SegmentPrograms(
-            forward=program(pair.forward),
-            backward=program(pair.backward) if trains or passes_back else None,
-            evaluation=None if kind.evaluation is None else program(kind.evaluation),
+        return compile_programs(
+            self._engine,
+            bundle,
+            kind,
+            self._contract,
+            self._frozen(segment_index),
+            trains=bool(self._memories[segment_index].layout.places),
+            delays=self._delayed > 0,
         )
 
     def _make_updaters(self, bundle: Bundle, rule: UpdateRule) -> list[SegmentUpdater]:
@@ -551,10 +574,6 @@ class StageWorker:
             SegmentUpdater(self._engine, program, rule, memory, self._scalars)
             for memory in self._memories.values()
         ]
-
-
-def _places(rings: tuple[tuple[Buffer, ...] | None, ...], sequence: int) -> tuple[Array, ...]:
-    return tuple(ring[sequence % len(ring)].host() for ring in rings if ring is not None)
 
 
 def _check_contract(

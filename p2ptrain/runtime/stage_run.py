@@ -23,7 +23,12 @@ from p2ptrain.runtime.run_state import LogPlace
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.usage import RunMeter
-from p2ptrain.schedule.actions import Action, stage_actions
+from p2ptrain.schedule.actions import (
+    Action,
+    delayed_microbatches,
+    evaluation,
+    stage_actions,
+)
 from p2ptrain.training.arrivals import TieSend, arrivals, tied_sends
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
@@ -161,16 +166,28 @@ class StageRun:
 
     async def _pipeline(self, item: Item, base: int) -> float:
         """Run every microbatch of an item; the sum of their losses on the last stage."""
-        count = self._program.microbatches(item)
-        stages = len(self._plan.stages)
+        actions = self._actions(item)
+        delayed = delayed_microbatches(actions)
         loss = 0.0
-        for action in stage_actions(self._plan.schedule, self._index, stages, count):
-            if action.kind == "F":
-                loss += await self._forward(item, action, base + action.microbatch)
-            else:
-                await self._backward(item, action, base + action.microbatch)
-        self._sequence = base + count
+        for action in actions:
+            sequence = base + action.microbatch
+            match action.kind:
+                case "F":
+                    loss += await self._forward(item, action, sequence)
+                case "B":
+                    parted = action.microbatch in delayed
+                    await self._backward(item, action, sequence, parted=parted)
+                case "W":
+                    await self._gradients(action, sequence)
+        self._sequence = base + self._program.microbatches(item)
         return loss
+
+    def _actions(self, item: Item) -> tuple[Action, ...]:
+        """Evaluations, which may have more microbatches, need no more room than steps."""
+        stages, count = len(self._plan.stages), self._program.microbatches(item)
+        if item.kind == "train":
+            return stage_actions(self._plan.schedule, self._index, stages, count)
+        return evaluation(self._index, stages, count, in_flight=self._stage.in_flight_max)
 
     async def _forward(self, item: Item, action: Action, sequence: int) -> float:
         microbatch = action.microbatch
@@ -199,8 +216,11 @@ class StageRun:
             await self._next.put(self._header(item, "activation", microbatch, segment), arrays)
         return 0.0 if loss is None else loss
 
-    async def _backward(self, item: Item, action: Action, sequence: int) -> None:
-        """Train: send the cotangent upstream. Evaluate: only say that the buffer is free."""
+    async def _backward(self, item: Item, action: Action, sequence: int, *, parted: bool) -> None:
+        """Train: send the cotangent upstream. Evaluate: only say that the buffer is free.
+
+        `parted`: gradients follow in an action of their own.
+        """
         microbatch = action.microbatch
         kind = "cotangent" if item.kind == "train" else "release"
         if not self._last:
@@ -210,7 +230,10 @@ class StageRun:
         arrays: tuple[Array, ...] = ()
 
         def run() -> tuple[Array, ...]:
-            self._worker.backward(microbatch=microbatch, sequence=sequence)
+            if parted:
+                self._worker.backward_cotangents(microbatch=microbatch, sequence=sequence)
+            else:
+                self._worker.backward(microbatch=microbatch, sequence=sequence)
             if self._first:
                 return ()
             return self._worker.encoded_cotangent(segment, microbatch=microbatch, sequence=sequence)
@@ -221,6 +244,12 @@ class StageRun:
             if kind == "cotangent":
                 self._log("cotangent", item.step, microbatch, segment, arrays)
             await self._previous.put(self._header(item, kind, microbatch, segment), arrays)
+
+    async def _gradients(self, action: Action, sequence: int) -> None:
+        """The delayed part of a backward."""
+        await self._compute(
+            lambda: self._worker.backward_gradients(microbatch=action.microbatch, sequence=sequence)
+        )
 
     async def _finish_step(self, step: int, loss: float) -> None:
         """Tell what this stage found, then apply the update once it can no longer be lost."""

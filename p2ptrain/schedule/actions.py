@@ -1,9 +1,13 @@
 """What each stage does, in which order: schedules as plain lists of actions.
 
-The order of a stage's backwards is the order in which it accumulates gradients, so it is part of
-the numerics contract (DESIGN section 10): always by microbatch.
+A backward with a later W is only its first part, the cotangents that the stage before waits for;
+W are the gradients of parameters. A backward without a W is whole.
 
-Sources: GPipe after Huang et al. 2019; 1F1B after Narayanan et al. 2019 (PipeDream-flush).
+The order of a stage's backwards, and of its W, is the order in which it accumulates gradients, so
+it is part of the numerics contract (DESIGN section 10): always by microbatch.
+
+Sources: GPipe after Huang et al. 2019; 1F1B after Narayanan et al. 2019 (PipeDream-flush); ZB-H1
+after Qi et al. 2024, "Zero Bubble Pipeline Parallelism", section 2.1.
 """
 
 from __future__ import annotations
@@ -16,15 +20,17 @@ from typing import Final, Literal
 from p2ptrain import limits
 from p2ptrain.errors import ConfigError
 
-Kind = Literal["F", "B"]
-SCHEDULES: Final = ("1f1b", "gpipe")
+Kind = Literal["F", "B", "W"]
+SCHEDULES: Final = ("1f1b", "gpipe", "zb-h1")
 
-_TEXT: Final = re.compile(r"(\d{1,9})([FB])(\d{1,9})\Z", re.ASCII)
+_TEXT: Final = re.compile(r"(\d{1,9})([FBW])(\d{1,9})\Z", re.ASCII)
+_KINDS: Final[dict[str, Kind]] = {"F": "F", "B": "B", "W": "W"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Action:
-    """One microbatch through one stage, forward (F) or backward (B); printed as `2F0`."""
+    """One microbatch through one stage, forward (F), backward (B) or the delayed part of its
+    backward (W); printed as `2F0`."""
 
     stage: int
     kind: Kind
@@ -39,8 +45,7 @@ def parse_action(text: str) -> Action:
     match = _TEXT.match(text)
     if match is None:
         raise ValueError(f"{text!r:.40} is not an action such as 2F0")
-    kind: Kind = "F" if match[2] == "F" else "B"
-    return Action(stage=int(match[1]), kind=kind, microbatch=int(match[3]))
+    return Action(stage=int(match[1]), kind=_KINDS[match[2]], microbatch=int(match[3]))
 
 
 def one_f_one_b(stage: int, stages: int, microbatches: int) -> tuple[Action, ...]:
@@ -50,7 +55,28 @@ def one_f_one_b(stage: int, stages: int, microbatches: int) -> tuple[Action, ...
         ValueError: `stage` is not below `stages`, or a count is out of its bounds.
     """
     _check_counts(stage, stages, microbatches)
-    ahead = min(microbatches, stages - 1 - stage)
+    return _alternating(stage, microbatches, ahead=stages - 1 - stage)
+
+
+def evaluation(stage: int, stages: int, microbatches: int, *, in_flight: int) -> tuple[Action, ...]:
+    """One stage's actions when only losses are wanted: 1F1B, where a backward releases a buffer.
+
+    Args:
+        stage: Its index.
+        stages: Of the plan.
+        microbatches: Of the evaluation, which may be more than those of a step.
+        in_flight: What the stage has room for when it trains.
+
+    Raises:
+        ValueError: `stage` is not below `stages`, or a count is out of its bounds.
+    """
+    _check_counts(stage, stages, microbatches)
+    return _alternating(stage, microbatches, ahead=min(in_flight, stages - stage) - 1)
+
+
+def _alternating(stage: int, microbatches: int, *, ahead: int) -> tuple[Action, ...]:
+    """Forwards, then one backward after each forward, then what is left."""
+    ahead = min(microbatches, ahead)
     actions = [_forward(stage, microbatch) for microbatch in range(ahead)]
     for microbatch in range(microbatches):
         if microbatch + ahead < microbatches:
@@ -70,6 +96,48 @@ def gpipe(stage: int, stages: int, microbatches: int) -> tuple[Action, ...]:
     return forwards + tuple(_backward(stage, microbatch) for microbatch in range(microbatches))
 
 
+def zero_bubble(stage: int, stages: int, microbatches: int) -> tuple[Action, ...]:
+    """One stage's actions under ZB-H1: as 1F1B, with gradients computed where it would be idle.
+
+    Cotangents leave as early as under 1F1B or earlier; the gradients of up to as many microbatches
+    as the first stage holds under 1F1B wait for the end of the step, where 1F1B drains. So no
+    stage holds more than that one. A backward whose gradients would follow it at once stays whole.
+
+    Raises:
+        ValueError: `stage` is not below `stages`, or a count is out of its bounds.
+    """
+    _check_counts(stage, stages, microbatches)
+    most = min(stages, microbatches)
+    begun = min(microbatches, stages - 1 - stage)
+    actions = [_forward(stage, microbatch) for microbatch in range(begun)]
+    delayed = 0  # gradients of the microbatches before this one are done
+    for microbatch in range(microbatches):
+        if begun < microbatches:
+            for _ in range(begun - delayed - most + 1):
+                actions.append(_gradients(stage, delayed))
+                delayed += 1
+            actions.append(_forward(stage, begun))
+            begun += 1
+        actions.append(_backward(stage, microbatch))
+        if begun == microbatches:
+            actions.append(_gradients(stage, delayed))
+            delayed += 1
+    actions += [_gradients(stage, microbatch) for microbatch in range(delayed, microbatches)]
+    return _whole_where_possible(actions)
+
+
+def _whole_where_possible(actions: Sequence[Action]) -> tuple[Action, ...]:
+    """Without each W that directly follows the backward that it is a part of."""
+    before = (None, *actions[:-1])
+    return tuple(
+        action
+        for action, last in zip(actions, before, strict=True)
+        if action.kind != "W"
+        or last is None
+        or (last.kind, last.microbatch) != ("B", action.microbatch)
+    )
+
+
 def stage_actions(schedule: str, stage: int, stages: int, microbatches: int) -> tuple[Action, ...]:
     """One stage's actions under the schedule a plan names.
 
@@ -80,9 +148,16 @@ def stage_actions(schedule: str, stage: int, stages: int, microbatches: int) -> 
         return one_f_one_b(stage, stages, microbatches)
     if schedule == "gpipe":
         return gpipe(stage, stages, microbatches)
+    if schedule == "zb-h1":
+        return zero_bubble(stage, stages, microbatches)
     raise ConfigError(
         f"unknown schedule {schedule!r:.40}", hint=f"choose one of: {', '.join(SCHEDULES)}"
     )
+
+
+def delays_gradients(schedule: str) -> bool:
+    """Whether a schedule has backwards in two parts."""
+    return schedule == "zb-h1"
 
 
 def all_actions(schedule: str, stages: int, microbatches: int) -> tuple[tuple[Action, ...], ...]:
@@ -90,13 +165,64 @@ def all_actions(schedule: str, stages: int, microbatches: int) -> tuple[tuple[Ac
     return tuple(stage_actions(schedule, stage, stages, microbatches) for stage in range(stages))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """How many microbatches a stage has room for."""
+
+    in_flight: int
+    """Between their forward and the end of their backward."""
+    delayed: int
+    """Of these, between their cotangents and their gradients."""
+
+    def covers(self, other: Held) -> bool:
+        """Whether there is room for as many as `other` has."""
+        return self.in_flight >= other.in_flight and self.delayed >= other.delayed
+
+
+def held(actions: Sequence[Action]) -> Held:
+    """What one stage needs room for."""
+    return Held(in_flight=in_flight_max(actions), delayed=delayed_max(actions))
+
+
 def in_flight_max(actions: Sequence[Action]) -> int:
-    """The most microbatches whose stash one stage holds at once."""
+    """The most microbatches whose stash one stage holds at once, from F to the end of B or W."""
+    last = _last_actions(actions)
     held = most = 0
     for action in actions:
-        held += 1 if action.kind == "F" else -1
+        if action.kind == "F":
+            held += 1
+        elif action in last:
+            held -= 1
         most = max(most, held)
     return most
+
+
+def delayed_microbatches(actions: Sequence[Action]) -> frozenset[int]:
+    """The microbatches whose gradients are a W of their own."""
+    return frozenset(action.microbatch for action in actions if action.kind == "W")
+
+
+def delayed_max(actions: Sequence[Action]) -> int:
+    """The most microbatches whose W is missing after their B, at once."""
+    delayed = delayed_microbatches(actions)
+    held = most = 0
+    for action in actions:
+        if action.kind == "W":
+            held -= 1
+        elif action.kind == "B" and action.microbatch in delayed:
+            held += 1
+        most = max(most, held)
+    return most
+
+
+def _last_actions(actions: Sequence[Action]) -> frozenset[Action]:
+    """Of each microbatch: W, or B where that is whole."""
+    delayed = delayed_microbatches(actions)
+    return frozenset(
+        action
+        for action in actions
+        if action.kind == "W" or (action.kind == "B" and action.microbatch not in delayed)
+    )
 
 
 def check(actions: Sequence[Sequence[Action]]) -> None:
@@ -106,7 +232,7 @@ def check(actions: Sequence[Sequence[Action]]) -> None:
         ConfigError: names the stage and the first action that is wrong or waits for ever; the
             caller keeps its previous schedule.
     """
-    microbatches = len(actions[0]) // 2 if actions else 0
+    microbatches = sum(action.kind == "F" for action in actions[0]) if actions else 0
     for stage, own in enumerate(actions):
         problem = _stage_problem(stage, own, microbatches)
         if problem is not None:
@@ -128,6 +254,9 @@ def _stage_problem(stage: int, actions: Sequence[Action], microbatches: int) -> 
         return f"not each of {microbatches} microbatches goes forward once"
     if backwards != list(range(microbatches)):
         return "backwards are not in the order of their microbatches"
+    last = _last_actions(actions)
+    if [action.microbatch for action in actions if action in last] != backwards:
+        return "gradients are not added in the order of their microbatches"
     return None
 
 
@@ -154,6 +283,8 @@ def _ready(action: Action, stages: int, done: set[tuple[int, Kind, int]]) -> boo
     stage, microbatch = action.stage, action.microbatch
     if action.kind == "F":
         return stage == 0 or (stage - 1, "F", microbatch) in done
+    if action.kind == "W":
+        return (stage, "B", microbatch) in done
     if (stage, "F", microbatch) not in done:
         return False
     return stage == stages - 1 or (stage + 1, "B", microbatch) in done
@@ -165,6 +296,10 @@ def _forward(stage: int, microbatch: int) -> Action:
 
 def _backward(stage: int, microbatch: int) -> Action:
     return Action(stage=stage, kind="B", microbatch=microbatch)
+
+
+def _gradients(stage: int, microbatch: int) -> Action:
+    return Action(stage=stage, kind="W", microbatch=microbatch)
 
 
 def _check_counts(stage: int, stages: int, microbatches: int) -> None:

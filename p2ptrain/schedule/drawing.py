@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from p2ptrain.schedule.simulator import Span, Timeline
 
-_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_DIGITS = "0123456789abcdefghijklmnopqrstuvxyz"
+"""Without `w`, which is the part of a backward that was delayed."""
 
 
 def draw(timeline: Timeline, *, width: int = 72) -> str:
     """A picture such as `stage 0 |0011..AABB|`.
 
-    A forward shows the last base-36 digit of its microbatch number, a backward the letter `A` to
-    `Z` of it, idle time a dot. An action shorter than a column may be covered by its neighbour.
+    A forward shows the last digit of its microbatch number to base 35, a backward the letter `A` to
+    `Z` of it, delayed gradients `w`, idle time a dot. An action shorter than a column may be
+    covered by its neighbour.
     """
     rows = [
         f"stage {index:<2}|{_row(spans, timeline.step_ns, width)}|"
@@ -34,4 +36,6 @@ def _symbol(span: Span) -> str:
     microbatch = span.action.microbatch
     if span.action.kind == "F":
         return _DIGITS[microbatch % len(_DIGITS)]
+    if span.action.kind == "W":
+        return "w"
     return chr(ord("A") + microbatch % 26)

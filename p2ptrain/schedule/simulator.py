@@ -7,11 +7,14 @@ All times are integer nanoseconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from p2ptrain.errors import ConfigError, InvariantBroken
-from p2ptrain.schedule.actions import Action
+from p2ptrain.schedule.actions import Action, delayed_microbatches
+
+_SPLIT: Final = "B before W"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,27 +46,45 @@ class Timeline:
         return 1.0 - sum(self.compute_ns) / whole if whole else 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartsTime:
+    """What a backward takes on one stage in its two parts."""
+
+    cotangents_ns: int
+    gradients_ns: int
+
+
 def simulate(
     actions: Sequence[Sequence[Action]],
     *,
     forward_ns: Sequence[int],
     backward_ns: Sequence[int],
     transfer_ns: Sequence[int],
+    parts: Sequence[PartsTime] | None = None,
 ) -> Timeline:
     """Play one step.
 
     Args:
         actions: By stage, as `all_actions` gives them.
         forward_ns: Time of one microbatch forward, by stage.
-        backward_ns: The same backward.
+        backward_ns: The same backward, in one piece.
         transfer_ns: Time of one tensor over each boundary, either direction; one fewer.
+        parts: Of backwards whose gradients are delayed, by stage; None: such a backward still does
+            all, and W nothing, as without the graphs for it.
 
     Raises:
         ConfigError: the action lists deadlock; run `check` first.
         ValueError: the lengths do not agree or a time is negative.
     """
-    _check_lengths(len(actions), forward_ns, backward_ns, transfer_ns)
-    play = _Play(actions, forward_ns, backward_ns, transfer_ns)
+    if parts is None:
+        parts = [PartsTime(cotangents_ns=whole, gradients_ns=0) for whole in backward_ns]
+    cotangents_ns = [part.cotangents_ns for part in parts]
+    gradients_ns = [part.gradients_ns for part in parts]
+    _check_lengths(
+        len(actions), transfer_ns, (forward_ns, backward_ns, cotangents_ns, gradients_ns)
+    )
+    durations = {"F": forward_ns, "B": backward_ns, _SPLIT: cotangents_ns, "W": gradients_ns}
+    play = _Play(actions, durations, transfer_ns)
     while play.advance():
         pass
     return play.timeline()
@@ -74,15 +95,20 @@ def ceiling(
     *,
     forward_ns: Sequence[int],
     backward_ns: Sequence[int],
+    parts: Sequence[PartsTime] | None = None,
 ) -> float:
-    """The speed-up over one peer that this stage balance allows when transfers are free."""
+    """The speed-up over one peer that this stage balance allows when transfers are free; one peer
+    runs every backward whole."""
     timeline = simulate(
         actions,
         forward_ns=forward_ns,
         backward_ns=backward_ns,
         transfer_ns=[0] * (len(actions) - 1),
+        parts=parts,
     )
-    return sum(timeline.compute_ns) / timeline.step_ns if timeline.step_ns else 1.0
+    microbatches = sum(action.kind == "F" for action in actions[0])
+    alone_ns = microbatches * (sum(forward_ns) + sum(backward_ns))
+    return alone_ns / timeline.step_ns if timeline.step_ns else 1.0
 
 
 class _Play:
@@ -91,12 +117,12 @@ class _Play:
     def __init__(
         self,
         actions: Sequence[Sequence[Action]],
-        forward_ns: Sequence[int],
-        backward_ns: Sequence[int],
+        duration_ns: Mapping[str, Sequence[int]],
         transfer_ns: Sequence[int],
     ) -> None:
         self._actions = actions
-        self._duration_ns = {"F": forward_ns, "B": backward_ns}
+        self._duration_ns = duration_ns
+        self._delayed = [delayed_microbatches(own) for own in actions]
         self._transfer_ns = transfer_ns
         self._spans: list[list[Span]] = [[] for _ in actions]
         self._free_at_ns = [0] * len(actions)
@@ -124,6 +150,8 @@ class _Play:
 
     def _inputs_ns(self, action: Action) -> int | None:
         """When the action's input from its neighbour is there; None when not yet known."""
+        if action.kind == "W":
+            return 0  # the stage's own B comes before it in the list
         source = action.stage - 1 if action.kind == "F" else action.stage + 1
         if not 0 <= source < len(self._actions):
             return 0
@@ -131,11 +159,12 @@ class _Play:
 
     def _run(self, action: Action, start_ns: int) -> None:
         stage = action.stage
-        end_ns = start_ns + self._duration_ns[action.kind][stage]
+        split = action.kind == "B" and action.microbatch in self._delayed[stage]
+        end_ns = start_ns + self._duration_ns[_SPLIT if split else action.kind][stage]
         self._spans[stage].append(Span(action=action, start_ns=start_ns, end_ns=end_ns))
         self._free_at_ns[stage] = end_ns
         target = stage + 1 if action.kind == "F" else stage - 1
-        if 0 <= target < len(self._actions):
+        if action.kind != "W" and 0 <= target < len(self._actions):
             line = (min(stage, target), action.kind)
             leaves_ns = max(end_ns, self._line_free_ns.get(line, 0))
             arrives_ns = leaves_ns + self._transfer_ns[line[0]]
@@ -143,11 +172,13 @@ class _Play:
             self._arrives_ns[(target, action.kind, action.microbatch)] = arrives_ns
 
 
-def _check_lengths(stages: int, *times: Sequence[int]) -> None:
-    if stages < 1 or len(times) != 3:
+def _check_lengths(
+    stages: int, transfer_ns: Sequence[int], computing: Sequence[Sequence[int]]
+) -> None:
+    if stages < 1:
         raise InvariantBroken("a step has at least one stage")
-    lengths = [len(own) for own in times]
-    if lengths != [stages, stages, stages - 1]:
-        raise ValueError(f"{stages} stages but times for {lengths}")
-    if any(value < 0 for own in times for value in own):
+    lengths = [len(own) for own in computing]
+    if set(lengths) != {stages} or len(transfer_ns) != stages - 1:
+        raise ValueError(f"{stages} stages but times for {[*lengths, len(transfer_ns)]}")
+    if any(value < 0 for own in (transfer_ns, *computing) for value in own):
         raise ValueError("a time is not negative")

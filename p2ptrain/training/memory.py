@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from p2ptrain.bundle.manifest import Manifest, SegmentKind, Value
+from p2ptrain.bundle.manifest import BackwardParts, Manifest, SegmentKind, Value
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.training.boundaries import cotangent_values
 from p2ptrain.training.contract import Contract
@@ -65,6 +65,7 @@ def stage_memory(
     contract: Contract,
     in_flight: int,
     process_bytes: int = PROCESS_BYTES,
+    delayed: int = 0,
 ) -> StageMemory:
     """Predicted peak memory of a peer that runs these segments.
 
@@ -74,6 +75,7 @@ def stage_memory(
         contract: Of the run: form, microbatch size, optimizer, rematerialisation.
         in_flight: Microbatches whose stash is held at once.
         process_bytes: The peer before it loads the model.
+        delayed: Of these microbatches, those that may wait for their gradients.
 
     Raises:
         PlanInfeasible: the bundle has no such optimizer; choose another.
@@ -86,18 +88,35 @@ def stage_memory(
     batch = contract.microbatch_size
     return StageMemory(
         process=process_bytes,
-        sessions=SESSION_BYTES * (1 + sum(_graphs(kind) for kind in kinds.values())),
+        sessions=SESSION_BYTES
+        * (1 + sum(_graphs(kind, contract, delayed) for kind in kinds.values())),
         parameters=_parameter_bytes(layouts, len(rule.state), in_flight),
         frozen=sum(_frozen_bytes(manifest, index) for index in segments),
-        stash=_stash_bytes(manifest, segments, contract, in_flight),
-        boundaries=_boundary_bytes(manifest, segments, batch, in_flight)
+        stash=_stash_bytes(manifest, segments, contract, in_flight)
+        + sum(_delayed_bytes(manifest, index, contract, delayed) for index in segments),
+        boundaries=_boundary_bytes(manifest, segments, batch, in_flight, delayed)
         + _residual_bytes(manifest, segments, contract),
         workspace=_workspace_bytes(manifest, kinds.values(), layouts, contract),
     )
 
 
-def _graphs(kind: SegmentKind) -> int:
-    return 2 if kind.evaluation is None else 3
+def _graphs(kind: SegmentKind, contract: Contract, delayed: int) -> int:
+    parts = 2 if _parts(kind, contract, delayed) is not None else 0
+    return parts + (2 if kind.evaluation is None else 3)
+
+
+def _parts(kind: SegmentKind, contract: Contract, delayed: int) -> BackwardParts | None:
+    """The two parts of a backward, where a stage uses them."""
+    return kind.forms[contract.form].parts if delayed and not contract.rematerialise else None
+
+
+def _delayed_bytes(manifest: Manifest, segment_index: int, contract: Contract, delayed: int) -> int:
+    """What cotangents keep for gradients that wait."""
+    kind = manifest.kinds[manifest.segments[segment_index].kind]
+    parts = _parts(kind, contract, delayed)
+    if parts is None:
+        return 0
+    return delayed * _bytes(manifest, list(parts.kept), contract.microbatch_size)
 
 
 def _parameter_bytes(layouts: list[FlatLayout], state_count: int, in_flight: int) -> int:
@@ -157,14 +176,16 @@ def _is_drawn(contract: Contract, probability: float) -> bool:
     return (probability if contract.dropout is None else contract.dropout) > 0.0
 
 
-def _boundary_bytes(manifest: Manifest, segments: range, batch: int, in_flight: int) -> int:
+def _boundary_bytes(
+    manifest: Manifest, segments: range, batch: int, in_flight: int, delayed: int
+) -> int:
     """Rings of activations and cotangents at both ends; inside one activation for each microbatch
-    in flight and one cotangent."""
+    in flight and one cotangent, or as many as wait for their gradients."""
     edges = [segments.start - 1] if segments.start > 0 else []
     edges += [segments.stop - 1] if segments.stop < len(manifest.segments) else []
     ring = sum(manifest.boundary_bytes(edge, batch=batch) for edge in edges)
     inner = sum(manifest.boundary_bytes(index, batch=batch) for index in segments[:-1])
-    return 2 * ring * (in_flight + 1) + inner * (in_flight + 1)
+    return 2 * ring * (in_flight + delayed + 1) + inner * (in_flight + max(1, delayed))
 
 
 def _residual_bytes(manifest: Manifest, segments: range, contract: Contract) -> int:

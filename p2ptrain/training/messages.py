@@ -53,6 +53,8 @@ class Offer:
     microbatch_size: int
     form: str
     threads: int
+    in_parts: bool = False
+    """Measure backwards in their two parts as well."""
 
 
 @message("profiled")

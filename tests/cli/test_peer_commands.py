@@ -136,7 +136,7 @@ async def test_train_hands_every_option_to_the_peer(
     home: Path, member: str, peer: ScriptedPeer, job: list[str], tmp_path: Path
 ) -> None:
     options = "--stages 2 --microbatches 4 --microbatch-size 2 --seed 7 --threads 1 --form training"
-    options += " --schedule gpipe --dropout 0 --learning-rate 0.01 --warmup-steps 0 --out t.onnx"
+    options += " --schedule zb-h1 --dropout 0 --learning-rate 0.01 --warmup-steps 0 --out t.onnx"
     options += " --weight-decay 0 --clip-norm 0 --optimizer sgd --evaluate-every 5"
     options += " --checkpoint-every 9 --text-field body --label-field topic --labels notes.txt"
     options += " --rematerialise --codec int8"
@@ -149,7 +149,7 @@ async def test_train_hands_every_option_to_the_peer(
     assert request.out == str(tmp_path / "t.onnx")
     assert (request.stages, request.microbatches, request.microbatch_size) == (2, 4, 2)
     assert (request.seed, request.threads, request.form, request.schedule) == (
-        7, 1, "training", "gpipe",
+        7, 1, "training", "zb-h1",
     )  # fmt: skip
     assert (request.dropout, request.evaluate_every, request.checkpoint_every) == (0.0, 5, 9)
     assert request.rematerialise

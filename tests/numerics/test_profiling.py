@@ -9,6 +9,7 @@ import numpy as np
 from p2ptrain.engine.onnxruntime_engine import OnnxRuntimeEngine
 from p2ptrain.runtime.profiling import made_up_feed, profile_kinds
 from tests.bundles import CONTEXT, VOCABULARY, tiny_bundle
+from tests.parted_bundle import parted_bundle
 from tests.varied_bundle import varied_bundle
 
 
@@ -23,6 +24,19 @@ def test_profile_kinds_gives_every_distinct_segment_a_cost() -> None:
     assert len(compiled) == 2 * 3 + 1
     profile_kinds(engine, bundle, "portable", 4, 1)
     assert len(compiled) == 2 * 3 + 1
+
+
+def test_backwards_are_timed_in_parts_where_that_is_asked() -> None:
+    engine, bundle = OnnxRuntimeEngine(threads=1), parted_bundle(tiny_bundle())
+    whole = profile_kinds(engine, bundle, "portable", 2, 2)
+    assert all(cost.cotangents_ns is None for cost in whole.values())
+    parts = profile_kinds(engine, bundle, "portable", 2, 2, in_parts=True)
+    for cost in parts.values():
+        assert cost.forward_ns > 0
+        assert cost.backward_ns > 0
+        assert cost.cotangents_ns is not None
+    assert parts["block"].gradients_ns > 0
+    assert (parts["embed"].cotangents_ns or 0) < parts["embed"].gradients_ns, "all of it waits"
 
 
 def test_profile_kinds_takes_any_inputs_and_keeps_no_frozen_placeholder() -> None:

@@ -11,7 +11,7 @@ from p2ptrain.errors import PlanInfeasible
 from p2ptrain.planner.choose import choose_plan
 from p2ptrain.planner.costs import CostModel
 from p2ptrain.planner.input import LinkEstimate, PlanningInput
-from p2ptrain.schedule.actions import SCHEDULES
+from p2ptrain.schedule.actions import SCHEDULES, all_actions, held
 from tests.planning_cases import device, planning_input, profile
 
 _TIME = st.integers(1, 100_000)
@@ -31,6 +31,7 @@ def _inputs(draw: st.DrawFn, *, segments_max: int = 10, peers_max: int = 4) -> P
                 memory_bytes=draw(st.sampled_from([500, 1500, 4000, 1 << 30])),
                 host=draw(st.sampled_from(["one", "two"])),
                 cores=draw(st.integers(1, 4)),
+                delayed_percent=draw(st.none() | st.integers(0, 100)),
             )
         )
     links = tuple(
@@ -92,8 +93,11 @@ def test_plan_covers_the_model_and_respects_memory(planning: PlanningInput) -> N
     covered = [index for stage in plan.stages for index in stage.segments]
     assert covered == list(range(len(planning.manifest.segments)))
     rooms = {peer.device: peer.memory_bytes for peer in planning.profiles}
-    for stage in plan.stages:
-        needed = planning.stage_memory(stage.segments, stage.in_flight_max)
+    actions = all_actions(plan.schedule, len(plan.stages), planning.contract.microbatches)
+    for stage, own in zip(plan.stages, actions, strict=True):
+        holds = held(own)
+        assert stage.in_flight_max == holds.in_flight
+        needed = planning.stage_memory(stage.segments, holds.in_flight, holds.delayed)
         assert stage.memory_bytes == needed <= rooms[stage.device]
     parameters = sum(stage.parameter_count for stage in plan.stages)
     assert parameters == planning.manifest.parameter_count

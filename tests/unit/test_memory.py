@@ -13,12 +13,14 @@ from p2ptrain.errors import PlanInfeasible
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.contract import OptimizerChoice
-from p2ptrain.training.memory import StageMemory, stage_memory
+from p2ptrain.training.memory import SESSION_BYTES, StageMemory, stage_memory
 from tests.bundles import CONTEXT, VOCABULARY, WIDTH, contract_for, tiny_bundle
+from tests.parted_bundle import parted_bundle
 from tests.varied_bundle import varied_bundle
 
 TINY = tiny_bundle(blocks=2)
 VARIED = varied_bundle()
+PARTED = parted_bundle(VARIED)
 ACTIVATION = 2 * CONTEXT * WIDTH * 4
 BLOCK = WIDTH * WIDTH + WIDTH
 
@@ -45,6 +47,24 @@ def test_memory_of_a_rematerialising_stage_holds_one_stash_for_each_kind() -> No
     )
     assert (plain.stash, again.stash) == (12 * ACTIVATION, 2 * ACTIVATION)
     assert plain.total - again.total == plain.stash - again.stash
+
+
+def test_memory_of_delayed_gradients_is_bounded_by_how_many_wait() -> None:
+    bundle = parted_bundle(TINY)
+    contract = contract_for(bundle, microbatch_size=2)
+    none, one, two = (
+        stage_memory(bundle.manifest, range(1, 2), contract, 3, delayed=delayed)
+        for delayed in (0, 1, 2)
+    )
+    assert (one.stash - none.stash, two.stash - one.stash) == (ACTIVATION, ACTIVATION)
+    assert two.boundaries - one.boundaries == 4 * ACTIVATION
+    assert one.sessions - none.sessions == 2 * SESSION_BYTES
+    assert two.sessions == one.sessions
+    again = dataclasses.replace(contract, rematerialise=True)
+    assert (
+        stage_memory(bundle.manifest, range(1, 2), again, 3, delayed=2).stash
+        == stage_memory(bundle.manifest, range(1, 2), again, 3).stash
+    )
 
 
 def test_memory_counts_parameters_gradients_scratch_and_state() -> None:
@@ -96,12 +116,18 @@ class CountingEngine(OnnxRuntimeEngine):
         return super().allocate(shape, dtype)
 
 
+@pytest.mark.parametrize("delayed", [0, 1, 2])
 @pytest.mark.parametrize("rematerialise", [False, True])
 @pytest.mark.parametrize("segments", [range(7), range(1), range(1, 5), range(4, 7)])
-def test_memory_counts_what_a_stage_allocates(segments: range, rematerialise: bool) -> None:
+def test_memory_counts_what_a_stage_allocates(
+    segments: range, rematerialise: bool, delayed: int
+) -> None:
     engine = CountingEngine(threads=1)
-    contract = contract_for(VARIED, microbatch_size=16, rematerialise=rematerialise)
-    StageWorker(engine=engine, bundle=VARIED, segments=segments, contract=contract, in_flight=3)
-    memory = stage_memory(VARIED.manifest, segments, contract, 3)
+    contract = contract_for(PARTED, microbatch_size=16, rematerialise=rematerialise)
+    StageWorker(
+        engine=engine, bundle=PARTED, segments=segments, contract=contract, in_flight=3,
+        delayed=delayed,
+    )  # fmt: skip
+    memory = stage_memory(PARTED.manifest, segments, contract, 3, delayed=delayed)
     counted = memory.parameters + memory.stash + memory.boundaries
     assert engine.allocated == pytest.approx(counted, rel=0.02)

@@ -131,6 +131,31 @@ def test_infeasible_says_what_is_short_and_what_would_do(
     assert hint in caught.value.hint
 
 
+def test_delayed_gradients_shorten_the_step_where_backwards_have_parts() -> None:
+    peers = [profile(letter, EQUAL, delayed_percent=50) for letter in "ab"]
+    found = {
+        schedule: choose_plan(
+            planning_input(peers, segment_count=8, stages=2, schedule=schedule)
+        ).plan
+        for schedule in ("1f1b", "zb-h1")
+    }
+    assert found["zb-h1"].schedule == "zb-h1"
+    assert found["zb-h1"].step_ns < found["1f1b"].step_ns
+    assert [stage.in_flight_max for stage in found["zb-h1"].stages] == [2, 2]
+    assert found["zb-h1"].stages[1].memory_bytes > found["1f1b"].stages[1].memory_bytes
+
+
+def test_backwards_without_parts_gain_nothing_from_being_delayed() -> None:
+    peers = [profile(letter, EQUAL) for letter in "ab"]
+    found = {
+        schedule: choose_plan(
+            planning_input(peers, segment_count=8, stages=2, schedule=schedule)
+        ).plan.step_ns
+        for schedule in ("1f1b", "zb-h1")
+    }
+    assert found["zb-h1"] == found["1f1b"]
+
+
 def test_unknown_schedule_is_refused() -> None:
     with pytest.raises(ConfigError, match="zigzag"):
         choose_plan(planning_input([profile("a", EQUAL)], segment_count=8, schedule="zigzag"))
