@@ -27,6 +27,10 @@ class Attempt:
     """This address is our own; never dial it again."""
 
 
+def no_matter() -> None:
+    """For a dialler whose refusals nobody acts upon."""
+
+
 class _Target:
     def __init__(self, device: DeviceId | None) -> None:
         self.device = device
@@ -43,9 +47,12 @@ class Dialler:
         *,
         attempt: Callable[[str], Awaitable[Attempt]],
         wait_missing: Callable[[DeviceId], Awaitable[bool]],
+        on_refused: Callable[[], None] = no_matter,
     ) -> None:
+        """Takes what dials, what waits while a device is linked, and whom refusals concern."""
         self._attempt = attempt
         self._wait_missing = wait_missing
+        self._on_refused = on_refused
         self._targets: dict[str, _Target] = {}
         self._nursery: trio.Nursery | None = None
         self._jitter = random.Random()
@@ -71,10 +78,10 @@ class Dialler:
             self._begin(address, _Target(device))
 
     def forgive(self) -> None:
-        """Let addresses that were refused be added again at once: something changed here."""
+        """Dial again, now, all that was refused: something changed here."""
         for address, target in list(self._targets.items()):
             if target.refused_at is not None and not target.last.is_self:
-                del self._targets[address]
+                self._begin(address, _Target(target.device))
 
     def refusals(self) -> dict[str, str]:
         """Addresses that are not dialled any more, and why."""
@@ -111,6 +118,7 @@ class Dialler:
             target.last = await self._attempt(address)
             if target.last.refusal is not None:
                 target.refused_at = trio.current_time()
+                self._on_refused()
                 return
             target.device = target.last.device or target.device
             with trio.move_on_after(backoff_s * (0.75 + 0.5 * self._jitter.random())):

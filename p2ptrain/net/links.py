@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +20,7 @@ from p2ptrain.errors import InvariantBroken, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, short
 from p2ptrain.net.connection import BodyReader, Connection, OnBulk, OnTensor, read_beside
 from p2ptrain.net.dial_outcomes import failed, is_refused, refused_by_hello
-from p2ptrain.net.dialler import Attempt, Dialler
+from p2ptrain.net.dialler import Attempt, Dialler, no_matter
 from p2ptrain.net.link_reports import (
     LinkDown,
     LinksStatistics,
@@ -74,6 +74,7 @@ class Links:
         on_bulk: OnBulk,
         enrolment: Handler | None = None,
         objection: FindObjection = no_objection,
+        on_refused: Callable[[], None] = no_matter,
         spoken: Spoken | None = None,
     ) -> None:
         """Raises TrustError when our own key and certificates do not fit together.
@@ -81,6 +82,7 @@ class Links:
         Args:
             objection: Asked about every chain that TLS has verified; what it says against one
                 keeps that peer out.
+            on_refused: Called when an address was added to `refusals`.
             spoken: Protocol versions and features; None: those of this version.
         """
         self._objection = objection
@@ -101,7 +103,9 @@ class Links:
         self._past = LinkTotals()
         self._refused_count = self._renewed_count = 0
         self._last_refusal: str | None = None
-        self._dialler = Dialler(attempt=self._attempt, wait_missing=self._wait_missing)
+        self._dialler = Dialler(
+            attempt=self._attempt, wait_missing=self._wait_missing, on_refused=on_refused
+        )
         self._events_in, self.events = trio.open_memory_channel[LinkUp | LinkDown](
             limits.LINK_EVENTS_MAX
         )
@@ -152,7 +156,7 @@ class Links:
         self._dialler.add(address, device)
 
     def forgive(self) -> None:
-        """Forget which addresses were refused: what was wrong with us may be right now."""
+        """Dial again what was refused: what was wrong with us may be right now."""
         self._dialler.forgive()
 
     def refusals(self) -> dict[str, str]:
@@ -552,8 +556,7 @@ class Links:
                 del self._finished[session.device]
 
     def _has(self, device: DeviceId, kind: str) -> bool:
-        session = self._sessions.get(device)
-        return session is not None and kind in session.slots
+        return self._standing(device, kind, None) is not Standing.NONE
 
     async def _wait_missing(self, device: DeviceId) -> bool:
         """Wait until there is no session with this device; False when there was none.

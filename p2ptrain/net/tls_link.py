@@ -37,6 +37,8 @@ CLOCKS_DIFFER: Final = "check the clocks of both devices"
 """How a refusal because of dates ends."""
 OTHER_ROOT: Final = "the peer belongs to another group, or to none"
 """What is said of a chain to a root that we do not trust; it may be a successor of ours."""
+_OUR_ROOT_REFUSED: Final = "unknown ca"
+"""How the reason ends when they do not trust the root that our chain leads to."""
 _ENCODING_DER: Final = 2
 """OpenSSL's X509_FILETYPE_ASN1, as `_ssl.Certificate.public_bytes` takes it."""
 _CUT_SHORT: Final = "the peer closed the link in the middle of a frame"
@@ -67,6 +69,11 @@ class LinkStatistics:
     socket_bytes_received: int
     unsent_bytes: int
     """Ciphertext that the kernel has not taken, now; at most LINK_UNSENT_BYTES_MAX."""
+
+
+def concerns_root(reason: str) -> bool:
+    """Whether a refusal is about a root, here or over there: a rotation may explain it."""
+    return reason == OTHER_ROOT or reason.endswith(_OUR_ROOT_REFUSED)
 
 
 def server_context(credentials: Credentials) -> ssl.SSLContext:

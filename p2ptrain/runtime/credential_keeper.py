@@ -58,7 +58,8 @@ class KeeperHooks:
     date_refusals: Callable[[], tuple[str, ...]]
     """host:port of members whose certificates are not yet valid by our clock."""
     root_refusals: Callable[[], tuple[str, ...]]
-    """host:port of peers below a root that we do not trust: another group, or a newer root."""
+    """host:port of peers whose root we do not trust, or that do not trust ours: another group, or
+    one of us has not heard of a rotation."""
     linked_ahead_s: Callable[[], tuple[float, ...]]
     """How far the clocks of the linked members are ahead of ours."""
     came_back: Callable[[Sequence[str]], None]

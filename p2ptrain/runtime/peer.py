@@ -95,6 +95,7 @@ class Peer:
             on_tensor=self._tensor_arrived,
             on_bulk=self._bulk_arrived,
             objection=self.trust.objection,
+            on_refused=self.trust.look,
         )
         self.meter = PeerMeter(
             device=group.device,

@@ -20,7 +20,7 @@ from p2ptrain import limits
 from p2ptrain.errors import RemoteProtocolError, TrustError
 from p2ptrain.ids import DeviceId
 from p2ptrain.net.renew import Wanted
-from p2ptrain.net.tls_link import CLOCKS_DIFFER, OTHER_ROOT
+from p2ptrain.net.tls_link import CLOCKS_DIFFER, concerns_root
 from p2ptrain.runtime.credential_keeper import CredentialKeeper, KeeperHooks, issuers_among
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.revoking import RevokeRequest, sign_revocation
@@ -83,7 +83,7 @@ class TrustHooks:
     use: Callable[[Credentials], None]
     """Show these from the next handshake on."""
     dial: Callable[[Sequence[str]], None]
-    """Dial these now, also those that were refused a moment ago."""
+    """Dial these now, and all that were refused a moment ago."""
     refusals: Callable[[], dict[str, str]]
     """Addresses whose last dial was refused, and why."""
     expel: Callable[[DeviceId, str], None]
@@ -142,6 +142,10 @@ class TrustService:
     def now(self) -> float:
         """The time to put into certificates: the clock's, or one that an issuer vouched for."""
         return self._keeper.now()
+
+    def look(self) -> None:
+        """Something was refused: look soon whether our certificates or roots explain it."""
+        self._keeper.poke()
 
     def hint(self, address: str) -> None:
         """A member may be at host:port: asked for the time or a renewal where that is needed."""
@@ -360,7 +364,7 @@ class TrustService:
         )
 
     def _root_refusals(self) -> tuple[str, ...]:
-        return tuple(a for a, reason in self._hooks.refusals().items() if reason == OTHER_ROOT)
+        return tuple(a for a, why in self._hooks.refusals().items() if concerns_root(why))
 
     async def _save_roster(self) -> None:
         try:

@@ -37,6 +37,8 @@ class MemberChain:
     device: DeviceId
     root: x509.Certificate
     """The root that it leads to."""
+    generation: int = 0
+    """How many rotations came before that root."""
 
     @property
     def name(self) -> str:
@@ -104,6 +106,9 @@ def read_chain(
 
     Signatures, kinds and names are checked; dates are not: see `check_in_date`.
 
+    Args:
+        roots: All that the group ever had as far as it is known here, the newest first.
+
     Raises:
         TrustError: it is not one of a member of this group.
     """
@@ -120,7 +125,8 @@ def member_chain(
     device = certs.peer_identity(certs.to_der(chain[0]), gid=gid)
     root = root_of(chain[1:], roots)
     _check_signed(chain[0], chain[1])
-    return MemberChain(certificates=tuple(chain), device=device, root=root)
+    generation = len(roots) - 1 - list(roots).index(root)
+    return MemberChain(certificates=tuple(chain), device=device, root=root, generation=generation)
 
 
 def root_of(

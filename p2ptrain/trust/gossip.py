@@ -108,7 +108,8 @@ class TrustGossip:
         try:
             self._take(message, sender)
         except UnknownRoot:
-            return  # a rotation is on its way to us; what hangs below it comes again
+            # It overtook a rotation that is on its way to us: compared, it comes again behind it.
+            self._send(sender, self._summary())
         except TrustError as error:
             raise RemoteProtocolError(f"a peer spreads what does not hold: {error}") from error
 

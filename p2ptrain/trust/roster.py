@@ -60,6 +60,10 @@ class Roster:
         return tuple(c for c in self.chains if c.device != chain.device and key in c.keys)
 
 
-def _rank(chain: MemberChain) -> tuple[tuple[float, ...], str]:
-    """Total order that every peer agrees on: newer first, equal ages by hash."""
-    return (chain.age_key, chain_digest(chain))
+def _rank(chain: MemberChain) -> tuple[int, tuple[float, ...], str]:
+    """Total order that every peer agrees on: by root, then by age, equal ages by hash.
+
+    Dates have whole seconds and come from many clocks, so that they alone would have a member that
+    moved below a new root look as if it had not, and the old root trusted for its sake.
+    """
+    return (chain.generation, chain.age_key, chain_digest(chain))

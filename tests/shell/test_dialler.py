@@ -117,6 +117,33 @@ async def test_another_group_is_tried_again_only_when_told_and_later(
         assert len(world.dials) == 2
 
 
+async def test_refusal_is_told_and_all_that_was_refused_is_dialled_again_when_forgiven(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    world = World()
+    world.answer = Attempt(refusal="another root")
+    told: list[dict[str, str]] = []
+    dialler = Dialler(
+        attempt=world.attempt, wait_missing=world.wait_missing,
+        on_refused=lambda: told.append(dialler.refusals()),
+    )  # fmt: skip
+    async with trio.open_nursery() as nursery:
+        dialler.start(nursery)
+        for address in (ADDRESS, "10.0.0.2:7000"):
+            dialler.add(address, None)
+            await trio.testing.wait_all_tasks_blocked()
+        assert told == [
+            {ADDRESS: "another root"},
+            {ADDRESS: "another root", "10.0.0.2:7000": "another root"},
+        ]
+        world.answer = Attempt(failure="no route")
+        dialler.forgive()
+        await trio.testing.wait_all_tasks_blocked()
+        assert {address for address, _ in world.dials[2:]} == {ADDRESS, "10.0.0.2:7000"}
+        assert dialler.refusals() == {}
+        nursery.cancel_scope.cancel()
+
+
 async def test_our_own_address_is_never_dialled_again(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -125,6 +152,7 @@ async def test_our_own_address_is_never_dialled_again(
     async with dialling(world) as dialler:
         for _ in range(3):
             dialler.add(ADDRESS, None)
+            dialler.forgive()
             await trio.sleep(limits.REFUSED_RETRY_S + 1)
         assert len(world.dials) == 1
 

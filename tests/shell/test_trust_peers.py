@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 import trio
@@ -14,6 +15,7 @@ from p2ptrain.errors import ConfigError, NotFound, TrustError
 from p2ptrain.membership.states import State
 from p2ptrain.net.enrol import enrol_with_code
 from p2ptrain.runtime.peer import Peer
+from p2ptrain.runtime.reports import StepReport
 from p2ptrain.runtime.revoking import RevokeRequest, sign_revocation
 from p2ptrain.runtime.trust_reports import read_known, trust_report
 from p2ptrain.store.groups import Group, first_member, load_group, store_member
@@ -23,9 +25,9 @@ from p2ptrain.store.trust_log import REVOKED_FILE, append_statements
 from p2ptrain.trust import certificates as certs
 from p2ptrain.trust.recovery import seal_recovery
 from p2ptrain.trust.rotation import OldRoot, Rotation, rotate
-from tests.memory_group import until
+from tests.memory_group import request_for, until
 from tests.shell.conftest import MintGroup
-from tests.shell.test_peer import opened, until_alive
+from tests.shell.test_peer import BUNDLE, SECONDS_MAX, opened, until_alive
 
 CLOSED_S = 5.0
 MakeHome = Callable[[str], Home]
@@ -179,6 +181,34 @@ def rooted(make_home: MakeHome) -> tuple[certs.NewGroup, list[Group]]:
         for name in ("a", "b", "c")
     ]
     return made, sorted(groups, key=lambda group: group.device)
+
+
+async def test_rotation_in_mid_run_costs_the_run_nothing(
+    tmp_path: Path, rooted: tuple[certs.NewGroup, list[Group]]
+) -> None:
+    """How it spreads is in test_rotation_spreads.py, without the threads of a run."""
+    made, (one, two, _) = rooted
+    async with together(one, two) as (first, second), trio.open_nursery() as nursery:
+        await until(lambda: read_roster_size(one) > 1)
+        rotation = rotation_of(again(one), made.root_key)
+        views: list[int] = []
+
+        def watch(name: str, report: object) -> None:
+            if isinstance(report, StepReport) and (plan := first.status().plan) is not None:
+                views.append(plan.view)
+                if len(views) == 2:
+                    nursery.start_soon(first.trust.rotate, rotation)
+
+        with trio.fail_after(SECONDS_MAX):
+            wanted = request_for(tmp_path, BUNDLE, stages=2, steps=6)
+            result = await first.train(wanted, watch)
+        assert (len(result.losses), views) == (6, [1] * 6)
+        for peer in (first, second):
+            await until(
+                lambda peer=peer: peer.trust.group.trusted == (rotation.new_root,)  # type: ignore[misc]  # bound now
+            )
+            assert len(peer.links.devices()) == 1
+            assert peer.links.statistics().refused_count == 0
 
 
 async def test_rotation_that_the_root_did_not_sign_is_refused(mint_group: MintGroup) -> None:

@@ -14,6 +14,7 @@ from p2ptrain.errors import LocalProtocolError, RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.membership.messages import Ping
 from p2ptrain.trust import certificates as certs
+from p2ptrain.trust.chains import MemberChain, member_chain
 from p2ptrain.trust.gossip import ChainLearned, RevocationLearned, RootRotated, TrustGossip
 from p2ptrain.trust.gossip_messages import ChainShown, Known, Summary
 from p2ptrain.trust.revocation import RevokedKeys
@@ -197,6 +198,45 @@ def test_statement_below_an_unknown_root_waits_for_the_rotation(group: MintedGro
     machine.receive(later, members[1].device, 0.0)
     assert not machine.writes()
     assert not machine.roots.rotations
+
+
+def test_chain_that_overtakes_its_rotation_comes_again_behind_it(group: MintedGroup) -> None:
+    network, members = line_of(group, 2)
+    rotation, moved = moved_by_rotation(group, members[0])
+    one, two = (network.machines[member.device] for member in members)
+    one.state_rotation(rotation)
+    one.show(moved)
+    one.outgoing()  # the rotation is slow
+    two.receive(ChainShown(certificates=moved.to_der()), members[0].device, 0.0)
+    network.settle()
+    assert two.roots.current == rotation.new_root
+    assert two.roster.get(members[0].device) == one.roster.get(members[0].device) == moved
+
+
+def moved_by_rotation(
+    group: MintedGroup, founder: MintedMember, *, now: float = NOW
+) -> tuple[Rotation, MemberChain]:
+    """A rotation that moves one member, and the member's chain below the new root."""
+    new = certs.create_group("home 2", now=now)
+    old = OldRoot(key=group.made.root_key, certificate=group.made.root)
+    issuers = [founder.chain.issuers[-1]]
+    rotation = rotate(old, new, gid=group.gid, number=1, issuers=issuers, now=now)
+    roots = Roots(group.made.root, [rotation], gid=group.gid)
+    chain = roots.mended(founder.chain.certificates)
+    return rotation, member_chain(chain, gid=group.gid, roots=roots.ever)
+
+
+@pytest.mark.parametrize("later_s", [0, -3600, 3600])
+def test_chain_below_a_newer_root_is_the_newer_one_whatever_the_clock_of_who_rotated(
+    group: MintedGroup, later_s: int
+) -> None:
+    """Dates have whole seconds and come from many clocks."""
+    for _ in range(8):  # equal dates were decided by hashes
+        founder = group.founder()
+        _, moved = moved_by_rotation(group, founder, now=NOW + later_s)
+        assert (founder.chain.generation, moved.generation) == (0, 1)
+        for order in ((founder.chain, moved), (moved, founder.chain)):
+            assert Roster(order).get(founder.device) == moved
 
 
 def test_statement_that_does_not_hold_costs_the_link(group: MintedGroup) -> None:
