@@ -22,11 +22,12 @@ from p2ptrain.net.listener import connect
 from p2ptrain.store.groups import Group, NewMember, store_member
 from p2ptrain.store.home import Home
 from p2ptrain.trust import certificates as certs
-from p2ptrain.trust.chains import check_in_date, member_chain, root_of
+from p2ptrain.trust.chains import check_in_date, key_fingerprint, member_chain, root_of
 from p2ptrain.trust.code import code_password, read_code
 from p2ptrain.trust.code_enrolment import NONCE_BYTES, CodeJoiner
 from p2ptrain.trust.enrolment import REFUSALS, EnrolmentGrant, EnrolmentRequest, Joiner, Sealed
 from p2ptrain.trust.invite import Invite, same_root
+from p2ptrain.trust.revocation import RevokedKeys, check_revocation
 from p2ptrain.trust.rotation import Roots
 
 CLOCK_SKEW_MAX_S: Final = 240.0
@@ -216,6 +217,7 @@ class _Candidate:
         chain = tuple(certs.certificate_from_der(der) for der in grant.issuers)
         root_of(chain, roots.ever)
         check_in_date(chain, now=now)
+        _check_revocations(grant, chain, roots, gid)
         if grant.leaf:
             return self._plain(grant, root, chain, roots, now)
         if self._issuer_key.public_key() != certs.as_ed25519(chain[0]):
@@ -226,6 +228,7 @@ class _Candidate:
             device_name=self._name,
             issuer=certs.Issuer(key=self._issuer_key, certificate=chain[0], above=chain[1:]),
             rotations=grant.rotations,
+            revocations=grant.revocations,
             now_s=now,
         )
 
@@ -249,7 +252,18 @@ class _Candidate:
             device_name=self._name,
             chain=chain.certificates,
             rotations=grant.rotations,
+            revocations=grant.revocations,
         )
+
+
+def _check_revocations(
+    grant: EnrolmentGrant, chain: Sequence[x509.Certificate], roots: Roots, gid: GroupId
+) -> None:
+    for statement in grant.revocations:
+        check_revocation(statement, gid=gid, roots=roots.ever)
+    revoked = RevokedKeys(grant.revocations)
+    if revoked.against([key_fingerprint(certificate) for certificate in chain]) is not None:
+        raise TrustError("the sponsor was revoked, by its own account")
 
 
 def _csr(key: Ed25519PrivateKey, name: str) -> bytes:

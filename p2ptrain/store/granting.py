@@ -10,7 +10,7 @@ from p2ptrain.store.groups import Group, load_issuer
 from p2ptrain.store.trust_log import read_revoked, read_roots
 from p2ptrain.trust import certificates as certs
 from p2ptrain.trust.chains import key_fingerprint
-from p2ptrain.trust.enrolment import EnrolmentGrant, EnrolmentRequest
+from p2ptrain.trust.enrolment import EnrolmentGrant, EnrolmentRequest, with_revocations
 
 
 def live_issuer(group: Group) -> certs.Issuer:
@@ -47,14 +47,16 @@ def grant_membership(
     else:
         made = certs.issue_leaf(issuer, device_request, gid=group.id, name=request.name, now=now)
         leaf = certs.to_der(made)
-    return EnrolmentGrant(
+    roots = read_roots(group.folder, group.root, group.id)
+    grant = EnrolmentGrant(
         group_name=group.name,
         root=certs.to_der(group.root),
         issuers=tuple(certs.to_der(certificate) for certificate in chain),
         clock_s=now,
         leaf=leaf,
-        rotations=read_roots(group.folder, group.root, group.id).rotations,
+        rotations=roots.rotations,
     )
+    return with_revocations(grant, read_revoked(group.folder, roots, group.id).statements)
 
 
 def _admitted(

@@ -51,6 +51,7 @@ from p2ptrain.trust.invite import (
     write_invite,
 )
 from p2ptrain.trust.recovery import seal_recovery
+from p2ptrain.trust.revocation import Revocation
 from p2ptrain.trust.rotation import Roots, Rotation
 
 REMEMBERED_MAX: Final = 64
@@ -105,6 +106,8 @@ class NewMember:
     chain: tuple[x509.Certificate, ...] = ()
     """Without an issuer of its own: its leaf and the sponsor's issuers."""
     rotations: tuple[Rotation, ...] = ()
+    revocations: tuple[Revocation, ...] = ()
+    """Checked; in effect before the first link."""
     now_s: float | None = None
     """The time that a sponsor vouched for; None: this device's clock."""
 
@@ -371,7 +374,7 @@ def _write_member(folder: Path, alias: str, member: NewMember) -> None:
     write_atomic(folder / "group.crt", [certs.to_pem(member.root)])
     write_atomic(folder / "chain.pem", [certs.to_pem(*_first_chain(member))])
     write_atomic(folder / "name", [f"{alias}\n".encode()])
-    append_statements(folder, member.rotations)
+    append_statements(folder, (*member.rotations, *member.revocations))
     (folder / "invites").mkdir(mode=DIRECTORY_MODE)
 
 

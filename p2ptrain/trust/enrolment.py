@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Final
 
 import msgpack
@@ -25,6 +26,7 @@ from p2ptrain import limits
 from p2ptrain.errors import LocalProtocolError, RemoteProtocolError, TrustError
 from p2ptrain.trust.certificates import check_name
 from p2ptrain.trust.invite import INVITE_ID_BYTES, Invite
+from p2ptrain.trust.revocation import Revocation
 from p2ptrain.trust.rotation import Rotation
 from p2ptrain.wire.codec import from_plain, to_plain, unpack_map
 
@@ -63,6 +65,8 @@ REFUSALS: Final = {
 
 CONFIRMATION_BYTES: Final = 32
 _ZERO_NONCE: Final = bytes(12)  # every key seals one message only
+_SEAL_BYTES: Final = 32
+"""More than sealing and the head of one more list take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +95,27 @@ class EnrolmentGrant:
     """For a member that may not admit: its leaf, below the sponsor's `issuers`."""
     rotations: tuple[Rotation, ...] = ()
     """How the root that the group began with was replaced so far."""
+    revocations: tuple[Revocation, ...] = ()
+    """Who is out, so that the new member never links with them; see `with_revocations`."""
 
     def __post_init__(self) -> None:
         check_name(self.group_name)
         check_clock(self.clock_s)
+
+
+def with_revocations(grant: EnrolmentGrant, statements: Iterable[Revocation]) -> EnrolmentGrant:
+    """A grant with as many of the statements as one message holds, the newest first.
+
+    The others reach the new member over its first link, as they reach everybody.
+    """
+    room_bytes = limits.ENROL_BODY_BYTES_MAX - _SEAL_BYTES - len(_packed(grant))
+    taken: list[Revocation] = []
+    for statement in sorted(statements, key=lambda each: (-each.at_s, each.id)):
+        room_bytes -= len(_packed(statement))
+        if room_bytes < 0:
+            break
+        taken.append(statement)
+    return replace(grant, revocations=tuple(taken))
 
 
 def check_clock(clock_s: float) -> None:
@@ -266,6 +287,11 @@ def _agree(
     digest = hashlib.sha256(b"p2ptrain enrolment 1" + transcript).digest()
     info = b"p2ptrain enrolment 1 keys" + bytes.fromhex(root_hash)
     return Sealed(derive(shared_key + secret, salt=digest, info=info), digest)
+
+
+def _packed(value: EnrolmentGrant | Revocation) -> bytes:
+    packed: bytes = msgpack.packb(to_plain(value), use_bin_type=True)
+    return packed
 
 
 def seal_map(key: bytes, fields: dict[str, object], transcript: bytes) -> bytes:

@@ -46,6 +46,7 @@ from p2ptrain.wire.frames import (
 )
 from p2ptrain.wire.hello import Hello, encode_hello, negotiate
 from tests.interop.message_samples import RUN, product_messages, sample
+from tests.interop.trust_vectors import trust_vectors
 
 FOLDER: Final = Path(__file__).parent / "vectors"
 VERSION: Final = 1
@@ -316,6 +317,7 @@ FILES: Final[dict[str, Callable[[], Document]]] = {
     "codecs": codec_vectors,
     "enrolment": enrolment_vectors,
     "draws": draw_vectors,
+    "trust": trust_vectors,
 }
 
 

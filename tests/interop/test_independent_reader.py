@@ -122,3 +122,66 @@ def test_frames_are_cut_as_the_page_says() -> None:
         assert (magic, kind, flags) == (b"P2T1", vector["type"], 0)
         assert len(frame) == 16 + header + body
         assert frame[16 + header :].hex() == vector["body"]
+
+
+TRUST = read("trust")
+
+
+@pytest.mark.parametrize("kind", ["revocation", "rotation"])
+def test_statements_are_signed_and_named_as_the_page_says(kind: str) -> None:
+    for vector in TRUST[f"{kind}s"]:
+        fields = {name: value for name, value in vector["fields"].items() if name != "signature"}
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        signed = f"p2ptrain {kind} 1\0".encode() + canonical
+        assert signed.hex() == vector["signed"]
+        assert hashlib.sha256(signed).hexdigest() == vector["id"]
+
+
+def test_chains_are_hashed_and_summarised_as_the_page_says() -> None:
+    for chain in TRUST["chains"]:
+        ders = [bytes.fromhex(der) for der in chain["certificates"]]
+        whole = b"".join(len(der).to_bytes(4, "big") + der for der in ders)
+        assert hashlib.sha256(whole).hexdigest() == chain["hash"]
+    known = TRUST["summary"]["known"]
+    parts = [known["rotations"], sorted(known["revocations"]), sorted(known["chains"].items())]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    assert digest == TRUST["summary"]["digest"]
+
+
+def test_chains_are_refused_and_led_around_as_the_page_says() -> None:
+    statements = {vector["id"]: vector["fields"] for vector in TRUST["revocations"]}
+    chains = {chain["name"]: chain for chain in TRUST["chains"]}
+    outcomes = set()
+    for judged in TRUST["judged"]:
+        chain, given = chains[judged["chain"]], [statements[each] for each in judged["statements"]]
+        assert judged["refused"] == any(
+            key in statement["keys"]
+            and not {kept["key"] for kept in statement["keep"]} & set(chain["keys"][:index])
+            for index, key in enumerate(chain["keys"])
+            for statement in given
+        )
+        if judged["led_around"] != chain["certificates"]:
+            (keeping,) = (statement for statement in given if statement["keep"])
+            (kept,) = keeping["keep"]
+            leaf = chain["certificates"][0]
+            assert judged["led_around"] == [leaf, kept["certificate"], *keeping["chain"]]
+            outcomes.add("led around")
+        outcomes.add("refused" if judged["refused"] else "passes")
+    assert outcomes == {"led around", "refused", "passes"}
+
+
+def test_chains_move_below_the_new_root_as_the_page_says() -> None:
+    (rotation,) = TRUST["rotations"]
+    for chain, moved in zip(TRUST["chains"], TRUST["moved"], strict=True):
+        assert moved["certificates"][:-1] == chain["certificates"][:-1]
+        assert [moved["certificates"][-1]] == rotation["fields"]["issuers"]
+
+
+def test_messages_of_a_renewal_are_laid_out_as_the_page_says() -> None:
+    kinds = {"offer": 10, "answer": 11, "request": 12, "grant": 13}
+    frames = {n: bytes.fromhex(raw) for n, raw in TRUST["renewal"]["frames"].items()}
+    for name, frame in frames.items():
+        assert struct.unpack("<4sBBH", frame[:8]) == (b"P2TE", 1, kinds[name], len(frame) - 8)
+    assert frames["offer"][8:24] == TRUST["group"].encode()
+    assert len(frames["offer"]) == 8 + 16 + 32
+    assert struct.pack(">d", TRUST["renewal"]["clock_s"]) in frames["answer"]  # as msgpack has it

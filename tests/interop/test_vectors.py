@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from p2ptrain.errors import RemoteProtocolError
+from p2ptrain.errors import RemoteProtocolError, TrustError
 from p2ptrain.training.tensor_codec import decode
+from p2ptrain.trust import certificates as certs
+from p2ptrain.trust.chains import read_chain
+from p2ptrain.trust.enrolment import PREFIX as ENROL_PREFIX
+from p2ptrain.trust.enrolment import EnrolFrame, parse_enrol_prefix
+from p2ptrain.trust.renewal import RenewalClient
+from p2ptrain.trust.revocation import Revocation, RevokedKeys, check_revocation
+from p2ptrain.trust.rotation import Roots, Rotation
 from p2ptrain.wire import codec as messages
 from p2ptrain.wire.frames import (
     PREFIX_BYTES,
@@ -107,3 +116,46 @@ def test_published_tensors_decode_to_the_published_values() -> None:
         encoded = np.frombuffer(bytes.fromhex(vector["encoded"]), np.uint8)
         decode(vector["codec"], encoded, out)
         assert out.tobytes() == expected.tobytes()
+
+
+def test_published_statements_hold_and_a_changed_one_does_not() -> None:
+    vectors = read("trust")
+    root, gid = certs.certificate_from_der(bytes.fromhex(vectors["root"])), vectors["group"]
+    for vector in vectors["revocations"]:
+        statement = messages.from_plain(Revocation, vector["fields"])
+        check_revocation(statement, gid=gid, roots=[root])
+        assert (statement.id, statement.signed_bytes.hex()) == (vector["id"], vector["signed"])
+        forged = dataclasses.replace(statement, reason="lost")
+        with pytest.raises(TrustError, match="signature"):
+            check_revocation(forged, gid=gid, roots=[root])
+    (vector,) = vectors["rotations"]
+    rotation = messages.from_plain(Rotation, vector["fields"])
+    roots = Roots(root, [rotation], gid=gid)
+    for moved in vectors["moved"]:
+        ders = [bytes.fromhex(der) for der in moved["certificates"]]
+        assert read_chain(ders, gid=gid, roots=roots.ever).generation == 1
+    with pytest.raises(TrustError, match="not signed by the root"):
+        Roots(root, [dataclasses.replace(rotation, until_s=rotation.until_s - 1)], gid=gid)
+
+
+def test_published_renewal_is_understood_by_the_member() -> None:
+    vectors = read("trust")
+    renewal, gid = vectors["renewal"], vectors["group"]
+    root = certs.certificate_from_der(bytes.fromhex(vectors["root"]))
+    frames = {name: enrol_frame(raw) for name, raw in renewal["frames"].items()}
+    key = X25519PrivateKey.from_private_bytes(bytes.fromhex(renewal["member_x25519"]))
+    client, roots = RenewalClient(gid, key), Roots(root, gid=gid)
+    assert client.offer() == frames["offer"]
+    shown = client.met(frames["answer"], roots=roots, revoked=RevokedKeys())
+    assert shown.clock_s == renewal["clock_s"]
+    assert [r.id for r in roots.rotations] == [each["id"] for each in vectors["rotations"]]
+    granted = client.granted(frames["grant"])
+    assert [der.hex() for der in granted.issuers] == renewal["granted_issuers"]
+    assert granted.leaf == b""
+
+
+def enrol_frame(raw: str) -> EnrolFrame:
+    content = bytes.fromhex(raw)
+    kind, length = parse_enrol_prefix(content[: ENROL_PREFIX.size])
+    assert len(content) == ENROL_PREFIX.size + length
+    return EnrolFrame(kind=kind, body=content[ENROL_PREFIX.size :])

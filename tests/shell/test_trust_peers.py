@@ -84,6 +84,23 @@ async def test_revoked_member_is_cut_off_everywhere_at_once_and_not_let_in_again
     assert states == {one.device: "member", two.device: "member", three.device: "revoked"}
 
 
+@pytest.mark.parametrize("admits", [True, False])
+async def test_joiner_knows_who_is_out_before_its_first_link(
+    mint_group: MintGroup, make_home: MakeHome, admits: bool
+) -> None:
+    one, two = mint_group(2)
+    async with together(one, two) as (first, _):
+        await first.trust.revoke(request(two))
+        enrolled = await enrol_with_code(
+            first.invite_by_code(admits=admits), home=make_home("new"), alias="home",
+            device_name="new", sponsors=[first.addresses()],
+        )  # fmt: skip
+    # The sponsor is away: the joiner meets only the device that was revoked.
+    async with opened(two) as out, opened(enrolled.group, peers=out.addresses()) as joiner:
+        await until(lambda: "was revoked" in str(joiner.links.refusals()))
+        assert out.links.devices() == joiner.links.devices() == ()
+
+
 async def test_member_that_was_away_hears_of_it_from_others(mint_group: MintGroup) -> None:
     one, two, three = mint_group(3)
     async with together(one, two, three):

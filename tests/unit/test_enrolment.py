@@ -16,8 +16,10 @@ from p2ptrain.trust.enrolment import (
     Sponsor,
     parse_enrol_prefix,
     refusal,
+    with_revocations,
 )
 from p2ptrain.trust.invite import Invite
+from tests.minted_group import MintedGroup
 
 ROOT_HASH = "ab" * 32
 REQUEST = EnrolmentRequest(name="beta", device_csr=b"device", issuer_csr=b"issuer")
@@ -48,6 +50,21 @@ def test_both_sides_that_know_the_secret_complete() -> None:
     assert their_keys.asked(request) == REQUEST
     assert b"beta" not in request.body
     assert our_keys.granted(their_keys.grant(GRANT)) == GRANT
+
+
+def test_grant_holds_as_many_revocations_as_fit_the_newest_first() -> None:
+    group = MintedGroup()
+    founder = group.founder()
+    stated = []
+    for index in range(40):
+        group.now += 1
+        stated.append(group.revoke(group.admit(founder, f"stolen-{index}"), by=founder))
+    grant = with_revocations(GRANT, stated)
+    assert 10 < len(grant.revocations) < 40
+    assert list(grant.revocations) == stated[: -1 - len(grant.revocations) : -1]
+    ours, theirs = agreed()
+    assert ours.granted(theirs.grant(grant)) == grant
+    assert with_revocations(GRANT, stated[:2]).revocations == (stated[1], stated[0])
 
 
 def agreed() -> tuple[Sealed, Sealed]:
