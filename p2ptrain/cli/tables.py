@@ -13,6 +13,7 @@ from p2ptrain.bundle.report import BundleReport
 from p2ptrain.ids import short
 from p2ptrain.runtime.reports import (
     EnergyReport,
+    MemberReport,
     PeerEnergy,
     PeerStatus,
     PlanReport,
@@ -22,9 +23,11 @@ from p2ptrain.runtime.reports import (
     TrainResult,
 )
 from p2ptrain.store.verify_bundle import Verification
-from p2ptrain.units import format_bytes, format_count, format_joules, format_seconds
+from p2ptrain.units import format_bytes, format_count, format_joules, format_seconds, format_span
 
 PHASES = ("compute", "communicate", "wait", "idle")
+_LISTENED_TO: Final = ("alive", "suspect")
+"""States of a member of which it matters when it was heard last."""
 TRAFFIC_ROWS: Final = 5
 """The kinds of traffic that a person sees; `--json` has all, by link."""
 
@@ -177,15 +180,19 @@ def _shared_meters(report: EnergyReport) -> str:
 def status_table(status: PeerStatus) -> Table:
     """One row per device of the group that this one knows."""
     table = new_table(f"group {status.group_name} ({short(status.group)})")
-    for heading in ("device", "name", "state", "address", "runtime", "doing"):
+    for heading in ("device", "name", "state"):
+        table.add_column(heading)
+    table.add_column("round trip", justify="right")
+    for heading in ("address", "runtime", "doing"):
         table.add_column(heading)
     for member in status.members:
-        heard = "" if member.last_heard_s is None else f", heard {member.last_heard_s:.0f} s ago"
+        trip_s = member.round_trip_s
         add_row(
             table,
             short(member.device),
             member.name,
-            member.state + heard,
+            _state(member),
+            "" if trip_s is None else format_seconds(trip_s),
             ", ".join(member.addresses[:2]),
             member.runtime,
             member.activity,
@@ -193,11 +200,25 @@ def status_table(status: PeerStatus) -> Table:
     return table
 
 
+def _state(member: MemberReport) -> str:
+    """`alive for 75 min, heard 1 s ago`, `dead for 20 s: nothing was heard from it`."""
+    state, colon, reason = member.state.partition(": ")
+    age = "" if member.state_s is None else f" for {format_span(member.state_s)}"
+    heard_s = member.last_heard_s if state in _LISTENED_TO else None
+    heard = "" if heard_s is None else f", heard {format_span(heard_s)} ago"
+    return f"{state}{age}{colon}{reason}{heard}"
+
+
 def status_lines(status: PeerStatus) -> list[str]:
     """What is said below the table of members."""
     lines = [
         f"this device is {status.name} ({short(status.device)}) at {status.address}",
         f"discovery: {status.discovery}",
+    ]
+    lines += [
+        f"{member.name} was down before: {member.last_down}"
+        for member in status.members
+        if member.last_down and member.state.partition(":")[0] == "alive"
     ]
     if status.alone_because is not None:
         lines.append(f"alone, because {status.alone_because}")

@@ -19,7 +19,7 @@ from p2ptrain.runtime.reports import (
 )
 
 RUN = RunId("r" * 26)
-FIRST, SECOND = DeviceId("a" * 26), DeviceId("b" * 26)
+FIRST, SECOND, THIRD = (DeviceId(letter * 26) for letter in "abc")
 
 PLAN = PlanReport(
     run=RUN,
@@ -147,6 +147,21 @@ STATUS = PeerStatus(
             runtime="onnxruntime 1.32",
             activity="stage 1",
             last_heard_s=2.0,
+            state_s=4500.0,
+            round_trip_s=0.0042,
+            last_down="suspended for 30 s",
+        ),
+        MemberReport(
+            device=THIRD,
+            name="loft",
+            state="dead: it was silent",
+            addresses=(),
+            runtime="",
+            activity="",
+            last_heard_s=130.0,
+            state_s=125.0,
+            linked=False,
+            last_down="it was silent",
         ),
     ),
     run=None,

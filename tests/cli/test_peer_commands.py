@@ -81,7 +81,14 @@ async def test_status_shows_members(home: Path, member: str, peer: ScriptedPeer)
     assert (ended.returncode, ended.stderr) == (0, b"")
     assert "group home (gggggggg)" in printed
     assert "cellar" in printed
-    assert "alive, heard 2 s ago" in printed
+    cellar, loft = (
+        next(r for r in printed.splitlines() if name in r) for name in ("cellar", "loft")
+    )
+    assert "alive for 75 min, heard 2 s ago  " in cellar
+    assert "4.2 ms" in cellar
+    assert "dead for 2 min: it was silent  " in loft
+    assert "cellar was down before: suspended for 30 s" in printed
+    assert "loft was down before" not in printed
     assert "this device is attic (aaaaaaaa) at 192.0.2.7:47615" in printed
     assert "can be resumed: rrrrrrrr at step 40" in printed
 
