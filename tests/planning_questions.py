@@ -179,6 +179,6 @@ def bert_question(letters: str, kind: Kind, *, memory_bytes: int = 1 << 40) -> Q
         contract=contract(microbatches=4, microbatch_size=4),
         devices=devices(peers),
         links=links,
-        stage_memory=lambda segments, in_flight: len(segments) * (10 + in_flight),
+        stage_memory=lambda segments, in_flight, delayed=0: len(segments) * (10 + in_flight),
         kinds=(kind,),
     )

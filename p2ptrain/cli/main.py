@@ -15,6 +15,7 @@ from p2ptrain.cli.doctor import doctor
 from p2ptrain.cli.group import group
 from p2ptrain.cli.join import join
 from p2ptrain.cli.leave import leave
+from p2ptrain.cli.plan import plan
 from p2ptrain.cli.speech import say, say_error
 from p2ptrain.cli.status import energy, status
 from p2ptrain.cli.train import train
@@ -53,7 +54,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (group, join, leave, train, status, energy, doctor, bundle, demo):
+for _command in (group, join, leave, train, plan, status, energy, doctor, bundle, demo):
     cli.add_command(_command)
 
 

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from p2ptrain.planner.question import Kind
-from p2ptrain.schedule.actions import Action
+from p2ptrain.schedule.actions import Action, Held
 from p2ptrain.schedule.replicated import Owners
 
 Groups = tuple[tuple[int, ...], ...]
@@ -23,17 +23,23 @@ class Replica:
     forward_ns: tuple[int, ...]
     """Prefix sums over segments of one microbatch's time."""
     backward_ns: tuple[int, ...]
-    both_ns: tuple[int, ...]
+    """In one piece."""
+    cotangents_ns: tuple[int, ...]
+    gradients_ns: tuple[int, ...]
+    trip_ns: tuple[int, ...]
+    """The same of a forward and what a backward takes until its cotangents leave."""
+    whole_ns: tuple[int, ...]
+    """The same of all that it computes in a step."""
     microbatches: int
-    in_flight: int
+    holds: Held
 
     def busy_ns(self, first: int, end: int) -> int:
         """Its compute of one step, for segments first..end-1."""
-        return self.microbatches * (self.both_ns[end] - self.both_ns[first])
+        return self.whole_ns[end] - self.whole_ns[first]
 
     def longest(self, first: int, within_ns: int) -> int:
         """The last end for which its step's compute is within a time."""
-        return bisect_right(self.both_ns, self.both_ns[first] + within_ns // self.microbatches) - 1
+        return bisect_right(self.whole_ns, self.whole_ns[first] + within_ns) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +75,7 @@ class Arrangement:
     @property
     def action_count(self) -> int:
         """What simulating it costs."""
-        return 2 * len(self.owners[0]) * len(self.groups)
+        return sum(len(listed) for own in self.actions for listed in own)
 
 
 def kind_of(groups: Groups) -> Kind:

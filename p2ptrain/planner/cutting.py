@@ -98,7 +98,7 @@ def cuts_around(pricing: Pricing, arrangement: Arrangement, middle: Cuts) -> lis
                     break
                 own = arrangement.stages[stage]
                 busy = max(r.busy_ns(first, end) for r in own)
-                trip = min(r.both_ns[end] - r.both_ns[first] for r in own)
+                trip = min(r.trip_ns[end] - r.trip_ns[first] for r in own)
                 found = longer.setdefault(end, [])
                 for bound, lead, cuts in states:
                     found.append((max(bound, lead + busy), lead + trip, (*cuts, end)))

@@ -8,6 +8,7 @@ For few devices and segments nothing is dropped before that, so the best is foun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,6 +28,10 @@ WORK_MAX: Final = 20_000
 ACTIONS_MAX: Final = 200_000
 """Of one kind and schedule: actions that are simulated. Four devices, ten segments and eight
 microbatches have 175,000."""
+
+
+_Bounded = tuple[int, int, Cuts, Arrangement]
+"""Lower bound of the value, number of the arrangement, cuts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +103,7 @@ class Explorer:
             if arrangement is not None and cuts is not None:
                 starts.append((self._bound(arrangement, cuts), len(starts), arrangement, cuts))
         starts.sort(key=lambda each: each[:2])
-        bounded: list[tuple[int, int, Cuts, Arrangement]] = []
+        bounded: list[_Bounded] = []
         spent = 0
         for _, index, arrangement, middle in starts:
             if len(bounded) >= CUTS_MAX or spent >= WORK_MAX:
@@ -115,14 +120,23 @@ class Explorer:
                 break
             actions += arrangement.action_count
             self._consider(self.candidate(arrangement, cuts))
+        self._with_each_device(bounded)
         if kind not in self._found.by_kind:
             self._found.objections.setdefault(kind, self._why_none(kind, bool(starts)))
+
+    def _with_each_device(self, bounded: Sequence[_Bounded]) -> None:
+        """Price the most promising candidate with each device, so that its loss can be named."""
+        named: set[int] = set()
+        for _, _, cuts, arrangement in bounded:
+            if not named.issuperset(arrangement.devices):
+                named.update(arrangement.devices)
+                self._consider(self.candidate(arrangement, cuts))
 
     def candidate(self, arrangement: Arrangement, cuts: Cuts) -> Candidate:
         """The priced candidate of an arrangement and its cuts."""
         pricing = self._pricing
         memory = tuple(
-            pricing.memory_bytes(first, end, replica.in_flight)
+            pricing.memory_bytes(first, end, replica.holds)
             for replicas, (first, end) in zip(arrangement.stages, spans(cuts), strict=True)
             for replica in replicas
         )

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups, Hop, Replica
+from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups, Hop, Replica, kind_of
 from p2ptrain.planner.input import (
     OTHER_HOST_BYTES_PER_S,
     OTHER_HOST_LATENCY_NS,
@@ -25,7 +26,7 @@ from p2ptrain.planner.question import Question
 from p2ptrain.planner.replica_interval import SET_NS_PER_BYTE, StageCosts, replica_interval
 from p2ptrain.planner.segment_costs import model_costs
 from p2ptrain.planner.traffic import all_reduce_bytes, rounds_ns
-from p2ptrain.schedule.actions import in_flight_max
+from p2ptrain.schedule.actions import Action, Held, delayed_microbatches, delays_gradients, held
 from p2ptrain.schedule.replicated import (
     Passage,
     ReplicatedTimeline,
@@ -84,8 +85,8 @@ class Pricing:
         self.microbatches = question.contract.microbatches
         self._kinds = tuple(segment.kind for segment in question.manifest.segments)
         self._links = {frozenset((link.first, link.second)): link for link in question.links}
-        self._memory: dict[tuple[int, int, int], int] = {}
-        self._longest: dict[tuple[int, int, int], int] = {}
+        self._memory: dict[tuple[int, int, Held], int] = {}
+        self._longest: dict[tuple[int, Held, int], int] = {}
         self._times: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {}
         segments = self.costs.segments
         self._gradients = _sums([s.gradient_bytes for s in segments])
@@ -105,22 +106,24 @@ class Pricing:
             bytes_per_s=SAME_HOST_BYTES_PER_S if near else OTHER_HOST_BYTES_PER_S,
         )
 
-    def memory_bytes(self, first: int, end: int, in_flight: int) -> int:
-        """Peak memory of segments first..end-1 with this many microbatches in flight."""
-        key = (first, end, in_flight)
+    def memory_bytes(self, first: int, end: int, holds: Held) -> int:
+        """Peak memory of segments first..end-1 with room for this many microbatches."""
+        key = (first, end, holds)
         if key not in self._memory:
-            self._memory[key] = self.question.stage_memory(range(first, end), in_flight)
+            self._memory[key] = self.question.stage_memory(
+                range(first, end), holds.in_flight, holds.delayed
+            )
         return self._memory[key]
 
     def longest_fit(self, replica: Replica, first: int) -> int:
         """The last end whose segments fit the replica's memory; `first` when not one does."""
         room = self.devices[replica.device].profile.memory_bytes
-        key = (room, replica.in_flight, first)
+        key = (room, replica.holds, first)
         if key not in self._longest:
             low, high = first, self.segment_count
             while low < high:
                 middle = (low + high + 1) // 2
-                if self.memory_bytes(first, middle, replica.in_flight) <= room:
+                if self.memory_bytes(first, middle, replica.holds) <= room:
                     low = middle
                 else:
                     high = middle - 1
@@ -129,11 +132,12 @@ class Pricing:
 
     def pass_ns(self, device: int) -> int:
         """One microbatch forward and backward through the whole model."""
-        forward, backward = self.times(device, 1)
+        forward, backward, *_ = self.times(device, 1)
         return forward[-1] + backward[-1]
 
     def times(self, device: int, on_host: int) -> tuple[tuple[int, ...], ...]:
-        """Prefix sums of forward and backward times, with peers of one host sharing its cores."""
+        """Prefix sums of the times of forwards, backwards, and backwards' two parts; peers of one
+        host share its cores."""
         key = (device, on_host)
         if key not in self._times:
             profile = self.devices[device].profile
@@ -141,7 +145,10 @@ class Pricing:
             kinds = [profile.kinds[name] for name in self._kinds]
             self._times[key] = tuple(
                 _sums([-(-time * busy // profile.cores) for time in times])
-                for times in ([k.forward_ns for k in kinds], [k.backward_ns for k in kinds])
+                for times in zip(
+                    *((k.forward_ns, k.backward_ns, k.first_ns, k.gradients_ns) for k in kinds),
+                    strict=True,
+                )
             )
         return self._times[key]
 
@@ -156,18 +163,13 @@ class Pricing:
         )
         if any(len(set(own)) < len(group) for own, group in zip(owners, groups, strict=True)):
             return None
+        if delays_gradients(schedule) and kind_of(groups) != "pipeline":
+            schedule = "1f1b"
         actions = replicated_actions(schedule, owners, [len(group) for group in groups])
         stages = tuple(
             tuple(
-                Replica(
-                    device=device,
-                    forward_ns=forward,
-                    backward_ns=backward,
-                    both_ns=tuple(map(int.__add__, forward, backward)),
-                    microbatches=len(listed) // 2,
-                    in_flight=in_flight_max(listed),
-                )
-                for device, (forward, backward), listed in zip(group, own, todo, strict=True)
+                _replica(device, sums, listed)
+                for device, sums, listed in zip(group, own, todo, strict=True)
             )
             for group, own, todo in zip(groups, tables, actions, strict=True)
         )
@@ -191,6 +193,7 @@ class Pricing:
     def bound_ns(self, arrangement: Arrangement, cuts: Cuts) -> int:
         """No step of this candidate is shorter: fill, busiest replica, drain; slots in flight."""
         segments = self.costs.segments
+        delayed = delays_gradients(arrangement.schedule)  # then stages work on while others drain
         bound = lead = tail = 0
         trips: list[int] = []
         for stage, (first, end) in enumerate(spans(cuts)):
@@ -198,13 +201,14 @@ class Pricing:
             busy = max(replica.busy_ns(first, end) for replica in replicas)
             bound = max(bound, lead + busy + tail)
             lead += min(r.forward_ns[end] - r.forward_ns[first] for r in replicas)
-            tail += min(r.backward_ns[end] - r.backward_ns[first] for r in replicas)
-            trips.append(min(r.both_ns[end] - r.both_ns[first] for r in replicas))
+            if not delayed:
+                tail += min(r.backward_ns[end] - r.backward_ns[first] for r in replicas)
+            trips.append(min(r.trip_ns[end] - r.trip_ns[first] for r in replicas))
             if stage < len(cuts) - 1:
                 hop, sent = arrangement.hops[stage], segments[end - 1]
                 over = hop.latency_ns + sent.sent_bytes * NS_PER_S // hop.bytes_per_s
                 back = hop.latency_ns + sent.returned_bytes * NS_PER_S // hop.bytes_per_s
-                lead, tail = lead + over, tail + back
+                lead, tail = lead + over, tail + (0 if delayed else back)
                 trips.append(over + back)
         return max(bound, self._slots_bound_ns(arrangement, cuts, trips))
 
@@ -215,8 +219,8 @@ class Pricing:
         for stage, (first, end) in enumerate(spans(cuts)):
             behind -= trips[2 * stage]
             for replica in arrangement.stages[stage]:
-                trip = behind + replica.both_ns[end] - replica.both_ns[first]
-                bound = max(bound, replica.microbatches * trip // replica.in_flight)
+                trip = behind + replica.trip_ns[end] - replica.trip_ns[first]
+                bound = max(bound, replica.microbatches * trip // replica.holds.in_flight)
             behind -= trips[2 * stage + 1] if 2 * stage + 1 < len(trips) else 0
         return bound
 
@@ -227,6 +231,8 @@ class Pricing:
                 ReplicaTimes(
                     forward_ns=r.forward_ns[end] - r.forward_ns[first],
                     backward_ns=r.backward_ns[end] - r.backward_ns[first],
+                    cotangents_ns=r.cotangents_ns[end] - r.cotangents_ns[first],
+                    gradients_ns=r.gradients_ns[end] - r.gradients_ns[first],
                 )
                 for r in replicas
             ]
@@ -404,5 +410,29 @@ def spans(cuts: Cuts) -> list[tuple[int, int]]:
     return list(zip((0, *cuts[:-1]), cuts, strict=True))
 
 
-def _sums(values: list[int]) -> tuple[int, ...]:
+def _replica(device: int, sums: tuple[tuple[int, ...], ...], listed: Sequence[Action]) -> Replica:
+    """One device with its actions; what it computes in a step follows from them."""
+    forward, backward, cotangents, gradients = sums
+    holds, delayed = held(listed), len(delayed_microbatches(listed))
+    count = sum(action.kind == "F" for action in listed)
+    return Replica(
+        device=device,
+        forward_ns=forward,
+        backward_ns=backward,
+        cotangents_ns=cotangents,
+        gradients_ns=gradients,
+        trip_ns=tuple(
+            f + (min(b, c) if delayed else b)
+            for f, b, c in zip(forward, backward, cotangents, strict=True)
+        ),
+        whole_ns=tuple(
+            count * f + (count - delayed) * b + delayed * (c + g)
+            for f, b, c, g in zip(forward, backward, cotangents, gradients, strict=True)
+        ),
+        microbatches=count,
+        holds=holds,
+    )
+
+
+def _sums(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(itertools.accumulate(values, initial=0))

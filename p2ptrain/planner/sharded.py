@@ -9,11 +9,16 @@ per step. Collectives wait for everybody and do not overlap here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from p2ptrain.planner.pricing import Price, Pricing, Share
 from p2ptrain.planner.question import Kind
 from p2ptrain.planner.segment_costs import FLOAT32_BYTES, SegmentCosts
 from p2ptrain.planner.traffic import all_reduce_bytes, gather_bytes
+from p2ptrain.schedule.actions import Held
+
+ONE: Final = Held(in_flight=1, delayed=0)
+TWO: Final = Held(in_flight=2, delayed=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +78,12 @@ class ShardedPricing:
         """
         pricing = self._pricing
         count = pricing.segment_count
-        whole = pricing.memory_bytes(0, count, 1)
+        whole = pricing.memory_bytes(0, count, ONE)
         times = self._whole_times(sharded)
         if sharded.kind == "sequence":
             units = pricing.costs.sequence
             parts = divided(units, times)
-            divisible = pricing.memory_bytes(0, count, 2) - whole
+            divisible = pricing.memory_bytes(0, count, TWO) - whole
             return tuple(whole - divisible * (units - part) // units for part in parts)
         found = [whole] * len(times)
         for segment in pricing.costs.segments:
@@ -141,7 +146,7 @@ class ShardedPricing:
         slowest = 0
         for i, (device, part) in enumerate(zip(devices, parts, strict=True)):
             time = 0
-            for sums in self._pricing.times(device, 1):
+            for sums in self._pricing.times(device, 1)[:2]:
                 time -= -(sums[index + 1] - sums[index]) * part // units
             own_ns[i] += time
             slowest = max(slowest, time)

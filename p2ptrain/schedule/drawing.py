@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from p2ptrain.schedule.simulator import Span, Timeline
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvxyz"
@@ -39,3 +41,11 @@ def _symbol(span: Span) -> str:
     if span.action.kind == "W":
         return "w"
     return chr(ord("A") + microbatch % 26)
+
+
+def draw_rows(rows: Sequence[tuple[str, Sequence[Span]]], end_ns: int, *, width: int = 72) -> str:
+    """The same picture for rows with names, one per device."""
+    longest = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(
+        f"{name:<{longest}} |{_row(tuple(spans), end_ns, width)}|" for name, spans in rows
+    )

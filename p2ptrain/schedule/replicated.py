@@ -2,7 +2,8 @@
 
 Every microbatch goes through one replica of each stage. A replica's actions are those of one
 stage-wide list in which only its own microbatches are kept, so lists that cannot deadlock as a
-whole cannot deadlock apart. With one replica everywhere they are the lists of `stage_actions`.
+whole cannot deadlock apart. With one replica everywhere they are the lists of `stage_actions`;
+schedules with delayed gradients are known for that case only.
 
 Source: warm-up by the number of workers from the stage on, after PipeDream (Narayanan et al. 2019,
 section 3.2), here with uneven replicas.
@@ -15,7 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from p2ptrain.errors import ConfigError
-from p2ptrain.schedule.actions import SCHEDULES, Action
+from p2ptrain.schedule.actions import (
+    SCHEDULES,
+    Action,
+    delayed_microbatches,
+    delays_gradients,
+    stage_actions,
+)
 from p2ptrain.schedule.simulator import Span
 
 Owners = tuple[int, ...]
@@ -45,6 +52,10 @@ class ReplicaTimes:
 
     forward_ns: int
     backward_ns: int
+    """In one piece."""
+    cotangents_ns: int = 0
+    """Its first part, where gradients are delayed."""
+    gradients_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,16 +96,19 @@ def replicated_actions(
     """Actions by stage and replica.
 
     Args:
-        schedule: 1f1b or gpipe.
+        schedule: Its name; with replicas, one without delayed gradients.
         owners: By stage; all of the same length.
         replicas: How many replicas each stage has.
 
     Raises:
-        ConfigError: the schedule is unknown.
+        ConfigError: the schedule is unknown, or not one for replicas.
     """
-    if schedule not in SCHEDULES:
+    if max(replicas) == 1:
+        every = range(len(owners))
+        return tuple((stage_actions(schedule, s, len(owners), len(owners[0])),) for s in every)
+    if schedule not in SCHEDULES or delays_gradients(schedule):
         raise ConfigError(
-            f"unknown schedule {schedule!r:.40}", hint=f"choose one of: {', '.join(SCHEDULES)}"
+            f"{schedule!r:.40} is no schedule of replicated stages", hint="choose 1f1b or gpipe"
         )
     found = []
     for stage, own in enumerate(owners):
@@ -152,6 +166,7 @@ class _Step:
         self._actions, self._owners = actions, owners
         self._times, self._passages = times, passages
         self._last = len(actions) - 1
+        self._delayed = [[delayed_microbatches(listed) for listed in own] for own in actions]
         self._spans: list[list[list[Span]]] = [[[] for _ in own] for own in actions]
         self._free_at_ns: list[list[int | None]] = [[0 for _ in own] for own in actions]
         self._here: set[tuple[int, str, int]] = set()
@@ -188,19 +203,27 @@ class _Step:
         if self._free_at_ns[stage][replica] is None or len(spans) == len(listed):
             return
         action = listed[len(spans)]
-        edge = stage == 0 if action.kind == "F" else stage == self._last
+        edge = stage == (0 if action.kind == "F" else self._last) or action.kind == "W"
         if not edge and (stage, action.kind, action.microbatch) not in self._here:
             return
-        own = self._times[stage][replica]
-        end_ns = now_ns + (own.forward_ns if action.kind == "F" else own.backward_ns)
+        end_ns = now_ns + self._duration_ns(action, replica)
         spans.append(Span(action=action, start_ns=now_ns, end_ns=end_ns))
         self._free_at_ns[stage][replica] = None
         self._push(end_ns, action, ended=True)
 
+    def _duration_ns(self, action: Action, replica: int) -> int:
+        own = self._times[action.stage][replica]
+        if action.kind == "F":
+            return own.forward_ns
+        if action.kind == "W":
+            return own.gradients_ns
+        delayed = action.microbatch in self._delayed[action.stage][replica]
+        return own.cotangents_ns if delayed else own.backward_ns
+
     def _send(self, action: Action, now_ns: int) -> None:
         forward = action.kind == "F"
         target = action.stage + (1 if forward else -1)
-        if not 0 <= target <= self._last:
+        if action.kind == "W" or not 0 <= target <= self._last:
             return
         boundary = min(action.stage, target)
         ends = (self._owners[boundary], self._owners[boundary + 1])

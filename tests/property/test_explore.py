@@ -13,13 +13,27 @@ from p2ptrain.planner.arrangement import Groups
 from p2ptrain.planner.explore import Explorer
 from p2ptrain.planner.input import LinkEstimate
 from p2ptrain.planner.pricing import Pricing, spans
+from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.planner.question import GOALS, KINDS, Objective, Power, Question
 from p2ptrain.schedule.actions import SCHEDULES
-from p2ptrain.schedule.simulator import simulate
+from p2ptrain.schedule.simulator import PartsTime, simulate
 from tests.planning_cases import device, profile
 from tests.planning_questions import Device, question
 
 _TIME = st.integers(1, 100_000)
+
+
+def in_parts(whole: PeerProfile) -> PeerProfile:
+    """Backwards whose parts take an eighth more than the whole."""
+    kinds = {
+        name: dataclasses.replace(
+            cost,
+            cotangents_ns=cost.backward_ns - cost.backward_ns // 2,
+            gradients_ns=cost.backward_ns // 2 + cost.backward_ns // 8,
+        )
+        for name, cost in whole.kinds.items()
+    }
+    return dataclasses.replace(whole, kinds=kinds)
 
 
 @st.composite
@@ -34,6 +48,7 @@ def _questions(draw: st.DrawFn, *, devices_max: int = 4, segments_max: int = 10)
             [(slowness * f, slowness * b) for f, b in times],
             memory_bytes=draw(st.sampled_from([500, 1500, 4000, 1 << 30])),
         )
+        own = in_parts(own)
         idle_uw = draw(st.integers(0, 5_000_000))
         power = Power(
             idle_uw=idle_uw,
@@ -60,7 +75,9 @@ def _questions(draw: st.DrawFn, *, devices_max: int = 4, segments_max: int = 10)
         microbatches=draw(st.integers(1, 8)),
         schedule=draw(st.sampled_from(SCHEDULES)),
         objective=Objective(goal=draw(st.sampled_from(GOALS))),
-        memory=lambda segments, in_flight: sum(weights[i] for i in segments) * (1 + in_flight),
+        memory=lambda segments, in_flight, delayed=0: (
+            sum(weights[i] for i in segments) * (1 + in_flight + delayed)
+        ),
     )
 
 
@@ -155,7 +172,7 @@ def test_without_replicas_it_is_the_simulator_of_runs(
     rate = data.draw(st.integers(10**7, 10**9))
     taking_part = tuple(
         Device(
-            profile=profile(letter, [own] * stages),
+            profile=in_parts(profile(letter, [own] * stages)),
             power=Power(idle_uw=0, busy_uw=0, pj_per_byte=0),
         )
         for letter, own in zip("abcd", times, strict=False)
@@ -179,6 +196,7 @@ def test_without_replicas_it_is_the_simulator_of_runs(
         forward_ns=[forward for forward, _ in times],
         backward_ns=[backward for _, backward in times],
         transfer_ns=[-(-sent * 10**9 // rate)] * (stages - 1),
+        parts=[PartsTime(cotangents_ns=b - b // 2, gradients_ns=b // 2 + b // 8) for _, b in times],
     )
     found = pricing.timeline(arrangement, cuts)
     assert [own[0] for own in found.spans] == list(expected.stages)

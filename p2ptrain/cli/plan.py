@@ -1,0 +1,181 @@
+"""`p2ptrain plan`: who should take part, how, and what it would cost, without any peer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from p2ptrain.cli.options import report_options
+from p2ptrain.errors import ConfigError, NotFound
+
+if TYPE_CHECKING:
+    from p2ptrain.planner.input import LinkEstimate
+    from p2ptrain.planner.question import Objective, Question
+
+_COUNT = click.IntRange(min=1)
+_FILE_BYTES_MAX = 1024 * 1024
+
+
+@click.command(short_help="Ask who should train a model, how, and at what cost; needs no peer.")
+@click.option("--model", metavar="DIR", required=True, help="A bundle's folder, or its name.")
+@click.option(
+    "--devices", metavar="FILE", required=True, help="Devices as [[device]] tables in TOML."
+)
+@click.option("--links", metavar="FILE", help="Links and media. [default: assumed 100 Mbit/s]")
+@click.option(
+    "--objective",
+    type=click.Choice(["time", "energy"]),
+    default="time",
+    show_default=True,
+    help="What is least: seconds, or joules of all devices that take part.",
+)
+@click.option(
+    "--deadline", type=click.FloatRange(min=0, min_open=True), help="Seconds for all steps."
+)
+@click.option("--joules", type=click.FloatRange(min=0, min_open=True), help="Joules for all steps.")
+@click.option("--steps", type=_COUNT, default=100, show_default=True, help="Optimizer updates.")
+@click.option(
+    "--microbatches", type=_COUNT, default=8, show_default=True, help="Microbatches per step."
+)
+@click.option(
+    "--microbatch-size", type=_COUNT, default=4, show_default=True, help="Samples in each."
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["1f1b", "gpipe", "zb-h1"]),
+    default="1f1b",
+    show_default=True,
+    help="The order of the passes; stages with replicas run 1f1b instead of zb-h1.",
+)
+@click.option(
+    "--codec",
+    type=click.Choice(["fp32", "bf16", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="How tensors go between devices.",
+)
+@click.option("--optimizer", default="adamw", show_default=True, help="The update rule.")
+@click.option("--rematerialise", is_flag=True, help="Compute the forward again for the backward.")
+@click.option("--plan", "plan_file", metavar="FILE", help="Price this plan instead of searching.")
+@click.option("--svg", "svg_file", metavar="FILE", help="Draw the schedule into this file.")
+@report_options
+def plan(as_json: bool, **options: Any) -> None:  # Any: click's values
+    """Compare one device, pipelines, data, tensor and sequence parallelism and hybrids.
+
+    Nothing is measured: times follow from what the file of devices says. Plans that this version
+    cannot run yet are marked.
+    """
+    from p2ptrain.cli.speech import print_json
+    from p2ptrain.planner.answer import Answering
+    from p2ptrain.planner.explore import Explorer
+    from p2ptrain.planner.plan_file import forced_candidate
+    from p2ptrain.planner.pricing import Pricing
+    from p2ptrain.planner.shortfall import shortfall
+    from p2ptrain.wire.codec import to_plain
+
+    question, variant = _question(options)
+    pricing = Pricing(question)
+    explorer = Explorer(pricing)
+    forced = options["plan_file"]
+    winner = None
+    if forced is not None:
+        text = _text(forced, "--plan")
+        winner = forced_candidate(text, file=forced, explorer=explorer, pricing=pricing)
+    found = explorer.run()
+    winner = winner or found.best
+    if winner is None:
+        raise shortfall(question, variant)
+    answering = Answering(pricing, explorer, found)
+    answer = answering.answer(winner, forced=forced is not None)
+    rows = answering.rows(winner)
+    if options["svg_file"] is not None:
+        _draw(options["svg_file"], rows, answer.model)
+    if as_json:
+        print_json(to_plain(answer))
+        return
+    from p2ptrain.cli.display import print_report
+    from p2ptrain.cli.plan_tables import answer_lines, candidates_table, parts_table, picture
+
+    print_report(candidates_table(answer), *answer_lines(answer), "", parts_table(answer.winner))
+    print_report(*picture(rows))
+
+
+def _question(options: dict[str, Any]) -> tuple[Question, Any]:  # Any: click's values, a Variant
+    from p2ptrain.planner.described import Work, described_question
+    from p2ptrain.planner.device_file import parse_devices, parse_links
+    from p2ptrain.store.bundles import find_bundle, load_bundle
+    from p2ptrain.store.device_types import device_types
+
+    manifest = load_bundle(find_bundle(options["model"])).manifest
+    file, links_file = options["devices"], options["links"]
+    specs = parse_devices(_text(file, "--devices"), file=file, types=device_types())
+    names = [spec.name for spec in specs]
+    links: tuple[LinkEstimate, ...] = ()
+    if links_file is not None:
+        links = parse_links(_text(links_file, "--links"), file=links_file, devices=names)
+    work = Work(
+        steps=options["steps"],
+        microbatches=options["microbatches"],
+        microbatch_size=options["microbatch_size"],
+        codec=options["codec"],
+        optimizer=options["optimizer"],
+        rematerialise=options["rematerialise"],
+    )
+    objective, schedules = _objective(options), (options["schedule"],)
+
+    def variant(size: int, rematerialise: bool) -> Question:
+        whole = work.microbatches * work.microbatch_size
+        changed = replace(
+            work,
+            microbatch_size=size,
+            microbatches=min(-(-whole // size), 4096),
+            rematerialise=rematerialise,
+        )
+        return described_question(manifest, specs, links, changed, objective, schedules)
+
+    return described_question(manifest, specs, links, work, objective, schedules), variant
+
+
+def _objective(options: dict[str, Any]) -> Objective:  # Any: click's values
+    from p2ptrain.planner.question import Objective
+    from p2ptrain.units import NS_PER_S, UJ_PER_J
+
+    deadline, joules = options["deadline"], options["joules"]
+    return Objective(
+        goal=options["objective"],
+        deadline_ns=None if deadline is None else round(deadline * NS_PER_S),
+        joules_uj=None if joules is None else round(joules * UJ_PER_J),
+    )
+
+
+def _text(path: str, option: str) -> str:
+    file = Path(path)
+    try:
+        if not file.is_file():
+            raise NotFound(f"there is no file {path}", hint=f"check the path after {option}")
+        if file.stat().st_size > _FILE_BYTES_MAX:
+            raise ConfigError(f"{path} is too large for {option}")
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}", hint="it should be a text file in UTF-8"
+        ) from error
+
+
+def _draw(path: str, rows: list[tuple[str, Any]], model: str) -> None:  # Any: spans
+    from p2ptrain.schedule.svg import svg
+
+    if not rows:
+        raise ConfigError(
+            "tensor and sequence parallelism have no schedule to draw", hint="leave --svg out"
+        )
+    end_ns = max(span.end_ns for _, spans in rows for span in spans)
+    try:
+        Path(path).write_text(svg(rows, end_ns, f"one step of {model}"), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}", hint="choose another --svg") from (
+            error
+        )

@@ -1,0 +1,150 @@
+"""A question about described devices: times from operations and bytes instead of measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.errors import ConfigError
+from p2ptrain.ids import DeviceId, Digest
+from p2ptrain.planner.device_file import DeviceSpec
+from p2ptrain.planner.input import LinkEstimate
+from p2ptrain.planner.profile import KindCost, PeerProfile
+from p2ptrain.planner.question import Device, Objective, Power, Question
+from p2ptrain.schedule.actions import delays_gradients
+from p2ptrain.training.contract import Contract, OptimizerChoice, RuntimeBuild
+from p2ptrain.training.memory import stage_memory
+from p2ptrain.units import NS_PER_S, UJ_PER_J
+
+DESCRIBED: Final = RuntimeBuild(runtime="described", version="", numpy="", machine="", isa="")
+MEMORY_BYTES_PER_S: Final = 5_000_000_000
+"""Assumed where a file has no memory_gbytes_per_s."""
+NO_DATA: Final = Digest("0" * 64)
+JOULES_PER_WH: Final = 3600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is to be trained, and how."""
+
+    steps: int
+    microbatches: int
+    microbatch_size: int
+    codec: str = "fp32"
+    optimizer: str = "adamw"
+    rematerialise: bool = False
+
+
+def described_question(
+    manifest: Manifest,
+    specs: Sequence[DeviceSpec],
+    links: tuple[LinkEstimate, ...],
+    work: Work,
+    objective: Objective,
+    schedules: tuple[str, ...],
+) -> Question:
+    """The question; a segment's time is its operations at the device's rate, and the bytes it
+    keeps and hands on at the rate of its memory.
+
+    Raises:
+        ConfigError: the model has no such optimizer.
+    """
+    contract = _contract(manifest, work)
+
+    def memory(segments: range, in_flight: int, delayed: int = 0) -> int:
+        return stage_memory(manifest, segments, contract, in_flight, delayed=delayed).total
+
+    return Question(
+        manifest=manifest,
+        contract=contract,
+        devices=tuple(_device(manifest, contract, spec) for spec in specs),
+        stage_memory=memory,
+        links=links,
+        objective=objective,
+        schedules=tuple(_settled(schedule, manifest, contract) for schedule in schedules),
+    )
+
+
+def _settled(schedule: str, manifest: Manifest, contract: Contract) -> str:
+    """1F1B where gradients cannot be delayed: without backwards in parts, or stashes that stay."""
+    parts = any(kind.forms[contract.form].parts for kind in manifest.kinds.values())
+    delayable = parts and not contract.rematerialise
+    return schedule if delayable or not delays_gradients(schedule) else "1f1b"
+
+
+def _contract(manifest: Manifest, work: Work) -> Contract:
+    if work.optimizer not in manifest.updates:
+        raise ConfigError(
+            f"the model has no optimizer {work.optimizer!r:.40}",
+            hint=f"choose one of: {', '.join(sorted(manifest.updates))}",
+        )
+    return Contract(
+        bundle=manifest.digest,
+        seed=0,
+        steps=work.steps,
+        microbatch_size=work.microbatch_size,
+        microbatches=work.microbatches,
+        form="portable",
+        codec=work.codec,
+        threads=1,
+        dropout=None,
+        optimizer=OptimizerChoice(name=work.optimizer),
+        training_data=NO_DATA,
+        heldout_data=NO_DATA,
+        evaluate_every=0,
+        heldout_microbatches=1,
+        builds=(DESCRIBED,),
+        rematerialise=work.rematerialise,
+    )
+
+
+def _device(manifest: Manifest, contract: Contract, spec: DeviceSpec) -> Device:
+    rate = MEMORY_BYTES_PER_S
+    if spec.memory_gbytes_per_s is not None:
+        rate = max(1, round(spec.memory_gbytes_per_s * 1e9))
+    battery = spec.battery_wh
+    return Device(
+        profile=PeerProfile(
+            device=DeviceId(spec.name),
+            kinds=_kinds(manifest, contract, round(spec.gflops * 1e9), rate),
+            memory_bytes=spec.memory_bytes,
+            host=spec.name,
+            cores=1,
+            build=DESCRIBED,
+        ),
+        power=Power(
+            idle_uw=round(spec.idle_watts * UJ_PER_J),
+            busy_uw=round(spec.busy_watts * UJ_PER_J),
+            pj_per_byte=round(spec.joules_per_byte * 1e12),
+        ),
+        battery_uj=None if battery is None else round(battery * JOULES_PER_WH * UJ_PER_J),
+        memory_bytes_per_s=rate,
+    )
+
+
+def _kinds(
+    manifest: Manifest, contract: Contract, flops_per_s: int, bytes_per_s: int
+) -> dict[str, KindCost]:
+    batch, found = contract.microbatch_size, dict[str, KindCost]()
+    for index, segment in enumerate(manifest.segments):
+        kind = manifest.kinds[segment.kind]
+        if kind.name in found:
+            continue
+        moved = manifest.stash_bytes(index, form=contract.form, batch=batch)
+        moved += manifest.boundary_bytes(index, batch=batch)
+        moved_ns = moved * NS_PER_S // bytes_per_s
+        forward_ns = kind.forward_flops * batch * NS_PER_S // flops_per_s + moved_ns
+        backward_ns = kind.backward_flops * batch * NS_PER_S // flops_per_s + moved_ns
+        cost = KindCost(
+            forward_ns=forward_ns,
+            backward_ns=backward_ns,
+            cotangents_ns=backward_ns - backward_ns // 2,  # each part is half the products
+            gradients_ns=backward_ns // 2,
+        )
+        if contract.rematerialise:
+            cost = dataclasses.replace(cost, backward_ns=forward_ns + backward_ns)
+        found[kind.name] = cost
+    return found

@@ -1,0 +1,132 @@
+"""`p2ptrain plan`: transcripts, exit codes, the shape of `--json`, the picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from p2ptrain.cli.main import run
+
+DEVICES = """
+[[device]]
+type = "laptop"
+
+[[device]]
+name = "pi"
+type = "raspberry-pi-5"
+count = 2
+"""
+SLOW = """
+[[device]]
+name = "slow"
+gflops = 1
+memory = "{memory}"
+idle_watts = 1
+busy_watts = 2
+"""
+
+
+def _plan(*arguments: str, devices: str = DEVICES) -> int:
+    Path("devices.toml").write_text(devices, encoding="utf-8")
+    return run(["plan", "--model", "gpt-nano", "--devices", "devices.toml", *arguments])
+
+
+def test_table_reasons_and_timeline(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("links.toml").write_text("mbit_per_s = 1000\nlatency_ms = 0.2\n", encoding="utf-8")
+    assert _plan("--links", "links.toml") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.startswith("gpt-nano, least time: 100 steps of 32 samples")
+    for words in (
+        "J/sample", "above idle", "what-if", "why: ", "tensor parallelism: ", "all 100 steps: ",
+        "each device's part of a step", "letters: backward", "|00",
+        "this version runs pipelines without replicas",
+    ):  # fmt: skip
+        assert words in printed.out, words
+
+
+def test_json_is_versioned_and_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _plan("--json", "--objective", "energy", "--steps", "7") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["version"] == 1
+    assert answer["objective"] == "least energy"
+    joules = [one["joules"] for one in answer["candidates"]]
+    assert joules == sorted(joules)
+    winner = answer["winner"]
+    assert winner == answer["candidates"][0]
+    assert sum(part["joules"] for part in winner["parts"]) == pytest.approx(winner["joules"])
+    assert answer["total_joules"] == pytest.approx(7 * winner["joules"])
+    assert answer["runnable"]["kind"] in ("one device", "pipeline")
+    taking_part = {part["device"] for part in winner["parts"]}
+    left_out = {out["device"] for out in answer["left_out"]}
+    assert taking_part | left_out == {"laptop", "pi-1", "pi-2"}
+    assert not taking_part & left_out
+
+
+def test_svg_shows_every_action(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p.toml").write_text(
+        "schedule = 'zb-h1'\n[[stage]]\ndevices = ['pi-1']\nsegments = 5\n"
+        "[[stage]]\ndevices = ['pi-2']\nsegments = 5\n",
+        encoding="utf-8",
+    )
+    assert _plan("--plan", "p.toml", "--svg", "step.svg", "--microbatches", "4") == 0
+    assert "a pipeline on pi-1, pi-2, as asked" in capsys.readouterr().out
+    picture = ElementTree.parse("step.svg")
+    titles = {each.text for each in picture.iter("{http://www.w3.org/2000/svg}title")}
+    assert {"0F0", "1F3", "1B0", "0B3"} <= titles
+
+
+@pytest.mark.parametrize(
+    ("arguments", "devices", "code", "sentence", "hint"),
+    [
+        ([], SLOW.replace("gflops = 1\n", ""), 2, "gflops is missing", "a type"),
+        ([], SLOW.replace("busy_watts = 2", "busy_watts = -2"), 2, "busy_watts lies", "correct"),
+        ([], SLOW.format(memory="64MiB"), 4, "segment", "add a device with at least"),
+        ([], SLOW.format(memory="170MiB"), 4, "the model needs", "use --microbatch-size"),
+        (["--deadline", "1"], DEVICES, 4, "nothing is done within 1 s", "use --deadline"),
+        (["--joules", "1"], DEVICES, 4, "nothing is done with 1 J", "use --joules"),
+        (
+            ["--steps", "100000"], SLOW.format(memory="4GiB") + "battery_wh = 1", 4,
+            "the batteries do not last for 100000 steps: slow has 3.6 kJ", "--steps",
+        ),
+        (["--links", "none.toml"], DEVICES, 2, "there is no file none.toml", "--links"),
+        (["--optimizer", "lion"], DEVICES, 2, "no optimizer 'lion'", "adamw, sgd"),
+        (["--svg", "no/such.svg"], DEVICES, 2, "cannot be written", "--svg"),
+    ],
+)  # fmt: skip
+def test_bad_input_names_the_nearest_that_works(
+    arguments: list[str], devices: str, code: int, sentence: str, hint: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert _plan(*arguments, devices=devices) == code
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert hint in printed.err.split("hint:")[1]
+
+
+def test_hints_work(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        (SLOW.format(memory="170MiB"), []),
+        (DEVICES, ["--deadline", "1"]),
+        (DEVICES, ["--joules", "1"]),
+        (SLOW.format(memory="4GiB") + "battery_wh = 1", ["--steps", "100000"]),
+    ]
+    for devices, arguments in cases:
+        assert _plan(*arguments, devices=devices) == 4
+        words = capsys.readouterr().err.split("hint:")[1].replace(",", "").split()
+        index = next(i for i, word in enumerate(words) if word.startswith("--"))
+        followed = [words[index]]
+        if words[index + 1].isdigit():
+            followed.append(words[index + 1])
+        kept = [] if followed[0] in arguments else arguments
+        assert _plan(*kept, *followed, devices=devices) == 0, (words, followed)
+        capsys.readouterr()
+
+
+def test_directory_instead_of_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--model", "gpt-nano", "--devices", "."]) == 2
+    assert "there is no file " in capsys.readouterr().err
+    assert run(["plan", "--model", "no-such", "--devices", "d.toml"]) == 2
