@@ -159,8 +159,10 @@ class Proposer:
 
     def cannot_propose(self, reason: str, ballot: Ballot, now: float) -> None:
         """The shell cannot plan for an open ballot, which is given up and tried again."""
-        if self._planning(ballot) is not None:
+        round_ = self._planning(ballot)
+        if round_ is not None:
             self.hindrance = reason[: limits.REASON_CHARACTERS_MAX]
+            self._say(round_, now)  # so that everybody's status shows it now, not at the next try
             # What is missing may be with a member that is only slow to promise.
             self._gather_s = min(limits.GATHER_MAX_S, 2.0 * self._gather_s)
             self._give_up(now, limits.HINDERED_RETRY_S)

@@ -10,8 +10,11 @@ import trio
 from p2ptrain.agreement.view import View
 from p2ptrain.errors import DataError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId
+from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.data_copy import CopiedRun, DataCopy, DataOffer, OfferedData
+from p2ptrain.runtime.home_duty import HomeSession
 from p2ptrain.runtime.job import Job
+from p2ptrain.runtime.progress import ProgressTracker
 from p2ptrain.runtime.run_state import RunState
 from p2ptrain.store.weights import Weights, open_weights
 from p2ptrain.training.messages import DataHeld, DataOffered, stamp_of
@@ -107,3 +110,19 @@ class DataKeeping:
         for device in view.members:
             with contextlib.suppress(PeerLost):
                 self._services.outlet.send(device, held)
+
+
+def later_session(
+    state: RunState, plan: Plan, job: Job, weights: Weights, first_step: int
+) -> HomeSession:
+    """What a device that got the run's data in mid run needs in order to feed it; what it knows
+    of the session begins after `first_step`."""
+    progress = ProgressTracker(
+        job=job,
+        plan=plan,
+        contract=state.contract,
+        services=state.services,
+        emit=lambda name, report: None,
+        first_step=first_step,
+    )
+    return HomeSession(job=job, weights=weights, progress=progress)

@@ -13,7 +13,7 @@ from p2ptrain.agreement.run_events import ProposalWanted
 from p2ptrain.agreement.view import View
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import PlanInfeasible
-from p2ptrain.ids import DeviceId, Lineage
+from p2ptrain.ids import DeviceId, Lineage, short
 from p2ptrain.planner.choose import choose_plan
 from p2ptrain.planner.input import PlanningInput
 from p2ptrain.planner.plan import Plan
@@ -80,7 +80,7 @@ def next_view(given: NextView) -> View | str:
     Candidates are tried from the shortest predicted step on, until one whose states can be had.
     """
     planner = _Planner(given)
-    sentence = "nobody who is left has the run's data"
+    sentence = planner.why_none()
     for plan in planner.candidates():
         found = planner.view(plan)
         if isinstance(found, View):
@@ -115,6 +115,15 @@ class _Planner:
             if all(o in told[device].linked and device in told[o].linked for o in chosen):
                 chosen.append(device)
         return chosen
+
+    def why_none(self) -> str:
+        """Why there is no candidate at all; the home peer certainly had the data."""
+        home, stays = self._base.plan.home, self._base.plan.keep_data_here
+        holding = [d for d in self._usable if d in self._promises and self._promises[d].has_data]
+        if [device for device in holding if device == home or not stays]:
+            return "the devices that are left cannot hold the whole model"
+        back = "" if home in self._promises else f": it takes {short(home)} back"
+        return f"nobody who is left has the run's data{back}"
 
     def candidates(self) -> Iterator[Plan]:
         """Plans, the best first: another cut where that is worth its moves, else least movement."""

@@ -84,7 +84,7 @@ class Restorer:
         """This member's stage of the view, with its state; None without a stage.
 
         Raises:
-            PeerLost: a giver is gone; the view must change.
+            PeerLost: a giver, or a replica of our own, is gone; the view must change.
             CheckpointError, BundleError, EngineError: what is needed is damaged or does not run.
         """
         if self._view.restoration is not None:
@@ -213,12 +213,21 @@ class Restorer:
         self, worker: StageWorker, segment: int, source: DeviceId, step: int
     ) -> None:
         if source == self._services.device:
-            content = await trio.to_thread.run_sync(self._state.read_replica, step, segment)
+            content = await self._own_replica(segment, step)
         else:
             content = await self._fetch(source, "state", segment, step)
-        if content is None:
-            raise CheckpointError(f"the replica of segment {segment} at step {step} is gone")
         await trio.to_thread.run_sync(self._state.load, worker, segment, step, content)
+
+    async def _own_replica(self, segment: int, step: int) -> bytes:
+        """A replica that is kept here. PeerLost where it has vanished or rotted since the promise:
+        the store lists it no longer, so the next view looks elsewhere or says what it takes."""
+        try:
+            content = await trio.to_thread.run_sync(self._state.read_replica, step, segment)
+        except CheckpointError as error:
+            raise PeerLost(error.message) from error
+        if content is None:
+            raise PeerLost(f"the replica of segment {segment} at step {step} is gone")
+        return content
 
     # Replay.
 
@@ -239,6 +248,7 @@ class Restorer:
             manifest=self._state.manifest,
             contract=self._view.contract,
             on_sent=self._state.log_replayed,
+            cuts=replay.cuts,
         )
         for step in range(replay.step + 1, self._view.resume_step + 1):
             packed = {

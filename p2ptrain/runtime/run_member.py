@@ -28,7 +28,7 @@ from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost, PlanInfeas
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.admission import Admission
-from p2ptrain.runtime.data_keeping import DataKeeping
+from p2ptrain.runtime.data_keeping import DataKeeping, later_session
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.early import EarlyMessages
 from p2ptrain.runtime.first_view import activity, first_view
@@ -37,13 +37,12 @@ from p2ptrain.runtime.holdings import Holdings
 from p2ptrain.runtime.home_duty import HomeSession
 from p2ptrain.runtime.inbox import BodyReader, discard
 from p2ptrain.runtime.job import Job
-from p2ptrain.runtime.progress import ProgressTracker
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replanning import NextView, forced_view, next_view
 from p2ptrain.runtime.run_state import RunState
 from p2ptrain.runtime.stage_weights import OfferedWeights
 from p2ptrain.runtime.usage import RunMeter
-from p2ptrain.runtime.view_work import ViewWork, WorkHooks, givers
+from p2ptrain.runtime.view_work import ViewWork, WorkHooks, givers, unreachable
 from p2ptrain.store.weights import Weights
 from p2ptrain.training.messages import (
     Begin,
@@ -251,7 +250,8 @@ class RunMember:
         plan = self.plan
         if self._admission is not None:
             self._admission.gone(device)
-        if plan is None or device not in plan.members:
+        helpers = () if self._work is None else self._work.helpers
+        if plan is None or device not in (*plan.members, *helpers):
             return
         if not self.started:
             name = self._services.directory.name_of(device)
@@ -390,17 +390,10 @@ class RunMember:
         if plan is None:
             raise InvariantBroken("data was copied before there was a plan")
         known = [self.history[step] for step in sorted(self.history)]
-        progress = ProgressTracker(
-            job=job,
-            plan=plan,
-            contract=self.state.contract,
-            services=self._services,
-            emit=lambda name, report: None,
-            first_step=known[0].step - 1 if known else self.machine.statistics().committed_step,
-        )
-        self.home = HomeSession(job=job, weights=weights, progress=progress)
+        since = known[0].step - 1 if known else self.machine.statistics().committed_step
+        self.home = later_session(self.state, plan, job, weights, since)
         for record in known:
-            progress.step_committed(record, live=False)
+            self.home.progress.step_committed(record, live=False)
         self.state.take_session(self.home)
         self.offer_weights()
 
@@ -503,7 +496,8 @@ class RunMember:
     async def _await_next_view(self) -> None:
         """After a restart: vote, give what is on the disk, but do nothing in the present view."""
         view = self.machine.view
-        if view is None:
+        if view is None or self._services.device not in view.members:
+            await trio.lowlevel.checkpoint()
             return
         self.state.enter(view)
         self.founding = None
@@ -556,6 +550,8 @@ class RunMember:
             self.receive(device, work.stamp, message)
         if view.plan.home == self._services.device:
             self._open_admission(view)
+        if (absent := unreachable(view, self._services)) is not None:
+            self.want(absent, after_s=limits.VIEW_WAIT_SILENT_S)
         try:
             await work.run()
         except* PeerLost as group:

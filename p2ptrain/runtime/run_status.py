@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from p2ptrain import limits
-from p2ptrain.ids import DeviceId
+from p2ptrain.agreement.run_events import Paused
+from p2ptrain.ids import DeviceId, short
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.reports import RunStatusReport
 from p2ptrain.runtime.run_member import RunMember
@@ -51,13 +52,7 @@ def waits_for(member: RunMember) -> str | None:
     name_of = member.state.services.directory.name_of
     paused = member.paused
     if paused is not None:
-        missing = ", ".join(map(name_of, paused.missing))
-        return f"paused: {paused.reason}" + (
-            f"; goes on when {missing} is back, or start it anew here with --resume "
-            f"{member.state.run[:8]} --force-view"
-            if missing
-            else ""
-        )
+        return f"paused: {_named(member, paused.reason)}{_remedy(member, paused)}"
     if member.machine.wanted:
         return f"agreeing on a new view: {member.machine.wanted[0]}"
     work = member.work
@@ -66,3 +61,20 @@ def waits_for(member: RunMember) -> str | None:
     if work is None:
         return "waiting for its home peer to begin"
     return None
+
+
+def _named(member: RunMember, reason: str) -> str:
+    """What a core says, with names in the place of short device ids."""
+    plan = member.plan
+    for device in () if plan is None else plan.members:
+        reason = reason.replace(short(device), member.state.services.directory.name_of(device))
+    return reason
+
+
+def _remedy(member: RunMember, paused: Paused) -> str:
+    """What ends a pause for want of members, who are named before; nothing for other pauses."""
+    if not paused.missing:
+        return ""
+    who = "it is" if len(paused.missing) == 1 else "enough of them are"
+    forced = f"--resume {member.state.run[:8]} --force-view"
+    return f"; goes on when {who} back, or start it anew here with {forced}"

@@ -19,6 +19,7 @@ from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replication import SnapshotOwner
 from p2ptrain.runtime.restoring import Restorer
 from p2ptrain.runtime.run_state import RunState
+from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.stage_run import StageHooks, StageRun
 from p2ptrain.runtime.stage_weights import prepare_timeout_s
@@ -122,6 +123,11 @@ class ViewWork:
     def others(self) -> tuple[DeviceId, ...]:
         """Devices that are not members, but give what the members need to begin."""
         return givers(self.view)
+
+    @property
+    def helpers(self) -> tuple[DeviceId, ...]:
+        """The others while they are needed: until the work has begun."""
+        return () if self.started else self.others
 
     @property
     def waits_for(self) -> tuple[DeviceId, ...]:
@@ -368,3 +374,14 @@ def givers(view: View) -> tuple[DeviceId, ...]:
         optional = (replay.activations_from, replay.cotangents_from, replay.data_from)
         named |= {device for device in optional if device is not None}
     return tuple(sorted(named - set(view.members)))
+
+
+def unreachable(view: View, services: Services) -> str | None:
+    """Why another view is wanted as soon as this one is entered: somebody it needs went away while
+    it was being decided, and what was said of that then ended with the decision; None: nobody did.
+    """
+    needed = {*view.members, *givers(view)} - {services.device}
+    missing = sorted(needed - set(services.directory.linked()))
+    if view.restoration is None or not missing:
+        return None
+    return f"no link with {', '.join(map(services.directory.name_of, missing))}"

@@ -22,7 +22,6 @@ FAULT_STEP: Final = 8
 """At the earliest, and when the run is protected: two replica sets are whole before."""
 STEPS: Final = 40
 CASE_TIMEOUT_S: Final = 120.0
-RETURN_AFTER_S: Final = 35.0
 ROLES: Final = ("first", "middle", "last", "holder")
 PHASES: Final = ("forward", "backward", "update", "commit", "replicate", "replay", "replan")
 FAULTS: Final = ("kill", "stop", "cut", "leave")
@@ -139,6 +138,7 @@ async def _train_somewhere(
     """Start the run and wait until somebody has stored its model, whoever that is."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_conduct, peers[0], asked)
+        nursery.start_soon(_bring_back, peers)
         while not _models([peer.member.home for peer in peers]):
             for peer in peers:
                 _wake(peer, struck)
@@ -148,19 +148,32 @@ async def _train_somewhere(
 
 async def _conduct(peer: PeerProcess, asked: TrainRequest) -> None:
     try:
-        await train(peer, asked, Watched())
+        await train(peer, asked, Watched(), timeout_s=CASE_TIMEOUT_S)
     except P2PTrainError:
         return  # the home peer was hit: the others go on
 
 
 async def _bring_back(peers: tuple[PeerProcess, ...]) -> None:
-    """Start again whoever was killed: two losses at once may have taken a stage and its replica,
-    and then the run waits for a return."""
-    living = [peer for peer in peers if peer.is_running]
-    address = (await living[0].status()).address.split(",")[0]
-    for peer in peers:
-        if not peer.is_running:
-            await peer.start(address)
+    """Start again whoever was killed once all that are left say that they are paused: a second
+    loss, amid a recovery, may take the last copy of something, and a person would do the same."""
+    while True:
+        living = [peer for peer in peers if peer.is_running]
+        dead = [peer for peer in peers if not peer.is_running]
+        if dead and all([await _is_paused(peer) for peer in living]):
+            break
+        await trio.sleep(1.0)
+    status = await living[0].status()
+    address = status.address.split(",")[0]
+    for peer in dead:
+        await peer.start(address)
+
+
+async def _is_paused(peer: PeerProcess) -> bool:
+    with trio.move_on_after(1.0):
+        status = await peer.member.status()
+        run = None if status is None else status.run_status
+        return run is not None and (run.waits_for or "").startswith("paused")
+    return False
 
 
 def _wake(peer: PeerProcess, struck: Path) -> None:

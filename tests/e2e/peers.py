@@ -240,11 +240,15 @@ class Watched:
 
 
 async def train(
-    peer: PeerProcess, request: TrainRequest, watched: Watched | None = None
+    peer: PeerProcess,
+    request: TrainRequest,
+    watched: Watched | None = None,
+    *,
+    timeout_s: float = TRAIN_TIMEOUT_S,
 ) -> tuple[TrainResult, Watched]:
     """Have a peer conduct a run, as the command does; P2PTrainError as it was reported."""
     watched = Watched() if watched is None else watched
-    with trio.fail_after(TRAIN_TIMEOUT_S):
+    with trio.fail_after(timeout_s):
         answer = await call(peer.member.socket(), "train", to_plain(request), watched.take)
     return from_plain(TrainResult, answer), watched
 

@@ -27,7 +27,7 @@ COVERING = (
     Case(peers=3, role="last", phase="update", how="kill"),
     Case(peers=3, role="holder", phase="commit", how="kill"),
     Case(peers=4, role="last", phase="replicate", how="kill"),
-    Case(peers=4, role="first", phase="replay", how="stop"),
+    Case(peers=4, role="first", phase="replay", how="kill"),
     Case(peers=4, role="last", phase="replan", how="kill"),
     Case(peers=3, role="middle", phase="commit", how="stop"),
     Case(peers=3, role="middle", phase="forward", how="cut"),

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 
-from p2ptrain.ids import DeviceId
-from p2ptrain.runtime.reports import PlanReport, StepReport, TrainRequest, TrainResult
-from p2ptrain.runtime.run_member import LeftOut
+from p2ptrain.runtime.reports import TrainRequest, TrainResult
 from p2ptrain.runtime.run_status import run_status_report
-from p2ptrain.training.contract import OptimizerChoice
-from tests.bundles import tiny_bundle
+from tests.disturbed_runs import (
+    BUNDLE,
+    SECONDS_MAX,
+    STEPS,
+    Disturbed,
+    assert_same,
+    assert_stored,
+    copies,
+    request,
+    undisturbed,
+)
 from tests.memory_group import (
     Member,
     MemoryGroup,
@@ -25,58 +30,11 @@ from tests.memory_group import (
     until,
 )
 
-CLIPPING = OptimizerChoice(warmup_steps=2, clip_norm=0.05, peak_learning_rate=0.02)
-BUNDLE = tiny_bundle()
-SECONDS_MAX = 60
-STEPS = 30
-
-
-def request(path: Path, **changes: object) -> TrainRequest:
-    fields = {"optimizer": CLIPPING, "steps": STEPS, "replicate_every": 3, **changes}
-    return request_for(path, BUNDLE, **fields)
-
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """The undisturbed run."""
-    path = tmp_path_factory.mktemp("alone")
-
-    async def train() -> TrainResult:
-        async with memory_group(path, 1) as group:
-            return await group[0].train(request(path))
-
-    return trio.run(train)
-
-
-def assert_same(result: TrainResult, alone: TrainResult) -> None:
-    assert float_bits(result.losses) == float_bits(alone.losses)
-    assert result.state_digest == alone.state_digest
-    assert result.heldout_last == alone.heldout_last
-
-
-class Disturbed:
-    """A run under way, and what a test does to it."""
-
-    def __init__(self, group: MemoryGroup) -> None:
-        self.group = group
-        self.result: TrainResult | None = None
-
-    async def train(self, asked: TrainRequest) -> None:
-        self.result = await self.group[0].train(asked)
-
-    async def train_or_hand_over(self, asked: TrainRequest) -> None:
-        """The same where the home peer leaves: whoever watches is told that others go on."""
-        with contextlib.suppress(LeftOut):
-            await self.train(asked)
-
-    async def wait_step(self, step: int) -> None:
-        await self.group.wait(
-            lambda: any(isinstance(r, StepReport) and r.step >= step for _, r in self.group.events)
-        )
-
-    def stage_devices(self) -> list[DeviceId]:
-        plan = next(r for _, r in self.group.events if isinstance(r, PlanReport))
-        return [stage.device for stage in plan.stages]
+    return undisturbed(tmp_path_factory.mktemp("alone"))
 
 
 async def disturbed(
@@ -181,14 +139,6 @@ async def test_member_in_reserve_takes_a_lost_stage_whole(
     assert_same(run.result, alone)
 
 
-def progress(path: Path) -> list[float]:
-    """The losses that a data holder wrote down, by step; some twice if it was restarted."""
-    lines = [json.loads(line) for line in (path / "progress.jsonl").read_text().splitlines()]
-    losses = {(line["step"], line["loss"]) for line in lines}
-    assert len({step for step, _ in losses}) == len(losses)
-    return [loss for _, loss in sorted(losses)]
-
-
 @pytest.mark.parametrize("members", [2, 3])
 async def test_home_peer_lost_with_a_second_copy_of_the_data(
     tmp_path: Path, alone: TrainResult, members: int
@@ -207,26 +157,15 @@ async def test_home_peer_lost_with_a_second_copy_of_the_data(
             if members == 2:
                 await until(lambda: survivor.runs.member.paused is not None)
                 status = run_status_report(survivor.runs.member)
-                assert "no quorum (1 of 2" in (status.waits_for or "")
-                assert "--force-view" in (status.waits_for or "")
+                run_name = survivor.runs.member.state.run[:8]
+                assert status.waits_for == (
+                    "paused: no quorum (1 of 2: peer-0 missing); goes on when it is back, or start "
+                    f"it anew here with --resume {run_name} --force-view"
+                )
                 return
             left = [group[1], group[2]]
             await until(lambda: all(member.runs.current_run is None for member in left))
         assert_stored(left, alone)
-
-
-def assert_stored(members: list[Member], alone: TrainResult) -> None:
-    """One of these members ended the run: its model and losses are those of the undisturbed."""
-    folders = [path for member in members for path in member.runs_path.iterdir()]
-    (folder,) = [path for path in folders if (path / "trained.onnx").exists()]
-    assert (folder / "trained.onnx").read_bytes() == Path(alone.model_path or "").read_bytes()
-    assert float_bits(progress(folder)) == float_bits(alone.losses)
-
-
-def copies(member: Member) -> set[DeviceId]:
-    """Who has the run's data, as one member knows."""
-    part = member.runs.member
-    return set() if part is None else part.state.data_copies
 
 
 async def test_newcomer_gets_a_part_and_changes_no_bit(tmp_path: Path, alone: TrainResult) -> None:
@@ -287,8 +226,9 @@ async def test_data_that_stays_pauses_the_run_until_its_peer_returns(
                 nursery.cancel_scope.cancel()
             others = [group[1], group[2]]
             await until(lambda: any(m.runs.member.paused is not None for m in others))
-            waits = [run_status_report(member.runs.member).waits_for for member in others]
-            assert "paused: nobody who is left has the run's data" in waits
+            sentence = "paused: nobody who is left has the run's data: it takes peer-0 back"
+            await until(lambda: {run_status_report(m.runs.member).waits_for for m in others}
+                        == {sentence})  # fmt: skip
             home = await group.restart(group[0])
             await until(lambda: home.runs.member is not None)
             await until(lambda: all(m.runs.current_run is None for m in group.members.values()))

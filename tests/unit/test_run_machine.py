@@ -334,8 +334,9 @@ def test_unrecoverable_loss_pauses_and_is_tried_again_when_somebody_returns() ->
     net.settle()
     assert net.machines[A].standing.reason == "segments 4 to 6 are with c"
     assert net.last(A, Paused) == Paused(reason="segments 4 to 6 are with c", missing=())
+    assert net.last(B, Paused) == net.last(A, Paused)  # everybody's status says why, at once
     net.wait(limits.HINDERED_RETRY_S * 2)
-    assert net.last(B, Paused) == net.last(A, Paused)  # everybody's status says why
+    assert net.last(B, Paused) == net.last(A, Paused)
     wanted = net.wanted(A)
     net.machines[A].cannot_propose("segments 4 to 6 are with c", net.now, ballot=wanted.ballot)
     net.settle()
