@@ -218,12 +218,19 @@ class RunMachine:
         for device in sorted({*view.members, *(self._reachable or ())} - {self._device}):
             self._out.send(device, DecidedView(value=self._out.present), now)
 
-    def complete(self, record: StepRecord, now: float) -> None:
+    def complete(self, record: StepRecord, now: float, *, plan: Digest) -> None:
         """Every stage's `done` of the step is here: make it durable, then tell all members.
 
-        Without effect where this peer has no say: it promised the next view, or is no member.
+        Without effect where this peer has no say: it promised the next view, or is no member; and
+        where the view has changed since: its members have dropped that step's gradients.
+
+        Args:
+            record: Of the step.
+            now: The present moment.
+            plan: The digest of the view's plan under which the step was made.
         """
-        self._commits.complete(record, now)
+        if self._out.view is not None and self._out.place()["plan"] == plan:
+            self._commits.complete(record, now)
 
     def reachable(self, devices: Collection[DeviceId], now: float) -> None:
         """Devices this peer can talk to now, members and others; the whole set each time."""

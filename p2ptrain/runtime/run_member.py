@@ -431,6 +431,8 @@ class RunMember:
         )
         answer = await trio.to_thread.run_sync(next_view, given)
         now = self.driver.now()
+        if self.machine.view is not wanted.base:
+            return  # decided meanwhile; an equal ballot may be open for the view after it
         if isinstance(answer, View):
             self.driver.call(RunMachine.propose, answer, now, ballot=wanted.ballot)
         else:
@@ -536,7 +538,7 @@ class RunMember:
         if meter is None:
             meter = self._services.open_meter(view.plan, view.contract.minibatch_size)
             self._meter = meter
-        hooks = WorkHooks(complete=self._complete, fail=self.fail, begun=lambda: self._begun(view))
+        hooks = WorkHooks(complete=self._complete, fail=self.fail, begun=self._begun)
         work = ViewWork(
             view=view,
             state=self.state,
@@ -583,8 +585,9 @@ class RunMember:
             self._admission.close()
             self._admission = None
 
-    def _complete(self, record: StepRecord) -> None:
-        self.driver.call(RunMachine.complete, record, self.driver.now())
+    def _complete(self, view: View, record: StepRecord) -> None:
+        now, plan = self.driver.now(), view.plan.digest
+        self.driver.call(RunMachine.complete, record, now, plan=plan)
 
     def _is_later(self, stamp: Stamp) -> bool:
         work = self._work

@@ -48,11 +48,11 @@ from p2ptrain.wire.frames import TensorHeader
 class WorkHooks:
     """What the work of a view tells the run."""
 
-    complete: Callable[[StepRecord], None]
-    """Every stage has its gradients of a step: it can be recorded."""
+    complete: Callable[[View, StepRecord], None]
+    """Every stage has its gradients of a step: it can be recorded, while that view counts."""
     fail: Callable[[P2PTrainError], None]
     """The run cannot go on anywhere."""
-    begun: Callable[[], None]
+    begun: Callable[[View], None]
     """Every member is ready."""
 
 
@@ -228,7 +228,7 @@ class ViewWork:
             nursery.cancel_scope.cancel()
         self._restorer.adopt(worker)
         self.started = True
-        self._hooks.begun()
+        self._hooks.begun(self.view)
         for replica in self._state.kept():
             self._tell_all(
                 ReplicaStored(
@@ -321,12 +321,13 @@ class ViewWork:
                 return
             self._next_step += 1
             self._hooks.complete(
+                self.view,
                 StepRecord(
                     step=totals.step,
                     loss=totals.loss,
                     gradient_norm=totals.gradient_norm,
                     clip_scale=totals.clip_scale,
-                )
+                ),
             )
 
     async def _wait_committed(self, step: int) -> StepRecord:

@@ -109,7 +109,8 @@ class OneRun(RuleBasedStateMachine):
         view = self.machines[peer].view
         if view is not None:
             step = self.machines[peer].statistics().committed_step + 1
-            self.machines[peer].complete(make_step(step, loss=float(view.number)), self.now)
+            made = make_step(step, loss=float(view.number))
+            self.machines[peer].complete(made, self.now, plan=view.plan.digest)
             self.drain(peer)
 
     @rule(peer=peers)

@@ -197,7 +197,7 @@ class RunNode:
             gradients = {s: g for each in found.values() for s, g in each.items()}
             record = record_of(done.step, view.number, gradients)
             del self._dones[key]
-            self.machine.complete(record, self.clock())
+            self.machine.complete(record, self.clock(), plan=view.plan.digest)
             self.settle()
 
     def _committed(self, event: StepCommitted) -> None:

@@ -127,9 +127,15 @@ class Net:
         self.settle()
         return view
 
+    def present(self, owner: DeviceId) -> View:
+        view = self.machines[owner].view
+        assert view is not None
+        return view
+
     def complete(self, step: int, *devices: DeviceId) -> None:
         for each in devices:
-            self.machines[each].complete(make_step(step), self.now)
+            plan = self.present(each).plan.digest
+            self.machines[each].complete(make_step(step), self.now, plan=plan)
         self.settle()
 
     def committed(self, owner: DeviceId) -> list[int]:
@@ -196,7 +202,8 @@ def test_promise_fences_steps_and_tells_the_newest_record() -> None:
     net = three()
     net.complete(1, A, B, C)
     net.cut = {A, C}
-    net.machines[B].complete(make_step(2), 0.0)  # durable at B, heard by nobody
+    made_in = net.present(B).plan.digest
+    net.machines[B].complete(make_step(2), 0.0, plan=made_in)  # durable at B, heard by nobody
     net.settle()
     lose(net, C)
     net.wait(0.5)
@@ -212,11 +219,27 @@ def test_promise_fences_steps_and_tells_the_newest_record() -> None:
     assert net.committed(A) == [1, 3]  # step 2 came with the view
 
 
+def test_step_of_the_view_before_is_not_recorded_when_the_next_has_begun() -> None:
+    """Its last `done` may come when the shell has not yet left the old view's work."""
+    net = three()
+    net.complete(1, A, B, C)
+    made_in = net.present(A).plan.digest
+    lose(net, C)
+    net.wait(0.5)
+    net.propose(A, A, B)
+    for owner in (A, B):
+        net.machines[owner].complete(make_step(2), net.now, plan=made_in)
+    net.settle()
+    assert net.machines[A].records == (make_step(1),)
+    assert net.committed(A) == [1]
+
+
 def test_record_that_no_quorum_saw_is_forgotten_by_a_view_that_leaves_it_out() -> None:
     net = three()
     net.complete(1, A, B, C)
     net.cut = {A, B}
-    net.machines[C].complete(make_step(2, loss=9.0), 0.0)
+    made_in = net.present(C).plan.digest
+    net.machines[C].complete(make_step(2, loss=9.0), 0.0, plan=made_in)
     lose(net, C)
     net.wait(0.5)
     net.propose(A, A, B, C)
