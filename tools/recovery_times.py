@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import pydoc_data.topics
 import signal
 import statistics
@@ -29,7 +30,7 @@ from rich.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from p2ptrain.runtime.reports import RecoveryReport
+from p2ptrain.runtime.reports import RecoveryReport, TrainRequest
 from tests.e2e.peers import PeerProcess, Watched, job, peer_group, train
 
 STEPS: Final = 1_000_000
@@ -59,9 +60,9 @@ async def measure(kills: int, how: signal.Signals, progress: Progress) -> list[d
     return rows
 
 
-async def train_for_ever(peer: PeerProcess, asked: object, watched: Watched) -> None:
+async def train_for_ever(peer: PeerProcess, asked: TrainRequest, watched: Watched) -> None:
     """Until it is cancelled."""
-    await train(peer, asked, watched)  # type: ignore[arg-type]  # a TrainRequest
+    await train(peer, asked, watched, timeout_s=math.inf)
 
 
 async def one(
@@ -69,8 +70,7 @@ async def one(
 ) -> dict[str, float]:
     """Kill one peer of a protected run, wait for the next steps, let it come back."""
     first = peers[0]
-    reached = watched.steps[-1].step if watched.steps else 0
-    await watched.wait_step(reached + BETWEEN)
+    await watched.wait_step(watched.reached + BETWEEN)
     await first.wait_status(
         lambda s: (
             s.run_status is not None
@@ -79,7 +79,7 @@ async def one(
         ),
         120,
     )
-    before, killed_at_s = watched.steps[-1].step, time.time()
+    before, killed_at_s = watched.reached, time.time()
     victim.send(how)
     await watched.wait_step(before + 2)
     whole_s = time.time() - killed_at_s

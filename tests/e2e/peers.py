@@ -215,11 +215,15 @@ class Watched:
     """The events of one run, as they came."""
 
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # Any: JSON values
+    reached: int = 0
+    """The greatest step that is done."""
     _changed: trio.Event = field(default_factory=trio.Event)
 
     def take(self, name: str, data: dict[str, Any]) -> None:  # Any: JSON values
         """Note one event."""
         self.events.append((name, data))
+        if name == "step":
+            self.reached = max(self.reached, int(data["step"]))
         self._changed.set()
         self._changed = trio.Event()
 
@@ -235,7 +239,7 @@ class Watched:
     async def wait_step(self, step: int, timeout_s: float = 120.0) -> None:
         """Wait until that many steps are done."""
         with trio.fail_after(timeout_s):
-            while not any(report.step >= step for report in self.steps):
+            while self.reached < step:
                 await self._changed.wait()
 
 
