@@ -30,6 +30,7 @@ from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, short
 from p2ptrain.membership.record import MemberRecord
+from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
 from p2ptrain.power.meter import Meter
 from p2ptrain.power.model import PowerConfig, model_for
@@ -95,6 +96,7 @@ class Member:
     senders: list[DeviceId] = field(default_factory=list)
     """Of each received message."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    link_figures: tuple[LinkFigure, ...] = ()
     lives: bool = True
     leaves: bool = False
 
@@ -117,6 +119,7 @@ class Member:
                 runs_path=self.runs_path,
                 open_engine=lambda threads: self.open_engine(threads),
                 open_meter=self._open_meter,
+                link_figures=lambda: self.link_figures,
                 memory_bytes=lambda: self.memory_bytes(),
                 host=self.name,
                 cores=2,

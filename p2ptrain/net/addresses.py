@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 
 from p2ptrain.net.listener import join_address
 
@@ -20,6 +21,26 @@ def reachable_addresses(host: str, port: int) -> tuple[str, ...]:
         return (join_address(host, port),)
     found = sorted(_interface_addresses(), key=lambda ip: (ip.is_loopback, ip.version, str(ip)))
     return tuple(join_address(str(ip), port) for ip in found[:ADDRESSES_MAX])
+
+
+def wifi_medium(host: str, root: Path = Path("/")) -> str:
+    """`wifi` and the subnet of the wireless interface that has this address; empty: none has it.
+
+    Whoever is in the same subnet through Wi-Fi is taken to share its air. Two access points of one
+    network are taken for one, and an access point that is bridged to a cable is not seen: a name
+    for what is shared, no measurement. Linux lists wireless interfaces; elsewhere it is empty.
+    """
+    import ifaddr
+
+    for adapter in ifaddr.get_adapters():
+        interface = root / "sys/class/net" / adapter.name
+        if not (interface / "wireless").exists() and not (interface / "phy80211").exists():
+            continue
+        for ip in adapter.ips:
+            text = ip.ip if isinstance(ip.ip, str) else ip.ip[0]
+            if text == host:
+                return f"wifi {ipaddress.ip_network((text, ip.network_prefix), strict=False)}"
+    return ""
 
 
 def _interface_addresses() -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:

@@ -299,6 +299,7 @@ class Connection:
         async with self._send_lock:
             before = self.link
             await before.send_all(frames.encode_frame_head(FrameType.MOVED, b"", 0))
+            successor.throughput = before.throughput
             self.link = successor
         await self._retire(before)
 

@@ -214,7 +214,7 @@ class Links:
     def statistics(self) -> LinksStatistics:
         """Bytes per peer and refused connections so far."""
         return LinksStatistics(
-            peers=self._totals().peers(),
+            peers=self._totals().peers(trio.current_time()),
             refused_count=self._refused_count,
             last_refusal=self._last_refusal,
             renewed_count=self._renewed_count,

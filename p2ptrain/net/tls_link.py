@@ -21,6 +21,7 @@ from p2ptrain.errors import InvariantBroken, TrustError
 from p2ptrain.ids import DeviceId
 from p2ptrain.trust.certificates import peer_identity
 from p2ptrain.trust.credentials import Credentials
+from p2ptrain.wire.throughput import Throughput
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -129,6 +130,8 @@ class TlsLink:
         self._socket_received = 0
         self._unsent_bytes = 0
         self.made_at_s = trio.current_time()
+        self.throughput = Throughput()
+        """Of what is sent here."""
 
     async def handshake(self) -> None:
         """Authenticate both sides; on an error or a cancellation the link is closed.
@@ -222,6 +225,13 @@ class TlsLink:
         self._break("the link was closed here")
 
     @property
+    def local_host(self) -> str:
+        """Our own address on this link; empty where the socket cannot say."""
+        with contextlib.suppress(OSError):
+            return str(self._sock.getsockname()[0])
+        return ""
+
+    @property
     def encrypted_bytes(self) -> int:
         """Ciphertext made so far, handshake included, sent or about to be sent."""
         return self._socket_sent + self._outgoing.pending + self._unsent_bytes
@@ -276,10 +286,13 @@ class TlsLink:
             left = memoryview(self._outgoing.read())
             self._unsent_bytes = len(left)
             while left:
+                began_s = trio.current_time()
                 try:
                     sent = await self._sock.send(left)
                 except (OSError, trio.ClosedResourceError) as error:
                     raise self._socket_ended(error) from error
+                ended_s = trio.current_time()
+                self.throughput.handed(sent, len(left), began_s=began_s, ended_s=ended_s)
                 self._socket_sent += sent
                 left = left[sent:]
                 self._unsent_bytes = len(left)

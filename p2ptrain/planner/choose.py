@@ -244,6 +244,24 @@ class _Chosen:
         if any(a.host != b.host for a, b in unknown):
             rate = format_bytes(OTHER_HOST_BYTES_PER_S)
             sentences.append(f"links between hosts are assumed to carry {rate} per second")
+        return [*sentences, *self._measurements()]
+
+    def _measurements(self) -> list[str]:
+        """What was measured of the links that the pipeline uses, and what of them is shared."""
+        sentences = []
+        links = [self._model.link(a, b) for a, b in itertools.pairwise(self._best.costs.peers)]
+        for link in links:
+            known = []
+            if link.rate_measured:
+                known.append(f"{format_bytes(link.bytes_per_s)} per second")
+            if link.latency_measured:
+                known.append(f"round trip {2e-6 * link.latency_ns:.1f} ms")
+            if known:
+                ends = f"{short(link.first)} to {short(link.second)}"
+                sentences.append(f"link {ends}: {', '.join(known)}, measured")
+        for medium, count in sorted(Counter(each.medium for each in links if each.medium).items()):
+            if count > 1:
+                sentences.append(f"{count} links share the air of {medium}")
         return sentences
 
 

@@ -139,7 +139,7 @@ class CostModel:
             backward_ns=backward,
             cotangents_ns=cotangents,
             gradients_ns=gradients,
-            transfer_ns=tuple(self._transfers(a, b) for a, b in itertools.pairwise(peers)),
+            transfer_ns=self._all_transfers(peers),
             holds=tuple(held(own) for own in self.actions(len(peers))),
         )
 
@@ -185,15 +185,25 @@ class CostModel:
             second=second.device,
             latency_ns=SAME_HOST_LATENCY_NS if near else OTHER_HOST_LATENCY_NS,
             bytes_per_s=SAME_HOST_BYTES_PER_S if near else OTHER_HOST_BYTES_PER_S,
+            rate_measured=False,
+            latency_measured=False,
         )
 
     def is_measured(self, first: DeviceId, second: DeviceId) -> bool:
-        """Whether the link of two devices was measured."""
-        return frozenset((first, second)) in self._links
+        """Whether the rate of two devices' link was measured."""
+        measured = self._links.get(frozenset((first, second)))
+        return measured is not None and measured.rate_measured
 
-    def _transfers(self, first: PeerProfile, second: PeerProfile) -> tuple[int, ...]:
-        link = self.link(first, second)
-        return (0, *(link.transfer_ns(size) for size in self._boundary_bytes))
+    def _all_transfers(self, peers: tuple[PeerProfile, ...]) -> tuple[tuple[int, ...], ...]:
+        """By link between neighbours, then by end segment. Links on one medium share it, as if
+        all had something to send at the same time."""
+        links = [self.link(a, b) for a, b in itertools.pairwise(peers)]
+        shared = Counter(link.medium for link in links if link.medium)
+        costs = []
+        for link in links:
+            users = max(1, shared[link.medium])
+            costs.append((0, *(link.transfer_ns(users * size) for size in self._boundary_bytes)))
+        return tuple(costs)
 
 
 def _sent_bytes(planning: PlanningInput, index: int, batch: int) -> int:

@@ -29,7 +29,7 @@ class StageMemory(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkEstimate:
-    """A measured link between two peers, the same in both directions."""
+    """A link between two peers, the same in both directions, at least partly measured."""
 
     first: DeviceId
     second: DeviceId
@@ -39,6 +39,8 @@ class LinkEstimate:
     medium: str = ""
     """The air (or cable) that it shares with every other link of this name; empty: its own, both
     ways at once."""
+    rate_measured: bool = True
+    latency_measured: bool = True
 
     def __post_init__(self) -> None:
         if self.latency_ns < 0 or self.bytes_per_s < 1 or self.first == self.second:
@@ -72,7 +74,7 @@ class PlanningInput:
     replica_every: int | None = None
     """Steps between replica sets; None: the planner chooses."""
     links: tuple[LinkEstimate, ...] = ()
-    """Measured links; the others are assumed."""
+    """Links of which something was measured; the others are assumed."""
 
     def __post_init__(self) -> None:
         devices = [profile.device for profile in self.profiles]

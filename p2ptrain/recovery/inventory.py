@@ -7,6 +7,7 @@ from typing import Literal
 
 from p2ptrain import limits
 from p2ptrain.ids import DeviceId
+from p2ptrain.planner.links import LinkFigure
 
 LogKind = Literal["activation", "cotangent", "tied"]
 """Tensors that senders log: boundary values forward, backward, and gradients of tied copies."""
@@ -79,3 +80,9 @@ class Inventory:
     """Whether this peer can feed the run's inputs and labels."""
     linked: tuple[DeviceId, ...]
     """Devices with which it can exchange tensors now, sorted."""
+    links: tuple[LinkFigure, ...] = ()
+    """What it has measured of its links."""
+
+    def __post_init__(self) -> None:
+        if len(self.links) > limits.LINK_PEERS_MAX:
+            raise ValueError("figures of more links than there can be")

@@ -70,8 +70,12 @@ class Founding:
         for note in self.job.data_notes:
             self._note(note)
         profiles = await self._collect_profiles()
+        answers = self._answers.items()
+        links = {d: answer.links for d, answer in answers if isinstance(answer, Profiled)}
         placement = await trio.to_thread.run_sync(
-            lambda: place(self._request, self.job, profiles, home=self._services.device)
+            lambda: place(
+                self._request, self.job, profiles, home=self._services.device, links=links
+            )
         )
         for left in placement.left_out:
             name = self._services.directory.name_of(left.device)

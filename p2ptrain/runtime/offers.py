@@ -134,7 +134,8 @@ class OfferDesk:
             build=engine.build,
         )
         linked = self._services.directory.linked()
-        return Profiled(run=offer.run, view=offer.view, profile=profile, linked=linked)
+        links = self._services.link_figures()
+        return Profiled(run=offer.run, view=offer.view, profile=profile, linked=linked, links=links)
 
     def _keep(self, offer: Offer, prepared: _Prepared) -> None:
         self._prepared[offer.run] = prepared

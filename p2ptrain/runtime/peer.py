@@ -24,12 +24,13 @@ from p2ptrain.membership.events import AddressLearned, MemberDown, MemberUp, Rec
 from p2ptrain.membership.machine import Membership
 from p2ptrain.membership.messages import MembershipMessage
 from p2ptrain.membership.record import MemberRecord
-from p2ptrain.net.addresses import reachable_addresses
+from p2ptrain.net.addresses import reachable_addresses, wifi_medium
 from p2ptrain.net.discovery import DiscoveryState, discover
 from p2ptrain.net.inviting import Inviting
 from p2ptrain.net.links import LinkDown, Links, LinkUp
 from p2ptrain.net.listener import split_address
 from p2ptrain.net.sponsor import EnrolmentServer
+from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
 from p2ptrain.power.host import available_memory_bytes, host_identity
 from p2ptrain.power.meter import open_meter
@@ -41,6 +42,7 @@ from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.energy_report import energy_report
 from p2ptrain.runtime.inbox import BodyReader
 from p2ptrain.runtime.journal import Journal
+from p2ptrain.runtime.link_figures import link_figures
 from p2ptrain.runtime.link_watch import LOOK_EVERY_S, LinkWatch
 from p2ptrain.runtime.own_record import keep_own_record, read_own_state
 from p2ptrain.runtime.reports import EnergyReport, PeerStatus, TrainRequest, TrainResult
@@ -116,6 +118,7 @@ class Peer:
                 runs_path=home.runs,
                 open_engine=lambda threads: open_engine(threads=threads),
                 open_meter=self._open_run_meter,
+                link_figures=self._link_figures,
                 memory_bytes=self._memory_bytes,
                 host=self._host,
                 cores=self._cores,
@@ -453,6 +456,10 @@ class Peer:
     def _traffic(self) -> Traffic:
         statistics = self.links.statistics()
         return Traffic(statistics.bytes_sent, statistics.bytes_received)
+
+    def _link_figures(self) -> tuple[LinkFigure, ...]:
+        views = self.membership.machine.members(trio.current_time())
+        return link_figures(views, self.links.statistics().peers, wifi_medium)
 
     def _open_run_meter(self, plan: Plan, samples_per_step: int) -> RunMeter:
         return RunMeter(self.meter, plan, samples_per_step=samples_per_step)

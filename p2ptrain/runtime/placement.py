@@ -11,6 +11,7 @@ from p2ptrain.errors import PlanInfeasible
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.choose import choose_plan
 from p2ptrain.planner.input import LeftOut, PlanningInput, StageMemory
+from p2ptrain.planner.links import LinkFigure, link_estimates
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import KindCost, PeerProfile
 from p2ptrain.runtime.job import Job
@@ -35,8 +36,9 @@ def place(
     profiles: Mapping[DeviceId, PeerProfile],
     *,
     home: DeviceId,
+    links: Mapping[DeviceId, Iterable[LinkFigure]],
 ) -> Placement:
-    """Choose a plan; blocking, pure computation.
+    """Choose a plan; blocking, pure computation. `links` are what each device has measured.
 
     A resumed run takes only peers whose runtime build its contract names: another would change
     the bits.
@@ -64,6 +66,7 @@ def place(
             stages=request.stages,
             keep_data_here=request.keep_data_here,
             replica_every=request.replicate_every,
+            links=link_estimates(links, {p.device: p.host for p in able}),
         )
     )
     if not job.resumed:

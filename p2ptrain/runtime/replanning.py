@@ -16,6 +16,7 @@ from p2ptrain.errors import PlanInfeasible
 from p2ptrain.ids import DeviceId, Lineage, short
 from p2ptrain.planner.choose import choose_plan
 from p2ptrain.planner.input import PlanningInput
+from p2ptrain.planner.links import link_estimates
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.recovery.inventory import Inventory
@@ -200,4 +201,8 @@ class _Planner:
             keep_data_here=plan.keep_data_here,
             holding=tuple(sorted(holding)),
             replica_every=plan.replica_every,
+            links=link_estimates(
+                {device: held.links for device, held in self._promises.items()},
+                {p.device: p.host for p in able},
+            ),
         )

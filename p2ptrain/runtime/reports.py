@@ -236,6 +236,9 @@ class MemberReport:
     """Whether this device has a link with it."""
     last_down: str = ""
     """Why it was down the last time; empty when it never was."""
+    bytes_per_s: int | None = None
+    """What we could send it, measured while more waited than the link carries; None: not
+    measured, and planned with an assumption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -298,6 +298,7 @@ class RunState:
             logs=self.log.inventory(),
             has_data=self._session is not None,
             linked=self.services.directory.linked(),
+            links=self.services.link_figures(),
         )
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from p2ptrain.engine.contract import Engine
 from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
 from p2ptrain.membership.record import MemberRecord
+from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.runtime.outlet import Outlet
@@ -63,6 +64,8 @@ class Services:
     """threads -> an engine."""
     open_meter: Callable[[Plan, int], RunMeter]
     """(plan, samples per step) -> the meter that books on this session of its run."""
+    link_figures: Callable[[], tuple[LinkFigure, ...]]
+    """What was measured of this peer's links."""
     memory_bytes: Callable[[], int]
     """What a run may use here now."""
     host: str

@@ -8,7 +8,7 @@ import trio
 
 from p2ptrain.membership.machine import Membership, MemberView
 from p2ptrain.net.discovery import DiscoveryState
-from p2ptrain.net.links import Links
+from p2ptrain.net.links import Links, PeerLinkStatistics
 from p2ptrain.net.tls_link import CLOCKS_DIFFER
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.reports import LinksReport, MemberReport, PeerStatus
@@ -39,6 +39,7 @@ def status_report(peer: StatusSource) -> PeerStatus:
     """The state of a running peer."""
     own = peer.membership.machine.own
     others = peer.membership.machine.members(trio.current_time())
+    carried = peer.links.statistics().peers
     self_line = MemberReport(
         device=own.device,
         name=own.name,
@@ -56,7 +57,7 @@ def status_report(peer: StatusSource) -> PeerStatus:
         address=", ".join(peer.addresses()),
         discovery=peer.discovery.text,
         alone_because=_alone_because(peer),
-        members=(self_line, *(member_report(view) for view in others)),
+        members=(self_line, *(member_report(v, carried.get(v.device)) for v in others)),
         run=peer.runs.current_run,
         run_status=None if peer.runs.member is None else run_status_report(peer.runs.member),
         run_state=_run_state(peer),
@@ -81,8 +82,8 @@ def links_report(peer: StatusSource) -> LinksReport:
     )
 
 
-def member_report(view: MemberView) -> MemberReport:
-    """One other member's line."""
+def member_report(view: MemberView, carried: PeerLinkStatistics | None = None) -> MemberReport:
+    """One other member's line, with what its link has carried."""
     record = view.record
     state = view.state.value
     return MemberReport(
@@ -97,6 +98,7 @@ def member_report(view: MemberView) -> MemberReport:
         round_trip_s=view.round_trip_s,
         linked=view.linked,
         last_down=view.last_down,
+        bytes_per_s=None if carried is None else carried.bytes_per_s,
     )
 
 

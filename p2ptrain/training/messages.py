@@ -8,6 +8,7 @@ from typing import Final, Literal
 from p2ptrain import limits
 from p2ptrain.energy.combine import PeerBooking
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber, is_digest
+from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.recovery.inventory import Inventory
@@ -67,6 +68,12 @@ class Profiled:
     profile: PeerProfile
     linked: tuple[DeviceId, ...] = ()
     """Devices with which I can exchange tensors."""
+    links: tuple[LinkFigure, ...] = ()
+    """What I have measured of my links."""
+
+    def __post_init__(self) -> None:
+        if len(self.links) > limits.LINK_PEERS_MAX:
+            raise ValueError("figures of more links than there can be")
 
 
 @message("declined")

@@ -89,6 +89,7 @@ async def test_large_tensors_arrive_equal_and_are_counted(mint_group: MintGroup)
         received = high.links.statistics().peers[low.device]
         assert sent.data_bytes_sent == received.data_bytes_received > sum(map(len, bodies))
         assert low.links.statistics().bytes_sent > sent.data_bytes_sent
+        assert (sent.local_host, received.local_host) == ("127.0.0.1", "127.0.0.1")
 
 
 async def test_bytes_are_counted_by_run_and_kind(mint_group: MintGroup) -> None:

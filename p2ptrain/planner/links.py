@@ -1,0 +1,86 @@
+"""Links as their ends measured them, and what the planner makes of both ends' figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.input import (
+    OTHER_HOST_BYTES_PER_S,
+    OTHER_HOST_LATENCY_NS,
+    SAME_HOST_BYTES_PER_S,
+    LinkEstimate,
+)
+
+MEDIUM_CHARACTERS_MAX: Final = 64
+LOOPBACK_BYTES_PER_S_MIN: Final = SAME_HOST_BYTES_PER_S // 4
+"""A link of one host that carries less is none of its own: one that is shaped, or an emulated one.
+What is measured on others is how busy the cores are, which the profiles count already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkFigure:
+    """What one device has measured of its link with another, from the traffic between them."""
+
+    peer: DeviceId
+    round_trip_ns: int | None
+    """Of a small message and its answer, program to program; None: not measured."""
+    bytes_per_s: int | None
+    """Sent while more waited; None: there was never enough traffic to tell."""
+    medium: str = ""
+    """The Wi-Fi that its own end is on, the same for all on it; empty: a cable, or unknown."""
+
+    def __post_init__(self) -> None:
+        if self.round_trip_ns is not None and self.round_trip_ns < 0:
+            raise ValueError("a round trip is not negative")
+        if self.bytes_per_s is not None and self.bytes_per_s < 1:
+            raise ValueError("a link carries at least 1 byte per second")
+        if len(self.medium) > MEDIUM_CHARACTERS_MAX:
+            raise ValueError("a medium's name is too long")
+
+
+def link_estimates(
+    told: Mapping[DeviceId, Iterable[LinkFigure]], hosts: Mapping[DeviceId, str]
+) -> tuple[LinkEstimate, ...]:
+    """One estimate for every two devices between which something was measured, by device.
+
+    Args:
+        told: What each device says of its links.
+        hosts: Machine of each device that may take part; links with others are left out.
+
+    Returns:
+        The slower direction's rate, since tensors go both ways; what no end has measured is
+        assumed. Links between peers of one host only where they are clearly not the loopback.
+    """
+    figures = {(device, figure.peer): figure for device, own in told.items() for figure in own}
+    found = []
+    for first, second in itertools.combinations(sorted(hosts), 2):
+        both = [figures.get((first, second)), figures.get((second, first))]
+        known = [figure for figure in both if figure is not None]
+        estimate = _estimate(first, second, known)
+        if hosts[first] == hosts[second] and not _is_shaped(estimate):
+            continue
+        if estimate.rate_measured or estimate.latency_measured or estimate.medium:
+            found.append(estimate)
+    return tuple(found)
+
+
+def _estimate(first: DeviceId, second: DeviceId, known: list[LinkFigure]) -> LinkEstimate:
+    trips = [f.round_trip_ns for f in known if f.round_trip_ns is not None]
+    rates = [f.bytes_per_s for f in known if f.bytes_per_s is not None]
+    return LinkEstimate(
+        first=first,
+        second=second,
+        latency_ns=min(trips) // 2 if trips else OTHER_HOST_LATENCY_NS,
+        bytes_per_s=min(rates, default=OTHER_HOST_BYTES_PER_S),
+        medium=next((f.medium for f in known if f.medium), ""),
+        rate_measured=bool(rates),
+        latency_measured=bool(trips),
+    )
+
+
+def _is_shaped(estimate: LinkEstimate) -> bool:
+    return estimate.rate_measured and estimate.bytes_per_s < LOOPBACK_BYTES_PER_S_MIN
