@@ -17,6 +17,7 @@ from p2ptrain.runtime.reports import (
     PeerEnergy,
     PeerStatus,
     PlanReport,
+    PredictionReport,
     RunStatusReport,
     StageReport,
     StepReport,
@@ -107,6 +108,8 @@ def _result_rows(result: TrainResult) -> Iterable[tuple[str, str]]:
     yield "time", format_seconds(result.seconds)
     yield "samples/s", f"{result.samples_per_s:.1f}"
     yield "tokens/s", f"{result.tokens_per_s:.0f}"
+    if result.prediction is not None:
+        yield from _prediction_rows(result.prediction)
     yield "sent encrypted", format_bytes(result.bytes_sent)
     kinds: Counter[str] = Counter()
     for each in result.traffic:
@@ -119,12 +122,37 @@ def _result_rows(result: TrainResult) -> Iterable[tuple[str, str]]:
         yield "model", result.model_path
 
 
+def _prediction_rows(prediction: PredictionReport) -> Iterable[tuple[str, str]]:
+    """Predicted beside measured, where something was measured."""
+    if prediction.measured_step_s is not None:
+        predicted, measured = prediction.predicted_step_s, prediction.measured_step_s
+        yield (
+            "a step, predicted and measured",
+            _beside(format_seconds(predicted), format_seconds(measured), predicted, measured),
+        )
+    sent = prediction.measured_boundary_bytes
+    if sent is not None and prediction.predicted_boundary_bytes > 0:
+        expected = prediction.predicted_boundary_bytes
+        yield (
+            "  between stages",
+            _beside(format_bytes(expected), format_bytes(round(sent)), expected, sent),
+        )
+
+
+def _beside(predicted: str, measured: str, expected: float, found: float) -> str:
+    """`250.0 ms, 262.1 ms (+5 %)`."""
+    change = "" if expected <= 0 else f" ({100 * (found / expected - 1):+.0f} %)"
+    return f"{predicted}, {measured}{change}"
+
+
 def run_lines(run: RunStatusReport) -> list[str]:
     """Where a run stands: view, members, last commit, replicas, logs, and why anything waits."""
     lineage = f", lineage {run.lineage}" if run.lineage else ""
     lines = [f"run {short(run.run)}, view {run.view}{lineage}: step {run.step} of {run.steps}"]
     lines += [f"  {member}" for member in run.members]
     lines.append(f"  {run.safety}")
+    if run.prediction is not None:
+        lines += [f"  {name}: {value}" for name, value in _prediction_rows(run.prediction)]
     replica = "none yet" if run.replica_step is None else f"step {run.replica_step}"
     logs = f"{format_bytes(run.log_bytes)} of {format_bytes(run.log_bytes_max)}"
     lines.append(

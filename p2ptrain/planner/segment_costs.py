@@ -57,6 +57,12 @@ class ModelCosts:
         return min((s.shard_units for s in self.segments if s.shard_units), default=0)
 
 
+def crossing_bytes(manifest: Manifest, contract: Contract, segment: int) -> tuple[int, int]:
+    """Encoded bytes of one microbatch's activations after a segment, and of their cotangents."""
+    forward = _encoded(manifest, manifest.boundary(segment), contract)
+    return forward, _encoded(manifest, cotangent_values(manifest, segment), contract)
+
+
 def model_costs(manifest: Manifest, contract: Contract) -> ModelCosts:
     """Costs of all segments under a contract's microbatch size, codec and optimizer."""
     lengths = [s.size or 0 for s in manifest.symbols.values() if s.kind == "sequence"]
@@ -70,7 +76,9 @@ def model_costs(manifest: Manifest, contract: Contract) -> ModelCosts:
 
 
 def _segment(manifest: Manifest, contract: Contract, index: int, sequence: int) -> SegmentCosts:
-    batch, last = contract.microbatch_size, index == len(manifest.segments) - 1
+    batch = contract.microbatch_size
+    last = index == len(manifest.segments) - 1
+    sent_bytes, returned_bytes = (0, 0) if last else crossing_bytes(manifest, contract, index)
     tensors = manifest.segment_tensors(index)
     trained = [tensor for tensor in tensors if tensor.binding == "trainable"]
     gradient_bytes = FLOAT32_BYTES * sum(tensor.elements for tensor in trained)
@@ -82,10 +90,8 @@ def _segment(manifest: Manifest, contract: Contract, index: int, sequence: int) 
     outputs = [p.value for p in kind.outputs if p.role == "boundary" and p.differentiable]
     inputs = cotangent_values(manifest, index - 1) if index else ()
     return SegmentCosts(
-        sent_bytes=0 if last else _encoded(manifest, manifest.boundary(index), contract),
-        returned_bytes=0
-        if last
-        else _encoded(manifest, cotangent_values(manifest, index), contract),
+        sent_bytes=sent_bytes,
+        returned_bytes=returned_bytes,
         gradient_bytes=gradient_bytes,
         state_bytes=vectors * gradient_bytes + FLOAT32_BYTES * lost,
         parameter_count=sum(tensor.elements for tensor in tensors),

@@ -8,9 +8,17 @@ from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.input import stage_shares
 from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.segment_costs import crossing_bytes
 from p2ptrain.runtime.reports import PlanReport, StageReport
 from p2ptrain.training.contract import Contract
 from p2ptrain.units import NS_PER_S
+
+
+def predicted_boundary_bytes(plan: Plan, contract: Contract, manifest: Manifest) -> int:
+    """Activations and cotangents that a step sends between peers, as tensors, without framing."""
+    ends = [stage.segments[-1] for stage in plan.stages[:-1]]
+    each = (sum(crossing_bytes(manifest, contract, end)) for end in ends)
+    return contract.microbatches * sum(each)
 
 
 def plan_report(
@@ -40,6 +48,7 @@ def plan_report(
         schedule=plan.schedule,
         stages=stages,
         predicted_step_s=plan.step_ns / NS_PER_S,
+        predicted_boundary_bytes=predicted_boundary_bytes(plan, contract, manifest),
         exactness=contract.exactness,
         reasons=plan.reasons,
     )

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
 from pathlib import Path
+from typing import Final
 
 from p2ptrain.errors import InvariantBroken, NumericsError
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.energy_report import energy_report
 from p2ptrain.runtime.job import Job
+from p2ptrain.runtime.plan_report import predicted_boundary_bytes
 from p2ptrain.runtime.reports import (
     EnergyReport,
     EvaluationReport,
+    PredictionReport,
     StepReport,
     TrafficReport,
     TrainResult,
@@ -23,6 +28,10 @@ from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
 from p2ptrain.training.messages import Evaluated, Usage
 from p2ptrain.training.step_record import StepRecord
+from p2ptrain.units import NS_PER_S
+
+BOUNDARY_KINDS: Final = ("activation", "cotangent")
+TIMED_STEPS_MAX: Final = 100
 
 
 class ProgressTracker:
@@ -47,12 +56,16 @@ class ProgressTracker:
         self._heldout: dict[int, float] = {}
         self._step_began_s: float | None = None
         self._training_s = 0.0
+        self._views = 0
+        self._view_steps_s: deque[float] = deque(maxlen=TIMED_STEPS_MAX)
         self.completed_items = 0
         self.evaluated_at: int | None = None
 
     def begin_view(self, plan: Plan) -> None:
         """Another view begins: nothing of it is complete yet."""
         self._plan = plan
+        self._views += 1
+        self._view_steps_s.clear()
         self.completed_items, self.evaluated_at = 0, None
 
     def receive(self, device: DeviceId, message: Evaluated | Usage) -> None:
@@ -86,6 +99,8 @@ class ProgressTracker:
         seconds = now - self._step_began_s if self._step_began_s is not None else 0.0
         self._step_began_s = now
         self._training_s += seconds
+        if live and seconds > 0:
+            self._view_steps_s.append(seconds)
         self.completed_items += live
         self._losses.append(record.loss)
         report = StepReport(
@@ -157,7 +172,31 @@ class ProgressTracker:
             state_digest=state_digest,
             model_path=None if model_path is None else str(model_path),
             stopped=stopped,
+            prediction=self.prediction(),
         )
+
+    def prediction(self) -> PredictionReport:
+        """What the view's plan predicted, and what was measured since the view began."""
+        plan, times = self._plan, self._view_steps_s
+        return PredictionReport(
+            predicted_step_s=plan.step_ns / NS_PER_S,
+            measured_step_s=statistics.median(times) if times else None,
+            predicted_boundary_bytes=predicted_boundary_bytes(
+                plan, self._contract, self._job.bundle.manifest
+            ),
+            measured_boundary_bytes=self._boundary_bytes(),
+            timed_steps=len(times),
+        )
+
+    def _boundary_bytes(self) -> float | None:
+        """A step's activations and cotangents at the sockets, where all steps had one plan."""
+        if self._views > 1 or len(self._usage) < len(self._plan.stages):
+            return None
+        whole = 0.0
+        for usage in self._usage.values():
+            own = sum(each.bytes for each in usage.sent if each.kind in BOUNDARY_KINDS)
+            whole += own / max(1, usage.step - self._first_step)
+        return whole
 
     def _traffic(self) -> tuple[TrafficReport, ...]:
         return tuple(

@@ -95,6 +95,22 @@ class PlanReport:
     predicted_step_s: float
     exactness: str
     reasons: tuple[str, ...]
+    predicted_boundary_bytes: int = 0
+    """Activations and cotangents that a step sends between peers, without framing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionReport:
+    """What the present view's plan predicted for a step, beside what its steps took."""
+
+    predicted_step_s: float
+    measured_step_s: float | None
+    """Median of this view's latest steps; None: not one was timed here."""
+    predicted_boundary_bytes: int
+    """Activations and cotangents between peers, without framing."""
+    measured_boundary_bytes: float | None
+    """A step's mean at the sockets, encrypted and framed; None: not known, or the view changed."""
+    timed_steps: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +229,8 @@ class TrainResult:
     model_path: str | None
     stopped: bool
     """Ended before its last step on request; resume to go on."""
+    prediction: PredictionReport | None = None
+    """Of the last view."""
     version: int = REPORT_VERSION
 
 
@@ -288,6 +306,8 @@ class RunStatusReport:
     data_holders: tuple[str, ...]
     """Names of the members that have the run's data."""
     last_recovery: RecoveryReport | None = None
+    prediction: PredictionReport | None = None
+    """Where this device feeds the run; None elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,7 @@ def run_status_report(member: RunMember) -> RunStatusReport:
         replica_bytes=held.stored_bytes,
         data_holders=() if plan is None else tuple(map(name_of, plan.holders)),
         last_recovery=member.recovery.last,
+        prediction=None if member.home is None else member.home.progress.prediction(),
     )
 
 

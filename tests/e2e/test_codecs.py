@@ -23,6 +23,13 @@ async def test_codecs_send_fewer_bytes_and_say_what_they_cost(tmp_path: Path, te
             (plan,) = watched.named("plan")
             promise = "exact for one placement" if codec != "fp32" else "exact: "
             assert plan["exactness"].startswith(promise)
+    for result in results.values():
+        prediction = result.prediction
+        assert prediction is not None
+        assert prediction.timed_steps > 0
+        assert prediction.measured_boundary_bytes == pytest.approx(
+            prediction.predicted_boundary_bytes, rel=0.02
+        )
     sent = {
         codec: sum(peer.bytes_sent for peer in result.energy.peers)
         for codec, result in results.items()

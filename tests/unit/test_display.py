@@ -16,6 +16,7 @@ from p2ptrain.runtime.reports import (
     EnergyReport,
     PeerStatus,
     PlanReport,
+    PredictionReport,
     RunStatusReport,
     StepReport,
     TrainResult,
@@ -142,3 +143,25 @@ def test_run_says_where_it_stands_and_what_it_waits_for() -> None:
     assert run_lines(paused)[0] == "run rrrrrrrr, view 3, lineage 1: step 41 of 100"
     assert "none yet" in "".join(run_lines(paused))
     assert run_lines(paused)[-1] == "  paused: no quorum (1 of 3)"
+
+
+PREDICTION = PredictionReport(
+    predicted_step_s=0.25, measured_step_s=0.3, predicted_boundary_bytes=3 << 20,
+    measured_boundary_bytes=1.01 * (3 << 20), timed_steps=12,
+)  # fmt: skip
+
+
+def test_predicted_stands_beside_measured() -> None:
+    table = result_table(replace(RESULT, prediction=PREDICTION))
+    rows = {
+        str(a): str(b) for a, b in zip(*(column.cells for column in table.columns), strict=True)
+    }
+    assert rows["a step, predicted and measured"] == "250.0 ms, 300.0 ms (+20 %)"
+    assert rows["  between stages"] == "3.0 MiB, 3.0 MiB (+1 %)"
+    lines = run_lines(replace(RUN, prediction=PREDICTION))
+    assert "  a step, predicted and measured: 250.0 ms, 300.0 ms (+20 %)" in lines
+
+
+def test_what_was_not_measured_is_not_compared() -> None:
+    unknown = replace(PREDICTION, measured_step_s=None, measured_boundary_bytes=None)
+    assert run_lines(replace(RUN, prediction=unknown)) == run_lines(RUN)
