@@ -19,6 +19,8 @@ from tools.wifi_emulator.wifi import ROOT, Wifi, wifi
 
 PORT = 9
 DATAGRAMS = 20
+SILENCE_S = 0.5
+"""How long nothing must come for the way to be cut."""
 
 
 @pytest.fixture
@@ -27,10 +29,10 @@ def clear_air(permitted: None) -> Wifi:
         yield running
 
 
-def arrived(running: Wifi, sender: str, receiver: str) -> int:
-    """How many of some datagrams arrive; they are sent until the address was resolved once."""
+def arrived(running: Wifi, sender: str, receiver: str, *, within_s: float = 20.0) -> int:
+    """How many of some datagrams arrive; returns at once when all have."""
     with udp_socket(running, receiver, PORT) as hearing, udp_socket(running, sender) as saying:
-        hearing.settimeout(0.5)
+        hearing.settimeout(within_s)
         for number in range(DATAGRAMS):
             saying.sendto(bytes([number]), (running.addresses[receiver], PORT))
         heard = set()
@@ -45,7 +47,7 @@ def arrived(running: Wifi, sender: str, receiver: str) -> int:
 def test_cut_and_healing_act_at_once(clear_air: Wifi) -> None:
     assert arrived(clear_air, "a", "b") == DATAGRAMS
     assert clear_air.tell("cut a>b")["cut"] == ["a>b"]
-    assert arrived(clear_air, "a", "b") == 0
+    assert arrived(clear_air, "a", "b", within_s=SILENCE_S) == 0
     assert arrived(clear_air, "b", "a") == DATAGRAMS
     assert clear_air.tell("heal")["cut"] == []
     assert arrived(clear_air, "a", "b") == DATAGRAMS
@@ -57,7 +59,7 @@ def test_cut_and_healing_act_at_once(clear_air: Wifi) -> None:
 def test_parameters_change_while_it_runs(clear_air: Wifi) -> None:
     assert arrived(clear_air, "a", "b") == DATAGRAMS
     assert clear_air.tell("set loss=100")["air"]["loss_percent"] == 100
-    assert arrived(clear_air, "a", "b") == 0
+    assert arrived(clear_air, "a", "b", within_s=SILENCE_S) == 0
     with pytest.raises(ValueError, match="there is no station 'z'"):
         clear_air.tell("cut a z")
     clear_air.tell("set loss=0")
@@ -65,14 +67,14 @@ def test_parameters_change_while_it_runs(clear_air: Wifi) -> None:
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
-    before = set(os.listdir(NAMED)) if NAMED.is_dir() else set()
     for number in (signal.SIGTERM, signal.SIGINT, None):
         with wifi(["a", "b"]) as running:
-            assert {running.namespace("a"), running.namespace("b")} <= set(os.listdir(NAMED))
+            ours = {running.namespace("a"), running.namespace("b")}
+            assert ours <= set(os.listdir(NAMED))
             if number is not None:
                 os.kill(running._process.pid, number)
                 assert running.wait_event("down")["queue_drops"] == {"a": 0, "b": 0}
-        assert set(os.listdir(NAMED)) == before
+        assert not ours & set(os.listdir(NAMED))  # others may have theirs
 
 
 def test_what_a_killed_emulator_leaves_is_swept() -> None:

@@ -24,7 +24,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -106,11 +108,11 @@ def run(options: argparse.Namespace) -> int:
     hub = Hub(stations, _air(options), seed=options.seed)
     require_permitted()
     say = _say_json if options.json else _say_words
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    _on_signals(partial(_interrupt, lambda: None))
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         taps = stack.enter_context(stations_up(stations))
         point = AccessPoint(hub, taps, script=script, say=say)
+        _on_signals(partial(_interrupt, point.stop))
         if options.control is not None:
             stack.enter_context(point.control_socket(options.control))
         point.follow_stdin(until_its_end=options.control is None and options.duration is None)
@@ -170,7 +172,14 @@ def _say_words(event: Event) -> None:
     print(f"{event['event']}: {words}", flush=True)
 
 
-def _interrupt(_number: int, _frame: object) -> None:
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def _interrupt(stop: Callable[[], None], _number: int, _frame: FrameType | None) -> None:
+    """End now; and soon where whatever runs at this instant swallows exceptions."""
+    stop()
     raise KeyboardInterrupt
 
 

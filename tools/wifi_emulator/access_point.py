@@ -73,6 +73,10 @@ class AccessPoint:
                 self._listener = None
                 path.unlink(missing_ok=True)
 
+    def stop(self) -> None:
+        """Let `run` return soon; may be called by a signal's handler."""
+        self._stopped = True
+
     def run(self, duration_s: float | None = None) -> None:
         """Serve; returns after `stop`, the end of stdin, or the duration."""
         ends_at_s = None if duration_s is None else self._began_s + duration_s
