@@ -304,6 +304,12 @@ class MemoryGroup:
                 self._scopes[pair].discard(scope)
             self.check_link(here, there)
 
+    @contextlib.asynccontextmanager
+    async def held_link(self, here: DeviceId, there: DeviceId) -> AsyncIterator[None]:
+        """Nothing but control messages goes from one to the other meanwhile: a run stands still."""
+        async with self._locks[here, there]:
+            yield
+
     def break_link(self, here: DeviceId, there: DeviceId) -> None:
         """Both sides see the other go."""
         pair = frozenset((here, there))
