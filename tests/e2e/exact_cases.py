@@ -70,11 +70,6 @@ class Outcome:
         return sum(event.get("bytes", 0) for events in self.events for event in events)
 
     @property
-    def moved(self) -> list[int]:
-        """Segments whose state was sent from one device to another in a recovery."""
-        return [e["state"] for events in self.events for e in events if "state" in e]
-
-    @property
     def replayed(self) -> list[tuple[int, int, int]]:
         """(first segment, end segment, step) of every replayed step."""
         return [
@@ -209,15 +204,43 @@ def _check(outcome: Outcome, homes: list[Path], undisturbed: TrainResult) -> Non
     elif len(outcome.case.faults) == 1:
         assert len({span[:2] for span in outcome.replayed}) == 1, "more than one stage was replayed"
         assert min(step for *_, step in outcome.replayed) > REPLICATE_EVERY
-    if len(outcome.case.faults) == 1 and outcome.case.how in ("kill", "leave"):
-        # Whoever was only stopped or cut off returns, and may be given segments again.
-        assert set(outcome.moved) <= set(_struck_span(outcome)), "more than one stage moved"
+    if len(outcome.case.faults) == 1:
+        _check_moves(outcome)
 
 
-def _struck_span(outcome: Outcome) -> range:
-    """The segments that the device ran which was hit."""
-    (events,) = [each for each in outcome.events if any("fault" in event for event in each)]
-    return range(*next(event["span"] for event in events if event.get("replay") is False))
+def _check_moves(outcome: Outcome) -> None:
+    """Only the struck stage's segments moved; where somebody was stopped or cut off, returned and
+    was taken in, only those that the new cut gives to whoever did not have them."""
+    notes = [event for events in outcome.events for event in events if "view" in event]
+    members = {note["view"]: set(note["members"]) for note in notes}
+    (struck,) = [each for each in outcome.events if any("fault" in event for event in each)]
+    lost = set(range(*next(event["span"] for event in struck if event.get("replay") is False)))
+    for events in outcome.events:
+        held: set[int] = set()
+        before, moved = set[str](), list[int]()
+        entered: Event = {"view": 0}
+        for event in events:
+            if "view" in event:
+                entered, moved = event, []
+                before = members.get(event["view"] - 1, set())
+                held = held if event["device"] in before else set()  # what it has is an old state
+            elif event.get("replay") is False:
+                held = set(range(*event["span"]))
+            elif "state" in event:
+                moved.append(event["state"])
+                assert len(moved) == len(set(moved)), "a state moved twice for one view"
+                joined = members[entered["view"]] - before
+                assert event["state"] in (_due(entered) - held if joined else lost), (
+                    f"segment {event['state']} moved needlessly in view {entered['view']}"
+                )
+
+
+def _due(entered: Event) -> set[int]:
+    """The segments that a device must have in a view, to run or to replay them."""
+    own = entered["device"]
+    spans = [span for device, span in entered["spans"].items() if device == own]
+    spans += [span for device, *span in entered["replays"] if device == own]
+    return {segment for span in spans for segment in range(*span)}
 
 
 def _losses(folder: Path) -> list[float]:

@@ -67,7 +67,16 @@ class Saboteur:
     def enter(self, work: ViewWork) -> None:
         """A view begins: roles are those of the first view that this process takes part in."""
         plan, own = work.plan, work._services.device
-        self.note(view=plan.view, resume=work.view.resume_step, first=work.view.restoration is None)
+        self.note(
+            view=plan.view,
+            device=own,
+            members=plan.members,
+            spans={s.device: [s.segments.start, s.segments.stop] for s in plan.stages},
+            replays=[] if work.view.restoration is None else [
+                [replay.replayer, replay.span.segments.start, replay.span.segments.stop]
+                for replay in work.view.restoration.replays
+            ],
+        )  # fmt: skip
         if plan.view != 1:
             return
         index, last = plan.stage_of(own), len(plan.stages) - 1
@@ -79,14 +88,14 @@ class Saboteur:
     def reach(self, phase: str, step: int) -> None:
         """A phase of a step begins here, in a worker thread: hold it until it may be hit."""
         for fault in self._due(phase, step):
-            while not self._is_protected(fault):
+            while not (self._is_protected(fault) or self._is_done(fault)):
                 self._hold.wait(HOLD_S)
             self._fulfil(fault, step)
 
     def pace(self, step: int) -> None:
         """Let no replica set be overtaken by the next before the one that shall be hit."""
         for fault in self._due("replicate", step):
-            while not self._is_protected(fault):
+            while not (self._is_protected(fault) or self._is_done(fault)):
                 self._hold.wait(HOLD_S)
 
     async def reach_async(self, phase: str, step: int) -> None:
@@ -95,7 +104,7 @@ class Saboteur:
         for fault in self._due(phase, step):
             if phase == "replicate" and not self._is_protected(fault):
                 continue
-            while not self._is_protected(fault):  # noqa: ASYNC110 the run's own state
+            while not (self._is_protected(fault) or self._is_done(fault)):  # noqa: ASYNC110 the run's
                 await trio.sleep(HOLD_S)
             self._fulfil(fault, step)
 
@@ -124,11 +133,17 @@ class Saboteur:
         whole = member.state.whole_step or 0
         return whole >= WHOLE_STEP_MIN and member.safety().startswith("protected")
 
+    def _is_done(self, fault: Fault) -> bool:
+        """Whether another process has fulfilled this wish: two may have the same role."""
+        return self._path(fault).exists()
+
+    def _path(self, fault: Fault) -> Path:
+        return self._events.parent / f"struck-{fault.role}-{fault.phase}-{fault.step}"
+
     def _claim(self, fault: Fault) -> bool:
-        """Whether no other process has fulfilled this wish."""
-        path = self._events.parent / f"struck-{fault.role}-{fault.phase}-{fault.step}"
+        """Whether no other process has fulfilled this wish, and this one does now."""
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            os.close(os.open(self._path(fault), os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
         return True
