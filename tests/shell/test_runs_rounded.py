@@ -131,6 +131,33 @@ async def test_lost_stage_is_replayed_to_the_same_bits(tmp_path: Path, codec: st
 
 
 @pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("at", [2, 7])
+@pytest.mark.usefixtures("same_cuts")
+async def test_neighbouring_stages_lost_at_once_are_replayed_to_the_same_bits(
+    tmp_path: Path, codec: str, at: int
+) -> None:
+    """As one range, which rounds where the link between them was; then each goes to a reserve."""
+    undisturbed = await train(tmp_path, codec=codec)
+    results: list[TrainResult] = []
+    async with memory_group(tmp_path, 5) as group:
+
+        async def conduct() -> None:
+            results.append(await group[0].train(request(tmp_path, codec=codec)))
+
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(conduct)
+                await wait_step(group, at)
+                plan = next(r for _, r in group.events if isinstance(r, PlanReport))
+                lost = [s.device for s in plan.stages if s.device != group[0].device]
+                assert lost == [s.device for s in plan.stages][1:]
+                for device in lost:
+                    group.kill(group.members[device])
+    assert results[0].stages == 3
+    assert_same(results[0], undisturbed)
+
+
+@pytest.mark.parametrize("codec", CODECS)
 async def test_value_that_is_not_finite_stops_every_member(tmp_path: Path, codec: str) -> None:
     """bf16 carries it to the loss; int8 cannot, and its sender stops the run."""
     wild = OptimizerChoice(warmup_steps=0, clip_norm=0.0, peak_learning_rate=1e38)
