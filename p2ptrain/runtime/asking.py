@@ -15,6 +15,10 @@ from p2ptrain.training.messages import Given, Stamp, Wanted
 _Key = tuple[DeviceId, str, int, int]
 
 
+class NotThere(PeerLost):
+    """A member does not have what the view says it has, and will not."""
+
+
 class Asker:
     """The asking side of one view; `receive` takes the answers."""
 
@@ -36,6 +40,7 @@ class Asker:
         """Get one thing whole. Cancelled: nothing is kept.
 
         Raises:
+            NotThere: it does not have it, which may not matter.
             PeerLost: it went away, or did not have it ready in time; the view must change.
             RemoteProtocolError: what came is not what it announced.
         """
@@ -46,7 +51,7 @@ class Asker:
             self._outlet.send(device, wanted)
             given = await self._wait(key)
             if given.missing:
-                raise PeerLost(
+                raise NotThere(
                     f"{device[:8]} does not have the {what} of segment {segment} at step {step}"
                 )
             content = await self._blobs.fetch(device, given.blob, size=given.blob_bytes)

@@ -19,6 +19,7 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import StagePlan
 from p2ptrain.recovery.restoration import Replay, SpanAt
 from p2ptrain.runtime.asking import Asker
+from p2ptrain.runtime.inheriting import inherit_logs
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replay import Replayer
 from p2ptrain.runtime.run_state import WEIGHTS_FOLDER, RunState
@@ -93,7 +94,11 @@ class Restorer:
                     self._replayed.append(await self._replay(replay))
                     self._changed()
         stage = self._own_stage()
-        return None if stage is None else await self._assemble(stage)
+        if stage is None:
+            return None
+        worker = await self._assemble(stage)
+        await inherit_logs(self._view, self._state, self.asker)
+        return worker
 
     def adopt(self, worker: StageWorker | None) -> None:
         """Everybody is ready: from now on this is our stage, the old one may go."""

@@ -36,7 +36,13 @@ from p2ptrain.training.minibatch import FedKind, read_minibatch
 from p2ptrain.training.program import Item
 from p2ptrain.training.replay_inputs import StepPlace
 from p2ptrain.training.segment_state import StateHeader, read_segment_state
-from p2ptrain.training.step_tensors import PackedTensor, encoded, expected_tensors, pack
+from p2ptrain.training.step_tensors import (
+    PackedTensor,
+    encoded,
+    expected_tensors,
+    pack,
+    unpack,
+)
 
 JOURNAL_FILE = "agreement.jsonl"
 WEIGHTS_FOLDER = "weights"
@@ -202,6 +208,23 @@ class RunState:
             PackedTensor(microbatch=each.microbatch, index=each.index, body=body)
             for each, body in zip(expected, bodies, strict=True)
         ])  # fmt: skip
+
+    def inherit_log(self, place: StepPlace, step: int, content: bytes) -> None:
+        """Keep what another member had sent in a step and gives away, packed. Blocking.
+
+        Raises:
+            RemoteProtocolError: it is not what is sent at that place; nothing was kept.
+        """
+        if place.kind == "input" or place.kind == "labels":
+            raise InvariantBroken("data is not logged")
+        expected = expected_tensors(self.manifest, self.contract, place.kind, place.segment)
+        for tensor in unpack(content, expected):
+            key = LogKey(
+                kind=place.kind, step=step, microbatch=tensor.microbatch, segment=place.segment,
+                index=tensor.index,
+            )  # fmt: skip
+            self.log.put(key, tensor.body)
+        self.log.finish(step)
 
     def _read_feed(self, kind: FedKind, step: int) -> bytes | None:
         """What a data holder feeds in a step, packed; None without the data."""

@@ -14,6 +14,7 @@ import trio
 from p2ptrain.agreement.run_events import ProposalWanted
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.profile import KindCost
 from p2ptrain.recovery.restoration import Replay
 from p2ptrain.runtime.reports import TrainResult
 from p2ptrain.runtime.restoring import Restorer
@@ -217,6 +218,39 @@ async def test_leaver_lost_while_it_hands_over_is_not_waited_for(
                 nursery.start_soon(leaver[0].runs.leave)
     assert run.result is not None
     assert_same(run.result, alone)
+
+
+async def test_neighbour_lost_after_a_leave_is_replayed_from_the_logs_of_who_took_over(
+    tmp_path: Path, alone: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the next replica set, when the leaver's logs would have gone with it."""
+    cost = KindCost(forward_ns=1_000_000, backward_ns=2_000_000)
+    costs = dict.fromkeys(BUNDLE.manifest.kinds, cost)
+    monkeypatch.setattr("p2ptrain.runtime.offers.profile_kinds", lambda *_, **__: costs)
+    async with told_group(tmp_path, 5) as group:
+        run = Disturbed(group)
+        for member in group.members.values():  # no set is whole after that of step 6
+            member.drops = lambda m: isinstance(m, ReplicaStored) and m.step > 6
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, request(tmp_path, stages=3))
+                await until(lambda: has_copies(group))
+                await run.wait_step(8)
+                leaver, victim = (group.members[d] for d in run.stage_devices()[1:])
+                leaver.leaves = True
+                await leaver.runs.leave()
+                await until(lambda: is_working(group[0], view=2))
+                group.kill(victim)
+                for member in group.members.values():
+                    member.drops = lambda message: False
+    assert run.result is not None
+    assert_same(run.result, alone)
+
+
+def is_working(member: Member, *, view: int) -> bool:
+    part = member.runs.member
+    work = None if part is None else part.work
+    return work is not None and work.plan.view == view and work.started
 
 
 def spoil(member: Member, step: int) -> int:
