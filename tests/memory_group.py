@@ -96,6 +96,7 @@ class Member:
     senders: list[DeviceId] = field(default_factory=list)
     """Of each received message."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    clock_ns: Callable[[], int] = time.perf_counter_ns
     link_figures: tuple[LinkFigure, ...] = ()
     lives: bool = True
     leaves: bool = False
@@ -119,6 +120,7 @@ class Member:
                 runs_path=self.runs_path,
                 open_engine=lambda threads: self.open_engine(threads),
                 open_meter=self._open_meter,
+                clock_ns=lambda: self.clock_ns(),
                 link_figures=lambda: self.link_figures,
                 memory_bytes=lambda: self.memory_bytes(),
                 host=self.name,

@@ -122,6 +122,7 @@ class OfferDesk:
                 batch=offer.microbatch_size,
                 repeats=PROFILE_REPEATS,
                 in_parts=offer.in_parts,
+                clock_ns=self._services.clock_ns,
             )
         )
         self._keep(offer, _Prepared(bundle, engine, offer, home, time.monotonic()))

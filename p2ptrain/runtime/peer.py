@@ -118,6 +118,7 @@ class Peer:
                 runs_path=home.runs,
                 open_engine=lambda threads: open_engine(threads=threads),
                 open_meter=self._open_run_meter,
+                clock_ns=time.perf_counter_ns,
                 link_figures=self._link_figures,
                 memory_bytes=self._memory_bytes,
                 host=self._host,

@@ -23,7 +23,14 @@ _STEP: Final = 1
 
 
 def profile_kinds(
-    engine: Engine, bundle: Bundle, form: str, batch: int, repeats: int, in_parts: bool = False
+    engine: Engine,
+    bundle: Bundle,
+    form: str,
+    batch: int,
+    repeats: int,
+    in_parts: bool = False,
+    *,
+    clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, KindCost]:
     """The shortest forward and backward time over `repeats`, by kind name.
 
@@ -37,6 +44,7 @@ def profile_kinds(
         batch: Samples of a microbatch.
         repeats: At least 1; the first run of each graph is not counted.
         in_parts: Time backwards in their two parts as well.
+        clock_ns: By which it is timed.
     """
     contract = _contract(engine, bundle, form, batch)
     costs: dict[str, KindCost] = {}
@@ -50,25 +58,32 @@ def profile_kinds(
                 in_flight=1,
                 delayed=1 if in_parts else 0,
             )
-            costs[segment.kind] = _time_stage(worker, bundle, batch, repeats)
+            costs[segment.kind] = _time_stage(worker, bundle, batch, repeats, clock_ns)
     return costs
 
 
-def _time_stage(worker: StageWorker, bundle: Bundle, batch: int, repeats: int) -> KindCost:
+def _time_stage(
+    worker: StageWorker, bundle: Bundle, batch: int, repeats: int, clock_ns: Callable[[], int]
+) -> KindCost:
+    def time_ns(run: Callable[[], object]) -> int:
+        start_ns = clock_ns()
+        run()
+        return clock_ns() - start_ns
+
     worker.draw_parameters()
     feed = made_up_feed(bundle.manifest, batch)
     forward_ns, backward_ns, cotangents_ns, gradients_ns = [], [], [], []
     sequence = 0
     for _ in range(repeats + 1):
-        forward_ns.append(_time_ns(_forward(worker, feed, sequence)))
-        backward_ns.append(_time_ns(partial(worker.backward, microbatch=0, sequence=sequence)))
+        forward_ns.append(time_ns(_forward(worker, feed, sequence)))
+        backward_ns.append(time_ns(partial(worker.backward, microbatch=0, sequence=sequence)))
         sequence += 1
         if worker.holds.delayed:
             _forward(worker, feed, sequence)()
             run = partial(worker.backward_cotangents, microbatch=0, sequence=sequence)
-            cotangents_ns.append(_time_ns(run))
+            cotangents_ns.append(time_ns(run))
             run = partial(worker.backward_gradients, microbatch=0, sequence=sequence)
-            gradients_ns.append(_time_ns(run))
+            gradients_ns.append(time_ns(run))
             sequence += 1
     return KindCost(
         forward_ns=min(forward_ns[1:]),
@@ -94,12 +109,6 @@ def _forward(worker: StageWorker, feed: Feed, sequence: int) -> Callable[[], obj
         labels=feed.labels,
         loss_weight=1.0,
     )
-
-
-def _time_ns(run: Callable[[], object]) -> int:
-    start = time.perf_counter_ns()
-    run()
-    return time.perf_counter_ns() - start
 
 
 def made_up_feed(manifest: Manifest, batch: int) -> Feed:

@@ -6,8 +6,8 @@ agreement sees to it that one proposal counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from p2ptrain.agreement.run_events import ProposalWanted
 from p2ptrain.agreement.view import View
@@ -15,8 +15,11 @@ from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.ids import DeviceId, Lineage, short
 from p2ptrain.planner.choose import choose_plan
+from p2ptrain.planner.costs import CostModel
 from p2ptrain.planner.input import PlanningInput
 from p2ptrain.planner.links import link_estimates
+from p2ptrain.planner.moves import moving_ns, pays
+from p2ptrain.planner.pace import AS_PLANNED, at_pace
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.recovery.inventory import Inventory
@@ -25,6 +28,7 @@ from p2ptrain.recovery.planning import Losses, Unrecoverable, last_whole_set, re
 from p2ptrain.recovery.successor import Succession, successor_plans
 from p2ptrain.runtime.placement import planning_profile, predicted_memory
 from p2ptrain.training.ties import tie_groups
+from p2ptrain.units import NS_PER_S
 
 GAIN_PERCENT = 10
 """By how much a step must get shorter before segments move for it."""
@@ -42,6 +46,10 @@ class NextView:
     """Measured and ready to be taken in."""
     reason: str
     """Why a new view is wanted, one phrase."""
+    paces: Mapping[DeviceId, int] = field(default_factory=dict)
+    """Per mille of the planned time that stages have taken; segments may move because of it."""
+    change_s: float = 0.0
+    """What the change of view itself takes, where it is still to be decided on."""
 
 
 def forced_view(given: NextView) -> View | str:
@@ -100,9 +108,10 @@ class _Planner:
         staying = [d for d in self._linked_together() if d not in given.leaving]
         fresh = {p.device: p for p in given.newcomers if p.device not in self._promises}
         known = {profile.device: profile for profile in self._base.profiles}
+        known = {d: at_pace(p, given.paces.get(d, AS_PLANNED)) for d, p in known.items()}
         self._profiles = {d: p for d, p in {**known, **fresh}.items() if d in {*staying, *fresh}}
         self._usable = tuple(sorted({*staying, *fresh}))
-        self._has_newcomers = bool(fresh)
+        self._may_move = bool(fresh or given.paces)
 
     def _linked_together(self) -> list[DeviceId]:
         """Those that promised and can all exchange tensors with each other, the home peer first.
@@ -135,7 +144,7 @@ class _Planner:
             reason=self._given.reason,
         )
         nearest = successor_plans(succession, placing(self._planning(self._base.plan.home)))
-        if self._has_newcomers or not nearest:
+        if self._may_move or not nearest:
             searched = self._searched(nearest)
             if searched is not None:
                 yield searched
@@ -180,9 +189,28 @@ class _Planner:
             choice = choose_plan(self._planning(home)).plan
         except PlanInfeasible:
             return None
-        if like is not None and choice.step_ns * 100 > like.step_ns * (100 - GAIN_PERCENT):
+        if like is not None and not self._is_worth_it(like, choice):
             return None
         return replace(choice, reasons=(self._given.reason, *choice.reasons))
+
+    def _is_worth_it(self, like: Plan, choice: Plan) -> bool:
+        """Whether a step gets enough shorter, and all that are left save more than moving costs."""
+        if choice.step_ns * 100 > like.step_ns * (100 - GAIN_PERCENT):
+            return False
+        contract, model = self._base.contract, CostModel(self._planning(choice.home))
+        moves_ns = moving_ns(
+            like.stages,
+            choice.stages,
+            manifest=self._given.manifest,
+            optimizer=contract.optimizer.name,
+            link=lambda a, b: model.link(self._profiles[a], self._profiles[b]),
+        )
+        return pays(
+            before_ns=like.step_ns,
+            after_ns=choice.step_ns,
+            steps_left=contract.steps - self._wanted.resume_step,
+            moves_ns=moves_ns + round(self._given.change_s * NS_PER_S),
+        )
 
     def _planning(self, home: DeviceId) -> PlanningInput:
         contract, plan, manifest = self._base.contract, self._base.plan, self._given.manifest

@@ -94,7 +94,7 @@ class RunMember:
         self.driver = open_driver(self)
         self._holdings = Holdings(state=state, records=lambda: self.machine.records)
         self.recovery = RecoveryClock()
-        state.on_stored = self._replica_stored
+        state.on_stored, state.pacing.want = self._replica_stored, self.want
         self.data = DataKeeping(
             state=state, job=None if home is None else home.job, on_copied=self._data_copied
         )
@@ -428,6 +428,7 @@ class RunMember:
             leaving=self._services.directory.leaving(),
             newcomers=() if self._admission is None else self._admission.profiles,
             reason=", ".join(self.machine.wanted) or "the view before lost its proposer",
+            paces=self.state.pacing.paces(),
         )
         answer = await trio.to_thread.run_sync(next_view, given)
         now = self.driver.now()

@@ -22,6 +22,7 @@ from p2ptrain.recovery.replica_sets import ReplicaSets
 from p2ptrain.recovery.step_log import LogKey, StepLog
 from p2ptrain.runtime.checkpoint_listing import parse_listing
 from p2ptrain.runtime.home_duty import HomeSession, note_end
+from p2ptrain.runtime.pacing import Pacing
 from p2ptrain.runtime.replication import ReplicaKeeper
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
@@ -88,6 +89,7 @@ class RunState:
         self.state_names = self.manifest.updates[contract.optimizer.name].state
         self.replicas = ReplicaStore(self.path, self.manifest, self.state_names, contract=contract)
         self.sets = ReplicaSets()
+        self.pacing = Pacing(services, self.manifest)
         self._lineages: list[tuple[Lineage, int]] = []
         """Lineages whose replicas are of this run's past, oldest first, up to which step each."""
         self.view: View | None = None
@@ -249,6 +251,7 @@ class RunState:
         self._note_lineage(view)
         self.view = view
         self.sets.begin(view)
+        self.pacing.begin(view.plan)
         self.data_copies &= {self.services.device}  # the others say it again
 
     def kept(self) -> tuple[Replica, ...]:

@@ -64,6 +64,8 @@ class Services:
     """threads -> an engine."""
     open_meter: Callable[[Plan, int], RunMeter]
     """(plan, samples per step) -> the meter that books on this session of its run."""
+    clock_ns: Callable[[], int]
+    """Nanoseconds by which compute is timed."""
     link_figures: Callable[[], tuple[LinkFigure, ...]]
     """What was measured of this peer's links."""
     memory_bytes: Callable[[], int]

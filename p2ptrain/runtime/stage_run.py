@@ -79,6 +79,8 @@ class StageHooks:
     """Wait until a step may be applied. NumericsError: nobody applies it, the run ends."""
     log: Callable[[LogPlace, tuple[Array, ...]], None]
     """Keep a copy of what is sent at one place in a training step."""
+    clock_ns: Callable[[], int]
+    """By which compute is timed."""
 
 
 def apply_update(worker: StageWorker, contract: Contract, record: StepRecord) -> None:
@@ -119,6 +121,8 @@ class StageRun:
         self._first, self._last = index == 0, index == len(plan.stages) - 1
         self._limiter = trio.CapacityLimiter(1)
         self._sequence = 0
+        self._compute_ns = 0
+        """Of the present item."""
         self._next = Neighbour(None if self._last else plan.stages[index + 1].device)
         self._previous = Neighbour(None if self._first else plan.stages[index - 1].device)
         self._tied_sends = tied_sends(manifest, plan, index)
@@ -148,7 +152,7 @@ class StageRun:
             await self._hooks.save(item)
             self._program.complete(item)
             return
-        base = self._sequence
+        base, self._compute_ns = self._sequence, 0
         self.inbox.open(item, lambda kind, mb: self._targets(kind, base + mb))
         with self._meter.phase("wait"):
             await self._signal.wait_until(
@@ -208,7 +212,7 @@ class StageRun:
             )
             return loss, encode_all(self._contract.codec, self._worker.exit(sequence))
 
-        loss, arrays = await self._compute(run)
+        loss, arrays = await self._act(run)
         if not self._last:
             segment = self._stage.segments[-1]
             if item.kind == "train":
@@ -239,7 +243,7 @@ class StageRun:
             return self._worker.encoded_cotangent(segment, microbatch=microbatch, sequence=sequence)
 
         if kind == "cotangent":
-            arrays = await self._compute(run)
+            arrays = await self._act(run)
         if not self._first:
             if kind == "cotangent":
                 self._log("cotangent", item.step, microbatch, segment, arrays)
@@ -247,7 +251,7 @@ class StageRun:
 
     async def _gradients(self, action: Action, sequence: int) -> None:
         """The delayed part of a backward."""
-        await self._compute(
+        await self._act(
             lambda: self._worker.backward_gradients(microbatch=action.microbatch, sequence=sequence)
         )
 
@@ -262,6 +266,7 @@ class StageRun:
             square_sums=sums.astype("<f8").tobytes(),
             loss=loss if self._last else None,
             skip=not bool(np.isfinite(sums).all() and math.isfinite(loss)),
+            compute_ns=self._compute_ns,
         )
         self._hooks.done(done)
         with self._meter.phase("wait"):
@@ -308,6 +313,18 @@ class StageRun:
         header = dataclasses.replace(header, index=send.key.tensor_index)
         with self._meter.phase("communicate"):
             await send_whole(self._outlet, device, header, self._worker.gradient(send.tensor))
+
+    async def _act(self, work: Callable[[], _T]) -> _T:
+        """Compute what the plan has priced, and count its time."""
+
+        def timed() -> tuple[_T, int]:
+            began_ns = self._hooks.clock_ns()
+            done = work()
+            return done, self._hooks.clock_ns() - began_ns
+
+        done, took_ns = await self._compute(timed)
+        self._compute_ns += took_ns
+        return done
 
     async def _compute(self, work: Callable[[], _T]) -> _T:
         with self._meter.phase("compute"):

@@ -260,6 +260,7 @@ class ViewWork:
             if self._stage_run is not None and self._snapshots is not None:
                 nursery.start_soon(self._snapshots.run)
                 nursery.start_soon(self._stage_run.run)
+                nursery.start_soon(self._state.pacing.run, self.view)
             await self._signal.wait_until(lambda: self._finished)
             nursery.cancel_scope.cancel()
 
@@ -290,6 +291,7 @@ class ViewWork:
                 done=self._tell_done,
                 committed=self._wait_committed,
                 log=self._state.log_sent,
+                clock_ns=self._services.clock_ns,
             ),
         )
 
@@ -312,6 +314,7 @@ class ViewWork:
     def _take_done(self, device: DeviceId, done: Done) -> None:
         """Note one stage's result; with the last one the step can be recorded."""
         self._barrier.add(device, done)
+        self._state.pacing.note(device, done.step, done.compute_ns)
         while self._numerics is None and not self._barrier.missing(self._next_step):
             try:
                 totals = self._barrier.take(self._next_step)

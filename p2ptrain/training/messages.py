@@ -13,6 +13,7 @@ from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.recovery.inventory import Inventory
 from p2ptrain.training.step_record import StepRecord
+from p2ptrain.units import NS_PER_S
 from p2ptrain.wire.codec import message
 from p2ptrain.wire.flows import FLOW_KINDS, NO_RUN, Carried
 
@@ -122,6 +123,12 @@ class Done:
     """Mean loss of the minibatch, from the last stage only."""
     skip: bool
     """This peer saw a value that is not finite: nobody may apply the step."""
+    compute_ns: int = 0
+    """What the step's forwards and backwards took here; 0: not told."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.compute_ns <= NS_PER_S * 10**9:
+            raise ValueError("a step takes no such time")
 
 
 @message("evaluated")
