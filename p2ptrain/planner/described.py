@@ -16,7 +16,7 @@ from p2ptrain.planner.profile import KindCost, PeerProfile
 from p2ptrain.planner.question import Device, Objective, Power, Question
 from p2ptrain.schedule.actions import delays_gradients
 from p2ptrain.training.contract import Contract, OptimizerChoice, RuntimeBuild
-from p2ptrain.training.memory import stage_memory
+from p2ptrain.training.memory import MemoryModel
 from p2ptrain.units import NS_PER_S, UJ_PER_J
 
 DESCRIBED: Final = RuntimeBuild(runtime="described", version="", numpy="", machine="", isa="")
@@ -53,9 +53,10 @@ def described_question(
         ConfigError: the model has no such optimizer.
     """
     contract = _contract(manifest, work)
+    model = MemoryModel(manifest, contract)
 
     def memory(segments: range, in_flight: int, delayed: int = 0) -> int:
-        return stage_memory(manifest, segments, contract, in_flight, delayed=delayed).total
+        return model.stage(segments, in_flight, delayed=delayed).total
 
     return Question(
         manifest=manifest,

@@ -18,7 +18,7 @@ from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.schedule.actions import delays_gradients
 from p2ptrain.training.contract import Contract, RuntimeBuild
-from p2ptrain.training.memory import stage_memory
+from p2ptrain.training.memory import MemoryModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +79,10 @@ def place(
 
 def predicted_memory(manifest: Manifest, contract: Contract) -> StageMemory:
     """The memory of a stage as the planner asks for it."""
+    model = MemoryModel(manifest, contract)
 
     def predict(segments: range, in_flight: int, delayed: int = 0) -> int:
-        return stage_memory(manifest, segments, contract, in_flight, delayed=delayed).total
+        return model.stage(segments, in_flight, delayed=delayed).total
 
     return predict
 

@@ -7,7 +7,6 @@ estimate, checked against measured peaks by `tools/memory_table.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +14,7 @@ from p2ptrain.bundle.manifest import BackwardParts, Manifest, SegmentKind, Value
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.training.boundaries import cotangent_values
 from p2ptrain.training.contract import Contract
-from p2ptrain.training.layout import FlatLayout, flat_layout
+from p2ptrain.training.layout import flat_layout
 
 ELEMENT_BYTES: Final = 4
 PROCESS_BYTES: Final = 96 * 1024 * 1024
@@ -67,7 +66,7 @@ def stage_memory(
     process_bytes: int = PROCESS_BYTES,
     delayed: int = 0,
 ) -> StageMemory:
-    """Predicted peak memory of a peer that runs these segments.
+    """Predicted peak memory of a peer that runs these segments; `MemoryModel` for many of them.
 
     Args:
         manifest: Of the model.
@@ -80,24 +79,111 @@ def stage_memory(
     Raises:
         PlanInfeasible: the bundle has no such optimizer; choose another.
     """
-    rule = manifest.updates.get(contract.optimizer.name)
-    if rule is None:
-        raise PlanInfeasible(f"the bundle has no update rule {contract.optimizer.name!r}")
-    layouts = [flat_layout(manifest, index) for index in segments]
-    kinds = {manifest.segments[i].kind: manifest.kinds[manifest.segments[i].kind] for i in segments}
-    batch = contract.microbatch_size
-    return StageMemory(
-        process=process_bytes,
-        sessions=SESSION_BYTES
-        * (1 + sum(_graphs(kind, contract, delayed) for kind in kinds.values())),
-        parameters=_parameter_bytes(layouts, len(rule.state), in_flight),
-        frozen=sum(_frozen_bytes(manifest, index) for index in segments),
-        stash=_stash_bytes(manifest, segments, contract, in_flight)
-        + sum(_delayed_bytes(manifest, index, contract, delayed) for index in segments),
-        boundaries=_boundary_bytes(manifest, segments, batch, in_flight, delayed)
-        + _residual_bytes(manifest, segments, contract),
-        workspace=_workspace_bytes(manifest, kinds.values(), layouts, contract),
-    )
+    model = MemoryModel(manifest, contract)
+    return model.stage(segments, in_flight, delayed=delayed, process_bytes=process_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Segment:
+    """What one segment adds, in bytes, or elements of its flat vectors."""
+
+    kind: str
+    length: int
+    running_length: int
+    frozen: int
+    fed: int
+    """For each microbatch in flight."""
+    kept: int
+    """Stash and masks of one microbatch."""
+    boundary: int
+    """Activations of one microbatch to the next segment; 0 for the last."""
+    residuals: int
+    """Where a stage begins with this segment."""
+
+
+class MemoryModel:
+    """The memory of any stage of a model under one contract; each segment is read once.
+
+    A deep model has thousands of possible stages, which the planner asks about.
+    """
+
+    def __init__(self, manifest: Manifest, contract: Contract) -> None:
+        rule = manifest.updates.get(contract.optimizer.name)
+        if rule is None:
+            raise PlanInfeasible(f"the bundle has no update rule {contract.optimizer.name!r}")
+        self._manifest, self._contract = manifest, contract
+        self._vectors = 2 + len(rule.state)
+        self._segments: dict[int, _Segment] = {}
+
+    def stage(
+        self,
+        segments: range,
+        in_flight: int,
+        *,
+        delayed: int = 0,
+        process_bytes: int = PROCESS_BYTES,
+    ) -> StageMemory:
+        """Predicted peak memory; arguments as those of `stage_memory`."""
+        own = [self._segment(index) for index in segments]
+        kinds = {each.kind: each.kept for each in own}
+        graphs = sum(_graphs(self._manifest.kinds[k], self._contract, delayed) for k in kinds)
+        longest = max(each.length for each in own)
+        return StageMemory(
+            process=process_bytes,
+            sessions=SESSION_BYTES * (1 + graphs),
+            parameters=self._parameter_bytes(own, longest, in_flight),
+            frozen=sum(each.frozen for each in own),
+            stash=self._stash_bytes(own, kinds, in_flight)
+            + sum(
+                _delayed_bytes(self._manifest, each.kind, self._contract, delayed) for each in own
+            ),
+            boundaries=self._boundary_bytes(segments, own, in_flight, delayed)
+            + (own[0].residuals if segments.start > 0 else 0),
+            workspace=WORKSPACE_HALVES * sum(kinds.values()) // 2 + 2 * longest * ELEMENT_BYTES,
+        )
+
+    def _segment(self, index: int) -> _Segment:
+        if index not in self._segments:
+            manifest, contract = self._manifest, self._contract
+            kind, batch = manifest.kinds[manifest.segments[index].kind], contract.microbatch_size
+            layout = flat_layout(manifest, index)
+            fed = [port.value for port in kind.inputs if port.role != "boundary"]
+            self._segments[index] = _Segment(
+                kind=kind.name,
+                length=layout.length,
+                running_length=layout.running_length,
+                frozen=_frozen_bytes(manifest, index),
+                fed=_bytes(manifest, fed, batch),
+                kept=_kept_bytes(manifest, kind, contract),
+                boundary=manifest.boundary_bytes(index, batch=batch),
+                residuals=_residual_bytes(manifest, index, contract),
+            )
+        return self._segments[index]
+
+    def _parameter_bytes(self, own: list[_Segment], longest: int, in_flight: int) -> int:
+        """Parameters, gradients, optimizer state, and gradients of one microbatch of one segment;
+        running values committed, pending and as every microbatch in flight read them."""
+        running = sum(each.running_length for each in own)
+        lengths = sum(each.length for each in own)
+        elements = lengths * self._vectors + longest + running * (2 + in_flight)
+        return elements * ELEMENT_BYTES
+
+    def _stash_bytes(self, own: list[_Segment], kinds: dict[str, int], in_flight: int) -> int:
+        """What was fed for each microbatch in flight, and as many stashes, or one per kind."""
+        fed = in_flight * sum(each.fed for each in own)
+        if self._contract.rematerialise:
+            return fed + sum(kinds.values())
+        return fed + in_flight * sum(each.kept for each in own)
+
+    def _boundary_bytes(
+        self, segments: range, own: list[_Segment], in_flight: int, delayed: int
+    ) -> int:
+        """Rings of activations and cotangents at both ends; inside one activation for each
+        microbatch in flight and one cotangent, or as many as wait for their gradients."""
+        ring = self._segment(segments.start - 1).boundary if segments.start > 0 else 0
+        ring += own[-1].boundary if segments.stop < len(self._manifest.segments) else 0
+        inner = sum(each.boundary for each in own[:-1])
+        return 2 * ring * (in_flight + delayed + 1) + inner * (in_flight + max(1, delayed))
 
 
 def _graphs(kind: SegmentKind, contract: Contract, delayed: int) -> int:
@@ -110,22 +196,12 @@ def _parts(kind: SegmentKind, contract: Contract, delayed: int) -> BackwardParts
     return kind.forms[contract.form].parts if delayed and not contract.rematerialise else None
 
 
-def _delayed_bytes(manifest: Manifest, segment_index: int, contract: Contract, delayed: int) -> int:
+def _delayed_bytes(manifest: Manifest, kind: str, contract: Contract, delayed: int) -> int:
     """What cotangents keep for gradients that wait."""
-    kind = manifest.kinds[manifest.segments[segment_index].kind]
-    parts = _parts(kind, contract, delayed)
+    parts = _parts(manifest.kinds[kind], contract, delayed)
     if parts is None:
         return 0
     return delayed * _bytes(manifest, list(parts.kept), contract.microbatch_size)
-
-
-def _parameter_bytes(layouts: list[FlatLayout], state_count: int, in_flight: int) -> int:
-    """Parameters, gradients, optimizer state, and gradients of one microbatch of one segment;
-    running values committed, pending and as every microbatch in flight read them."""
-    lengths = [layout.length for layout in layouts]
-    running = sum(layout.running_length for layout in layouts)
-    elements = sum(lengths) * (2 + state_count) + max(lengths) + running * (2 + in_flight)
-    return elements * ELEMENT_BYTES
 
 
 def _frozen_bytes(manifest: Manifest, segment_index: int) -> int:
@@ -134,21 +210,6 @@ def _frozen_bytes(manifest: Manifest, segment_index: int) -> int:
         if tensor.binding == "frozen":
             copies = PACKED_COPIES if len(tensor.shape) > 1 else 0
             total += tensor.elements * ELEMENT_BYTES * (1 + copies)
-    return total
-
-
-def _stash_bytes(manifest: Manifest, segments: range, contract: Contract, in_flight: int) -> int:
-    """What was fed for each microbatch in flight, and as many stashes, or one for each kind."""
-    batch, total, seen = contract.microbatch_size, 0, set()
-    for index in segments:
-        kind = manifest.kinds[manifest.segments[index].kind]
-        fed = [port.value for port in kind.inputs if port.role != "boundary"]
-        total += in_flight * _bytes(manifest, fed, batch)
-        if contract.rematerialise:
-            total += 0 if kind.name in seen else _kept_bytes(manifest, kind, contract)
-            seen.add(kind.name)
-        else:
-            total += in_flight * _kept_bytes(manifest, kind, contract)
     return total
 
 
@@ -161,38 +222,16 @@ def _kept_bytes(manifest: Manifest, kind: SegmentKind, contract: Contract) -> in
     return _bytes(manifest, [*stash, *masks], contract.microbatch_size)
 
 
-def _workspace_bytes(
-    manifest: Manifest,
-    kinds: Iterable[SegmentKind],
-    layouts: list[FlatLayout],
-    contract: Contract,
-) -> int:
-    kept = sum(_kept_bytes(manifest, kind, contract) for kind in kinds)
-    transposed = 2 * max(layout.length for layout in layouts) * ELEMENT_BYTES
-    return WORKSPACE_HALVES * kept // 2 + transposed
-
-
 def _is_drawn(contract: Contract, probability: float) -> bool:
     return (probability if contract.dropout is None else contract.dropout) > 0.0
 
 
-def _boundary_bytes(
-    manifest: Manifest, segments: range, batch: int, in_flight: int, delayed: int
-) -> int:
-    """Rings of activations and cotangents at both ends; inside one activation for each microbatch
-    in flight and one cotangent, or as many as wait for their gradients."""
-    edges = [segments.start - 1] if segments.start > 0 else []
-    edges += [segments.stop - 1] if segments.stop < len(manifest.segments) else []
-    ring = sum(manifest.boundary_bytes(edge, batch=batch) for edge in edges)
-    inner = sum(manifest.boundary_bytes(index, batch=batch) for index in segments[:-1])
-    return 2 * ring * (in_flight + delayed + 1) + inner * (in_flight + max(1, delayed))
-
-
-def _residual_bytes(manifest: Manifest, segments: range, contract: Contract) -> int:
-    """What int8 lost of the cotangents that the stage sends: of the last step and of this one."""
-    if contract.codec != "int8" or segments.start == 0:
+def _residual_bytes(manifest: Manifest, first_segment: int, contract: Contract) -> int:
+    """What int8 lost of the cotangents that a stage which begins there sends: of the last step and
+    of this one."""
+    if contract.codec != "int8" or first_segment == 0:
         return 0
-    sent = cotangent_values(manifest, segments.start - 1)
+    sent = cotangent_values(manifest, first_segment - 1)
     return 2 * contract.microbatches * _bytes(manifest, list(sent), contract.microbatch_size)
 
 

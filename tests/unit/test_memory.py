@@ -7,12 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 
+from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Buffer
 from p2ptrain.engine.onnxruntime_engine import OnnxRuntimeEngine
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.store.bundles import Bundle
+from p2ptrain.training import memory
 from p2ptrain.training.contract import OptimizerChoice
+from p2ptrain.training.layout import FlatLayout, flat_layout
 from p2ptrain.training.memory import SESSION_BYTES, StageMemory, stage_memory
 from tests.bundles import CONTEXT, VOCABULARY, WIDTH, contract_for, tiny_bundle
 from tests.parted_bundle import parted_bundle
@@ -131,3 +134,20 @@ def test_memory_counts_what_a_stage_allocates(
     memory = stage_memory(PARTED.manifest, segments, contract, 3, delayed=delayed)
     counted = memory.parameters + memory.stash + memory.boundaries
     assert engine.allocated == pytest.approx(counted, rel=0.02)
+
+
+def test_model_reads_each_segment_once_for_all_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    def counted(manifest: Manifest, index: int) -> FlatLayout:
+        read.append(index)
+        return flat_layout(manifest, index)
+
+    contract = contract_for(PARTED)
+    count = len(PARTED.manifest.segments)
+    stages = [range(a, b) for a in range(count) for b in range(a + 1, count + 1)]
+    alone = [stage_memory(PARTED.manifest, s, contract, 3, delayed=2) for s in stages]
+    monkeypatch.setattr(memory, "flat_layout", counted)
+    model = memory.MemoryModel(PARTED.manifest, contract)
+    assert [model.stage(s, 3, delayed=2) for s in stages] == alone
+    assert sorted(read) == list(range(count))
