@@ -45,4 +45,16 @@ def test_median_costs_are_taken_per_kind_and_direction() -> None:
         {"block": KindCost(forward_ns=forward, backward_ns=backward)}
         for forward, backward in ((100, 900), (300, 200), (200, 250))
     ]
-    assert median_costs(rounds) == {"block": KindCost(forward_ns=200, backward_ns=250)}
+    expected = KindCost(forward_ns=200, backward_ns=250, cotangents_ns=250)
+    assert median_costs(rounds) == {"block": expected}
+
+
+def test_delayed_gradients_raise_the_ceiling_by_what_their_parts_cost() -> None:
+    costs = {"block": KindCost(forward_ns=100, backward_ns=200, cotangents_ns=110, gradients_ns=96)}
+    stages = [range(2), range(2, 4)]
+    found = balance(costs, ["block"] * 4, stages, schedule="zb-h1", microbatches=8)
+    assert [part.cotangents_ns for part in found.parts] == [220, 220]
+    # The last stage is busy from the first forward on; two of its gradients are left when the
+    # first stage gets its last cotangents.
+    step_ns = 200 + 8 * (200 + 220 + 192) - 2 * 192 + 400
+    assert found.ceiling == pytest.approx(2 * 8 * 600 / step_ns)

@@ -7,6 +7,7 @@ import pytest
 from tools.bench.ratios import (
     TORCH,
     TORCH_1F1B,
+    TORCH_ZERO_BUBBLE,
     Spread,
     Target,
     Turn,
@@ -51,9 +52,12 @@ def test_verdict_goes_by_the_median(median: float, met: bool) -> None:
 
 def test_targets_are_those_of_the_two_cases() -> None:
     one, two, long_one, long_two = ours(1, 8), ours(2, 8), ours(1, 32), ours(2, 32)
+    delayed = ours(2, 8, "zb-h1")
     assert {(t.fast, t.slow): t.least for t in targets(8, 32)} == {
         (one, TORCH): 1.6,
         (two, one): 1.5,
+        (delayed, one): 1.8,
+        (delayed, TORCH_ZERO_BUBBLE): 1.45,
         (long_two, long_one): 1.65,
         (two, TORCH_1F1B): 1.45,
     }

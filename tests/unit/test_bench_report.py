@@ -27,16 +27,17 @@ from p2ptrain.training.random import draw_parameter
 from p2ptrain.wire.codec import to_plain
 from tools.bench.peer_contender import session
 from tools.bench.processes import parse_peak_bytes
-from tools.bench.ratios import TORCH, TORCH_1F1B, Turn, ours
+from tools.bench.ratios import TORCH, TORCH_1F1B, TORCH_ZERO_BUBBLE, Turn, ours
 from tools.bench.report import make_report, markdown, print_report
 from tools.bench.rounds import Measured, Settings, turn_order
-from tools.bench.torch_contender import pipeline_choices
+from tools.bench.torch_contender import pipeline_choices, zero_bubble_choices
 from tools.bench.workload import ModelShape, Texts, Workload, torch_settings, write_torch_inputs
 from tools.bench_pipeline import shown_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = RunId("0" * 32)
 STEPS = 3
+DELAYED = ours(2, 8, "zb-h1")
 NANO = ModelShape(layers=4, width=192, vocabulary=256)
 
 
@@ -150,9 +151,20 @@ def test_turn_order_rotates() -> None:
 
 def test_torch_is_cut_at_the_middle_or_half_a_block_later() -> None:
     choices = pipeline_choices("fused", 6)
-    assert {choice.cut for choice in choices} == {7, 8}
+    assert {choice.cuts for choice in choices} == {(7,), (8,)}
     assert {choice.pipeline for choice in choices} == {"own", "torch"}
     assert all(choice.ranks == 2 and "fused" in str(choice) for choice in choices)
+
+
+def test_torch_has_four_parts_for_its_zero_bubble_schedules() -> None:
+    choices = zero_bubble_choices("plain", 6)
+    assert {choice.pipeline for choice in choices} == {"v", "interleaved"}
+    for choice in choices:
+        assert choice.ranks == 2
+        assert 0 < choice.cuts[0] < choice.cuts[1] < choice.cuts[2] < 2 + 2 * 6
+    assert "ScheduleZBVZeroBubble, plain attention, cut after 5 and 8 and 12 links" in map(
+        str, choices
+    )
 
 
 def test_torch_inputs_are_what_our_peers_draw(manifest: Manifest, tmp_path: Path) -> None:
@@ -187,18 +199,28 @@ def test_command_shows_no_places_of_this_machine() -> None:
 
 def measured(manifest: Manifest, one_s: float) -> Measured:
     """Two rounds in which two peers take 1 s per step, one peer `one_s`, torch 2 s and 1.5 s."""
-    names = {TORCH: 2.0, TORCH_1F1B: 1.5, ours(1, 8): one_s, ours(2, 8): 1.0}
+    names = {
+        TORCH: 2.0, TORCH_1F1B: 1.5, TORCH_ZERO_BUBBLE: 1.4, ours(1, 8): one_s, ours(2, 8): 1.0,
+        DELAYED: 0.9,
+    }  # fmt: skip
     turns = {
         name: [Turn(seconds=(9.0, seconds), losses=(8.0, 7.0))] * 2
         for name, seconds in names.items()
     }
-    costs = {kind: KindCost(forward_ns=10**6, backward_ns=2 * 10**6) for kind in manifest.kinds}
+    cost = KindCost(
+        forward_ns=10**6, backward_ns=2 * 10**6, cotangents_ns=10**6, gradients_ns=10**6
+    )
+    costs = dict.fromkeys(manifest.kinds, cost)
     return Measured(
         manifest=manifest,
         turns=turns,
         peaks_bytes={name: [(2**29, None), (2**30, None)] for name in names},
-        plans={ours(1, 8): [plan_report(manifest)] * 2, ours(2, 8): [plan_report(manifest, 5)] * 2},
-        digests={ours(1, 8): {"d"}, ours(2, 8): {"d"}},
+        plans={
+            ours(1, 8): [plan_report(manifest)] * 2,
+            ours(2, 8): [plan_report(manifest, 5)] * 2,
+            DELAYED: [dataclasses.replace(plan_report(manifest, 5), schedule="zb-h1")] * 2,
+        },
+        digests={ours(1, 8): {"d"}, ours(2, 8): {"d"}, DELAYED: {"d"}},
         costs=[costs, costs],
         torch_version="2",
         runtime="onnxruntime",
@@ -225,6 +247,9 @@ def test_report_holds_figures_ceiling_and_misses(manifest: Manifest) -> None:
     assert reached[f"{ours(2, 8)} / {ours(1, 8)}"].is_met
     # Ten equal segments cut in the middle: 8 microbatches allow 16 / 9.
     assert report.balances[ours(2, 8)][0].ceiling == pytest.approx(16 / 9)
+    # ZB-H1 leaves a third of that bubble.
+    assert report.balances[DELAYED][0].ceiling == pytest.approx(48 / 25)
+    assert reached[f"{DELAYED} / {ours(1, 8)}"].reached.median == pytest.approx(1.6 / 0.9)
     share = next(v for what, v in reached.items() if "ceiling 1.778" in what)
     assert share.reached.median == pytest.approx(1.6 * 9 / 16)
     assert report.compute_share[ours(1, 8)] == pytest.approx(10 * 3e-3 * 8 / 1.6)
@@ -251,7 +276,7 @@ def test_checks_fail_on_other_losses_and_other_bits(manifest: Manifest) -> None:
     found.turns[TORCH] = [Turn(seconds=(9.0, 2.0), losses=(8.0, 7.1))] * 2
     found.digests[ours(2, 8)] = {"other"}
     checks = make_report(settings(), found, command="c", hardware={}).checks
-    assert [check.is_met for check in checks] == [False, True, False]
+    assert [check.is_met for check in checks] == [False, True, True, False]
 
 
 def test_the_same_losses_are_asked_to_the_last_bit(manifest: Manifest) -> None:
@@ -260,7 +285,7 @@ def test_the_same_losses_are_asked_to_the_last_bit(manifest: Manifest) -> None:
     near = dataclasses.replace(first, losses=(8.0, 7.0 + 1e-9))
     found.turns[ours(2, 8)] = [first, near]
     checks = make_report(settings(), found, command="c", hardware={}).checks
-    assert [check.is_met for check in checks] == [True, True, False]
+    assert [check.is_met for check in checks] == [True, True, True, False]
 
 
 def test_ceiling_follows_the_cuts_of_each_round(manifest: Manifest) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.schedule.actions import all_actions
-from p2ptrain.schedule.simulator import ceiling
+from p2ptrain.schedule.simulator import PartsTime, ceiling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +17,8 @@ class Balance:
 
     forward_ns: tuple[int, ...]
     backward_ns: tuple[int, ...]
+    parts: tuple[PartsTime, ...]
+    """Of backwards whose gradients are delayed."""
     ceiling: float
 
 
@@ -40,11 +42,19 @@ def balance(
     own = [[costs[segment_kinds[index]] for index in stage] for stage in stages]
     forward_ns = tuple(sum(cost.forward_ns for cost in stage) for stage in own)
     backward_ns = tuple(sum(cost.backward_ns for cost in stage) for stage in own)
+    parts = tuple(
+        PartsTime(
+            cotangents_ns=sum(cost.first_ns for cost in stage),
+            gradients_ns=sum(cost.gradients_ns for cost in stage),
+        )
+        for stage in own
+    )
     actions = all_actions(schedule, len(stages), microbatches)
     return Balance(
         forward_ns=forward_ns,
         backward_ns=backward_ns,
-        ceiling=ceiling(actions, forward_ns=forward_ns, backward_ns=backward_ns),
+        parts=parts,
+        ceiling=ceiling(actions, forward_ns=forward_ns, backward_ns=backward_ns, parts=parts),
     )
 
 
@@ -54,6 +64,8 @@ def median_costs(measured: Sequence[Mapping[str, KindCost]]) -> dict[str, KindCo
         kind: KindCost(
             forward_ns=round(statistics.median(costs[kind].forward_ns for costs in measured)),
             backward_ns=round(statistics.median(costs[kind].backward_ns for costs in measured)),
+            cotangents_ns=round(statistics.median(costs[kind].first_ns for costs in measured)),
+            gradients_ns=round(statistics.median(costs[kind].gradients_ns for costs in measured)),
         )
         for kind in measured[0]
     }

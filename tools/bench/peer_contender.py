@@ -61,6 +61,7 @@ class PeerGroup:
         bundle: Path,
         texts: Texts,
         *,
+        schedule: str = "1f1b",
         replicate_every: int | None = None,
     ) -> Session:
         """Train one turn from the start over all peers, and remove the run that it leaves.
@@ -70,6 +71,7 @@ class PeerGroup:
             microbatches: Of one step.
             bundle: The model's.
             texts: What to train on.
+            schedule: Of the stages.
             replicate_every: Steps between replica sets; None: as the planner chooses.
 
         Raises:
@@ -79,7 +81,7 @@ class PeerGroup:
         events: list[tuple[str, dict[str, Any]]] = []  # Any: JSON values
         cpu_s: list[float | None] = []
         request = _request(workload, len(self._peers), microbatches, bundle, texts)
-        request = dataclasses.replace(request, replicate_every=replicate_every)
+        request = dataclasses.replace(request, schedule=schedule, replicate_every=replicate_every)
 
         def note(name: str, data: dict[str, Any]) -> None:  # Any: JSON values
             events.append((name, data))

@@ -22,7 +22,9 @@ def main() -> None:
     options = parser.parse_args()
     engine = open_engine(threads=options.threads)
     bundle = load_bundle(options.bundle)
-    costs = profile_kinds(engine, bundle, options.form, options.batch, options.repeats)
+    costs = profile_kinds(
+        engine, bundle, options.form, options.batch, options.repeats, in_parts=True
+    )
     document = {
         "kinds": {kind: to_plain(cost) for kind, cost in costs.items()},
         "build": to_plain(runtime_build()),

@@ -9,6 +9,8 @@ from typing import Final
 
 TORCH: Final = "torch eager"
 TORCH_1F1B: Final = "torch 1F1B"
+TORCH_ZERO_BUBBLE: Final = "torch zero-bubble"
+ZERO_BUBBLE: Final = "zb-h1"
 SHARE_OF_CEILING_MIN: Final = 0.93
 LOSS_TOLERANCE: Final = 2e-4
 
@@ -66,21 +68,44 @@ class Verdict:
         return self.reached.median >= self.least
 
 
-def ours(peers: int, microbatches: int) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One of our contenders."""
+
+    peers: int
+    microbatches: int
+    schedule: str = "1f1b"
+
+    def __str__(self) -> str:
+        name = f"p2ptrain {self.peers} x 1, {self.microbatches} microbatches"
+        return name if self.schedule == "1f1b" else f"{name}, {self.schedule}"
+
+
+def cases(short: int, long: int | None) -> tuple[Case, ...]:
+    """Our contenders: one peer and two, with `short` microbatches under both schedules and, where
+    it is given, with `long`."""
+    counts = (short,) if long is None else (short, long)
+    plain = (Case(peers=peers, microbatches=count) for peers in (1, 2) for count in counts)
+    return (*plain, Case(peers=2, microbatches=short, schedule=ZERO_BUBBLE))
+
+
+def ours(peers: int, microbatches: int, schedule: str = "1f1b") -> str:
     """The name of one of our contenders."""
-    return f"p2ptrain {peers} x 1, {microbatches} microbatches"
+    return str(Case(peers=peers, microbatches=microbatches, schedule=schedule))
 
 
 def targets(short: int, long: int | None) -> tuple[Target, ...]:
     """The speed-ups to reach, with `short` microbatches and, when measured, with `long`."""
-    one, two = ours(1, short), ours(2, short)
+    one, two, delayed = ours(1, short), ours(2, short), ours(2, short, ZERO_BUBBLE)
     chosen = [
         Target(fast=one, slow=TORCH, least=1.6),
         Target(fast=two, slow=one, least=1.5),
+        Target(fast=delayed, slow=one, least=1.8),
         Target(fast=two, slow=TORCH_1F1B, least=1.45),
+        Target(fast=delayed, slow=TORCH_ZERO_BUBBLE, least=1.45),
     ]
     if long is not None:
-        chosen.insert(2, Target(fast=ours(2, long), slow=ours(1, long), least=1.65))
+        chosen.insert(3, Target(fast=ours(2, long), slow=ours(1, long), least=1.65))
     return tuple(chosen)
 
 

@@ -17,8 +17,11 @@ from tools.bench.ratios import (
     LOSS_TOLERANCE,
     TORCH,
     TORCH_1F1B,
+    TORCH_ZERO_BUBBLE,
+    Case,
     Spread,
     Verdict,
+    cases,
     loss_difference,
     ours,
     spread,
@@ -132,17 +135,19 @@ def make_report(
     )
 
 
+def _cases(settings: Settings) -> tuple[Case, ...]:
+    return cases(settings.workload.microbatches, settings.long_microbatches)
+
+
 def _counts(settings: Settings) -> tuple[int, ...]:
-    long = settings.long_microbatches
-    short = settings.workload.microbatches
-    return (short,) if long is None else (short, long)
+    return tuple(dict.fromkeys(case.microbatches for case in _cases(settings)))
 
 
 def _line(settings: Settings, name: str, seconds: list[float], measured: Measured) -> Line:
     microbatches = settings.workload.microbatches
-    for count in _counts(settings):
-        if name in (ours(1, count), ours(2, count)):
-            microbatches = count
+    for case in _cases(settings):
+        if name == str(case):
+            microbatches = case.microbatches
     step_s = spread(seconds)
     return Line(
         contender=name,
@@ -160,20 +165,19 @@ def _stage_names(plan: PlanReport) -> tuple[str, ...]:
 def _balances(settings: Settings, measured: Measured) -> dict[str, tuple[Balance, ...]]:
     kinds = [segment.kind for segment in measured.manifest.segments]
     costs = median_costs(measured.costs)
-    found = {}
-    for count in _counts(settings):
-        for peers in (1, 2):
-            found[ours(peers, count)] = tuple(
-                balance(
-                    costs,
-                    kinds,
-                    [range(stage.first_segment, stage.last_segment + 1) for stage in plan.stages],
-                    schedule=plan.schedule,
-                    microbatches=count,
-                )
-                for plan in measured.plans[ours(peers, count)]
+    return {
+        str(case): tuple(
+            balance(
+                costs,
+                kinds,
+                [range(stage.first_segment, stage.last_segment + 1) for stage in plan.stages],
+                schedule=plan.schedule,
+                microbatches=case.microbatches,
             )
-    return found
+            for plan in measured.plans[str(case)]
+        )
+        for case in _cases(settings)
+    }
 
 
 def _compute_ns(own: Balance) -> int:
@@ -184,8 +188,9 @@ def _ceilings(
     settings: Settings, balances: Mapping[str, tuple[Balance, ...]]
 ) -> dict[tuple[str, str], list[float]]:
     return {
-        (ours(2, count), ours(1, count)): [own.ceiling for own in balances[ours(2, count)]]
-        for count in _counts(settings)
+        (str(case), ours(1, case.microbatches)): [own.ceiling for own in balances[str(case)]]
+        for case in _cases(settings)
+        if case.peers > 1
     }
 
 
@@ -193,7 +198,7 @@ def _checks(settings: Settings, measured: Measured) -> tuple[Check, ...]:
     """The same losses as torch within tolerance, the same bits on one peer and on two."""
     found = []
     short = ours(1, settings.workload.microbatches)
-    for other in (TORCH, TORCH_1F1B):
+    for other in (TORCH, TORCH_1F1B, TORCH_ZERO_BUBBLE):
         difference = loss_difference(measured.turns[short], measured.turns[other])
         found.append(
             Check(
@@ -203,9 +208,9 @@ def _checks(settings: Settings, measured: Measured) -> tuple[Check, ...]:
             )
         )
     for count in _counts(settings):
-        one, two = ours(1, count), ours(2, count)
-        turns = [*measured.turns[one], *measured.turns[two]]
-        digests = measured.digests[one] | measured.digests[two]
+        names = [str(case) for case in _cases(settings) if case.microbatches == count]
+        turns = [turn for name in names for turn in measured.turns[name]]
+        digests = {digest for name in names for digest in measured.digests[name]}
         found.append(
             Check(
                 what=f"the same bits on one peer and two, {count} microbatches",
@@ -268,10 +273,11 @@ def _sentences(report: Report) -> list[str]:
 
 
 def _stage_times(stages: tuple[str, ...], own: Balance) -> str:
-    times = zip(stages, own.forward_ns, own.backward_ns, strict=True)
+    times = zip(stages, own.forward_ns, own.backward_ns, own.parts, strict=True)
     return ", ".join(
-        f"{segments}: {forward / 1e6:.1f} + {backward / 1e6:.1f} ms"
-        for segments, forward, backward in times
+        f"{segments}: {forward / 1e6:.1f} + {backward / 1e6:.1f} ms "
+        f"(in parts {parts.cotangents_ns / 1e6:.1f} + {parts.gradients_ns / 1e6:.1f})"
+        for segments, forward, backward, parts in times
     )
 
 

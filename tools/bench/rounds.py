@@ -20,12 +20,13 @@ from p2ptrain.runtime.reports import PlanReport
 from p2ptrain.wire.codec import from_plain
 from tools.bench.peer_contender import PeerGroup, open_group
 from tools.bench.processes import peak_bytes
-from tools.bench.ratios import TORCH, TORCH_1F1B, Turn, ours
+from tools.bench.ratios import TORCH, TORCH_1F1B, TORCH_ZERO_BUBBLE, Case, Turn, cases
 from tools.bench.torch_contender import (
     TorchChoice,
     eager_choices,
     open_torch,
     pipeline_choices,
+    zero_bubble_choices,
 )
 from tools.bench.workload import ROOT, Texts, Workload, write_texts, write_torch_inputs
 
@@ -103,7 +104,8 @@ async def _choose_torch(settings: Settings, measured: Measured, note: Note) -> N
     layers = settings.workload.model.layers
     pipelines = pipeline_choices(eager.attention, layers)
     pipeline = await _fastest(pipelines, settings, measured, note)
-    measured.chosen = {TORCH: eager, TORCH_1F1B: pipeline}
+    delayed = await _fastest(zero_bubble_choices(eager.attention, layers), settings, measured, note)
+    measured.chosen = {TORCH: eager, TORCH_1F1B: pipeline, TORCH_ZERO_BUBBLE: delayed}
 
 
 async def _fastest(
@@ -152,25 +154,31 @@ async def _open_all(
                 threads=threads,
             )
         )
-        for microbatches in (settings.workload.microbatches, settings.long_microbatches):
-            if microbatches is not None:
-                name = ours(count, microbatches)
-                takes[name] = _peer_take(group, name, microbatches, settings, measured, texts)
-                pids[name] = group.pids
+        for case in cases(settings.workload.microbatches, settings.long_microbatches):
+            if case.peers == count:
+                takes[str(case)] = _peer_take(group, case, settings, measured, texts)
+                pids[str(case)] = group.pids
         note(f"{count} p2ptrain {'peer runs' if count == 1 else 'peers run'}")
     return takes, pids
 
 
 def _peer_take(
     group: PeerGroup,
-    name: str,
-    microbatches: int,
+    case: Case,
     settings: Settings,
     measured: Measured,
     texts: Texts,
 ) -> Take:
+    name = str(case)
+
     async def take() -> Turn:
-        session = await group.train(settings.workload, microbatches, settings.bundle, texts)
+        session = await group.train(
+            settings.workload,
+            case.microbatches,
+            settings.bundle,
+            texts,
+            schedule=case.schedule,
+        )
         measured.plans.setdefault(name, []).append(session.plan)
         measured.digests.setdefault(name, set()).add(session.result.state_digest)
         return session.turn

@@ -29,19 +29,28 @@ class TorchChoice:
     attention: str
     """plain (the operators of onnx_models.gpt) or fused (scaled_dot_product_attention)."""
     pipeline: str = "none"
-    """none, own (1F1B written by hand) or torch (torch.distributed.pipelining)."""
-    cut: int = 0
-    """Links of the chain embedding, (attention, mlp)..., head that rank 0 holds."""
+    """none, own (1F1B written by hand), or one of torch.distributed.pipelining: torch (1F1B),
+    interleaved or v (zero-bubble, two parts of the chain on each rank)."""
+    cuts: tuple[int, ...] = ()
+    """Links of the chain embedding, (attention, mlp)..., head before the end of each part."""
 
     def __str__(self) -> str:
         if self.pipeline == "none":
             return f"eager, {self.attention} attention"
-        made = "own 1F1B" if self.pipeline == "own" else "Schedule1F1B"
-        return f"{made}, {self.attention} attention, cut after link {self.cut}"
+        links = " and ".join(map(str, self.cuts))
+        return f"{_MADE[self.pipeline]}, {self.attention} attention, cut after {links} links"
 
     @property
     def ranks(self) -> int:
         return 1 if self.pipeline == "none" else 2
+
+
+_MADE: Final = {
+    "own": "own 1F1B",
+    "torch": "Schedule1F1B",
+    "interleaved": "ScheduleInterleavedZeroBubble",
+    "v": "ScheduleZBVZeroBubble",
+}
 
 
 def eager_choices() -> tuple[TorchChoice, ...]:
@@ -56,9 +65,27 @@ def pipeline_choices(attention: str, layers: int) -> tuple[TorchChoice, ...]:
     """
     middle = 1 + 2 * (layers // 2)
     return tuple(
-        TorchChoice(attention=attention, pipeline=pipeline, cut=cut)
+        TorchChoice(attention=attention, pipeline=pipeline, cuts=(cut,))
         for pipeline in ("own", "torch")
         for cut in (middle, middle + 1)
+    )
+
+
+def zero_bubble_choices(attention: str, layers: int) -> tuple[TorchChoice, ...]:
+    """Both zero-bubble schedules of torch, each with two ways to cut the chain into four parts.
+
+    Under `v` a rank holds the first and last part, or both inner ones; under `interleaved` every
+    second one. The last part holds the head, so the first of them is the longer one.
+    """
+    first, middle, last = 1 + 2 * layers // 3, 2 + layers, 2 * layers
+    ways = {
+        "v": ((first, middle, last), (first - 1, middle, last - 1)),
+        "interleaved": ((first, middle, last - 1), (first - 1, middle - 1, last - 1)),
+    }
+    return tuple(
+        TorchChoice(attention=attention, pipeline=pipeline, cuts=cuts)
+        for pipeline, both in ways.items()
+        for cuts in both
     )
 
 
@@ -108,7 +135,7 @@ class TorchContender:
         return tuple(process.pid for process in self._processes)
 
     async def turn(self) -> Turn:
-        """Train all steps from the start: times of the first rank, losses of the last.
+        """Train all steps from the start: times of the first rank, losses of whoever has them.
 
         Raises:
             trio.TooSlowError, ConfigError: a rank hangs or ended.
@@ -117,7 +144,8 @@ class TorchContender:
             for process in self._processes:
                 await process.ask()
             answers = [await process.answer() for process in self._processes]
-        return Turn(seconds=tuple(answers[0]["seconds"]), losses=tuple(answers[-1]["losses"]))
+        losses = zip(*(answer["losses"] for answer in answers), strict=True)
+        return Turn(seconds=tuple(answers[0]["seconds"]), losses=tuple(map(sum, losses)))
 
 
 @contextlib.asynccontextmanager
@@ -131,7 +159,9 @@ async def open_torch(
         for rank in range(choice.ranks):
             command = [python, "-m", "tools.bench.torch_worker", "--workload", str(folder)]
             command += ["--threads", str(threads), "--attention", choice.attention]
-            command += ["--pipeline", choice.pipeline, "--cut", str(choice.cut)]
+            command += ["--pipeline", choice.pipeline]
+            for cut in choice.cuts:
+                command += ["--cut", str(cut)]
             command += ["--rank", str(rank), "--rendezvous", str(rendezvous)]
             processes.append(
                 await trio.lowlevel.open_process(

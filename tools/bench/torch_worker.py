@@ -1,9 +1,10 @@
-"""One torch process of the benchmark: eager training, or one rank of a 1F1B pipeline.
+"""One torch process of the benchmark: eager training, or one rank of a pipeline of two.
 
 Started by `torch_contender` with the torch interpreter; it needs torch, numpy and
 `onnx_models.gpt`, nothing of p2ptrain. It prints one JSON line when it is ready, then answers
 each line `go` by training from the initial parameters and printing the seconds and losses of the
-steps. Between turns it waits for the next line and computes nothing.
+steps; a rank without the loss prints zeros. Between turns it waits for the next line and computes
+nothing.
 
 Shape suffixes: B samples of a microbatch, T context, D width, M microbatches, S steps.
 """
@@ -11,6 +12,7 @@ Shape suffixes: B samples of a microbatch, T context, D width, M microbatches, S
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -25,7 +27,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -52,12 +59,14 @@ def main() -> None:
         step: Step = _eager_step(model)
     else:
         _join_ranks(options)
-        chain = chain_of(model)
-        part = chain[: options.cut] if options.rank == 0 else chain[options.cut :]
-        stage = nn.Sequential(*part)
-        trainer = Trainer(workload, options.workload, model, stage)
-        make = _own_1f1b if options.pipeline == "own" else _torch_1f1b
-        step = make(options.rank, stage, trainer.inputs_SMBT[0])
+        parts = held_parts(chain_of(model), options.cut, options.pipeline, options.rank)
+        trainer = Trainer(workload, options.workload, model, nn.ModuleList(parts.values()))
+        example_MBT = trainer.inputs_SMBT[0]
+        if len(options.cut) > 1:
+            step = _torch_zero_bubble(options.pipeline, parts, example_MBT)
+        else:
+            make = _own_1f1b if options.pipeline == "own" else _torch_1f1b
+            step = make(options.rank, parts[options.rank], example_MBT)
     del model
     _serve(trainer, step)
 
@@ -67,9 +76,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workload", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--attention", choices=["plain", "fused"], default="plain")
-    parser.add_argument("--pipeline", choices=["none", "own", "torch"], default="none")
+    pipelines = ["none", "own", "torch", "interleaved", "v"]
+    parser.add_argument("--pipeline", choices=pipelines, default="none")
     parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--cut", type=int, default=0)
+    parser.add_argument("--cut", type=int, action="append", default=[])
     parser.add_argument("--rendezvous", type=Path)
     return parser.parse_args()
 
@@ -181,6 +191,19 @@ def chain_of(model: Gpt) -> list[nn.Module]:
     return [model.embedding, *halves, model.head]
 
 
+def held_parts(
+    chain: list[nn.Module], cuts: list[int], pipeline: str, rank: int
+) -> dict[int, nn.Module]:
+    """The parts of the chain that a rank holds, by their position in it."""
+    edges = [0, *cuts, len(chain)]
+    parts = [nn.Sequential(*chain[a:b]) for a, b in itertools.pairwise(edges)]
+    if pipeline == "v":
+        held = [rank, len(parts) - 1 - rank]
+    else:
+        held = list(range(rank, len(parts), PIPELINE_RANKS))
+    return {position: parts[position] for position in held}
+
+
 def _own_1f1b(rank: int, stage: nn.Module, example_MBT: Tensor) -> Step:
     """1F1B written by hand: receives are posted before the step, sends do not wait."""
     samples, context = example_MBT.shape[1:]
@@ -255,6 +278,28 @@ def _torch_1f1b(rank: int, stage: nn.Module, example_MBT: Tensor) -> Step:
             return 0.0
         losses: list[Tensor] = []
         schedule.step(target=labels_MBT.flatten(0, 1), losses=losses)
+        return float(torch.stack(losses).mean().item())
+
+    return step
+
+
+def _torch_zero_bubble(pipeline: str, parts: dict[int, nn.Module], example_MBT: Tensor) -> Step:
+    """The zero-bubble schedules of torch.distributed.pipelining, two parts on each rank."""
+    count = PIPELINE_RANKS * len(parts)
+    stages = [
+        PipelineStage(part, position, count, torch.device("cpu"))
+        for position, part in parts.items()
+    ]
+    make = ScheduleZBVZeroBubble if pipeline == "v" else ScheduleInterleavedZeroBubble
+    schedule = make(stages, n_microbatches=len(example_MBT), loss_fn=loss_of)
+
+    def step(inputs_MBT: Tensor, labels_MBT: Tensor) -> float:
+        losses: list[Tensor] = []
+        given = (inputs_MBT.flatten(0, 1),) if 0 in parts else ()
+        if count - 1 not in parts:
+            schedule.step(*given)
+            return 0.0
+        schedule.step(*given, target=labels_MBT.flatten(0, 1), losses=losses)
         return float(torch.stack(losses).mean().item())
 
     return step
