@@ -43,8 +43,9 @@ async def test_every_number_of_stages_gives_the_same_bits(
 ) -> None:
     assert len(set(undisturbed.losses)) == STEPS
     async with peer_group(tmp_path, 4) as (home, *_):
-        for stages in (2, 3, 4):
-            result, watched = await train(home, job(text, stages=stages))
+        for stages, schedule in ((2, "1f1b"), (3, "1f1b"), (4, "1f1b"), (3, "zb-h1")):
+            asked = dataclasses.replace(job(text, stages=stages), schedule=schedule)
+            result, watched = await train(home, asked)
             assert (result.stages, result.stopped) == (stages, False)
             assert_same_bits(result, undisturbed)
             norms = [step.gradient_norm for step in watched.steps]
@@ -52,6 +53,7 @@ async def test_every_number_of_stages_gives_the_same_bits(
             (plan,) = watched.named("plan")
             assert len({stage["device"] for stage in plan["stages"]}) == stages
             assert plan["exactness"].startswith("exact")
+            assert plan["schedule"] == schedule
 
 
 async def test_home_peer_without_a_stage_gives_the_same_bits(
