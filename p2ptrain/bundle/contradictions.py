@@ -31,6 +31,7 @@ from p2ptrain.bundle.manifest import (
     Value,
 )
 from p2ptrain.bundle.operators import IRS, OPSETS
+from p2ptrain.bundle.sharding_checks import sharding_problems
 from p2ptrain.ids import is_digest
 
 INITIALISERS: Final = ("zeros", "ones", "normal", "uniform")
@@ -44,7 +45,6 @@ TASK_DATA: Final = {
     "regression": ("texts", "images", "arrays"),
 }
 """What each task can be trained on."""
-_AXIS_DIGITS_MAX: Final = 10
 
 
 def contradictions(manifest: Manifest) -> Iterator[str]:
@@ -57,6 +57,7 @@ def contradictions(manifest: Manifest) -> Iterator[str]:
         if found:
             return
     yield from _data_problems(manifest)
+    yield from sharding_problems(manifest)
 
 
 def _part_problems(manifest: Manifest) -> Iterator[str]:
@@ -186,12 +187,13 @@ def _factor(manifest: Manifest, factor: str) -> int | None:
     if factor in manifest.symbols:
         size = manifest.symbols[factor].size
         return 1 if size is None else size
-    is_number = factor.isascii() and factor.isdecimal() and len(factor) <= _AXIS_DIGITS_MAX
+    is_number = factor.isascii() and factor.isdecimal() and len(factor) <= limits.AXIS_DIGITS_MAX
     return int(factor) if is_number else None
 
 
 def _reference_problems(manifest: Manifest) -> Iterator[str]:
     referred = [manifest.inference.graph, *(rule.graph for rule in manifest.updates.values())]
+    referred += [graph for sharding in manifest.sharding.values() for graph in sharding.graphs]
     for kind in manifest.kinds.values():
         for form, pair in kind.forms.items():
             if form not in FORMS:

@@ -24,6 +24,7 @@ from p2ptrain.bundle.manifest import (
 )
 from p2ptrain.bundle.onnx_reader import GraphValue, OnnxGraph, read_graph
 from p2ptrain.bundle.operators import MICROSOFT, SIZED_BY_INPUT, STANDARD, TRAINING
+from p2ptrain.bundle.sharding_checks import local_values
 from p2ptrain.errors import BundleError
 from p2ptrain.ids import Digest
 
@@ -105,6 +106,7 @@ def _update_role(name: str, rule: UpdateRule) -> GraphRole:
 
 def _kind_roles(manifest: Manifest, kind: SegmentKind, digest: Digest) -> Iterator[GraphRole]:
     pairs = [graph for pair in kind.forms.values() for graph in pair.graphs]
+    yield from _shard_roles(manifest, kind, digest)
     if digest not in (*pairs, kind.evaluation):
         return
     frozen = _frozen_names(manifest, kind)
@@ -140,6 +142,23 @@ def _kind_roles(manifest: Manifest, kind: SegmentKind, digest: Digest) -> Iterat
             outputs=_by_name(leaving),
             constants=frozen,
         )
+
+
+def _shard_roles(manifest: Manifest, kind: SegmentKind, digest: Digest) -> Iterator[GraphRole]:
+    """A graph's uses as parts of what shards compute."""
+    for mode, sharding in manifest.sharding.items():
+        sharded = sharding.kinds.get(kind.name)
+        for part in () if sharded is None else sharded.parts:
+            if sharded is None or part.graph != digest:
+                continue
+            frozen = _frozen_names(manifest, kind)
+            values = local_values(kind, sharded)
+            yield GraphRole(
+                name=f"{mode} part of kind {kind.name!r:.80}",
+                inputs={n: v for n, v in values.items() if n not in frozen},
+                outputs={name: values[name] for name in part.outputs},
+                constants=frozen,
+            )
 
 
 def _backwards(
@@ -207,10 +226,13 @@ def _fixed_size(manifest: Manifest, axis: str) -> int | None:
     for factor in axis.split("*"):
         if factor.isdecimal():
             sizes.append(int(factor))
-        elif factor in _FREE or manifest.symbols[factor].size is None:
+        elif factor in _FREE or factor not in manifest.symbols:
             return None
         else:
-            sizes.append(manifest.symbols[factor].size or 0)
+            size = manifest.symbols[factor].size
+            if size is None:
+                return None
+            sizes.append(size)
     return math.prod(sizes)
 
 

@@ -22,6 +22,8 @@ Names inside the graphs are the contract between exporter and engine:
 - update graph: `parameter`, `gradient`, `state.<name>` of shape (n,), scalars by name; outputs
   `new.parameter`, `new.state.<name>`.
 
+How segments are computed by several peers together is in `bundle.sharding`.
+
 Shapes are tuples of integers and symbol names; a symbol's size is in `symbols`, except `batch`,
 which the run chooses (the microbatch size).
 """
@@ -35,13 +37,16 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from p2ptrain import limits
+from p2ptrain.bundle.sharding import Sharding
 from p2ptrain.errors import BundleError, RemoteProtocolError
 from p2ptrain.ids import Digest
 from p2ptrain.wire.codec import from_plain, to_plain
 
 FORMAT: Final = "p2ptrain-bundle"
-VERSION: Final = 3
-VERSIONS_READ: Final = (1, 2, 3)
+VERSION: Final = 4
+VERSIONS_READ: Final = (1, 2, 3, 4)
+_WITHOUT_SHARDING: Final = 3
+"""What a bundle that cannot be sharded is written as, so that its digest stays."""
 _WITHOUT_PARTS: Final = 2
 """What a bundle without backwards in two parts is written as, so that its digest stays."""
 BATCH: Final = "batch"
@@ -320,6 +325,8 @@ class Manifest:
     """Worst errors of the exporter's own check against torch."""
     weights: Digest | None = None
     """sha256 of `weights.safetensors`; None: every tensor is drawn."""
+    sharding: dict[str, Sharding] = field(default_factory=dict)
+    """By mode; empty: exported without, and no segment can be shared by several peers."""
 
     @property
     def digest(self) -> Digest:
@@ -328,6 +335,10 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces after the indent, a final newline."""
         document = {"format": FORMAT, "version": VERSION, **to_plain(self)}
+        if self.sharding:
+            return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
+        document["version"] = _WITHOUT_SHARDING
+        del document["sharding"]
         if not any(pair.parts for kind in self.kinds.values() for pair in kind.forms.values()):
             document["version"] = _WITHOUT_PARTS
             for kind in document["kinds"].values():
@@ -374,7 +385,7 @@ class Manifest:
 
     def shape(self, value: Value, *, batch: int) -> tuple[int, ...]:
         """The concrete shape of a graph value for a microbatch of `batch` samples."""
-        return tuple(self._axis(axis, batch) for axis in value.shape)
+        return tuple(self.axis_size(axis, batch=batch) for axis in value.shape)
 
     def value_bytes(self, value: Value, *, batch: int) -> int:
         return math.prod(self.shape(value, batch=batch)) * DTYPES[value.dtype]
@@ -395,9 +406,10 @@ class Manifest:
         """Bytes of one microbatch's activations after this segment (cotangents: the same)."""
         return sum(self.value_bytes(v, batch=batch) for v in self.boundary(segment_index))
 
-    def _axis(self, axis: str, batch: int) -> int:
+    def axis_size(self, axis: str, *, batch: int) -> int:
+        """The size of an axis for a microbatch of `batch` samples."""
         if "*" in axis:
-            return math.prod(self._axis(factor, batch) for factor in axis.split("*"))
+            return math.prod(self.axis_size(part, batch=batch) for part in axis.split("*"))
         if axis == BATCH:
             return batch
         if axis.isdigit():

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from p2ptrain.bundle.manifest import BINDINGS, Manifest, SegmentKind
+from p2ptrain.bundle.sharding import Sharding
 from p2ptrain.ids import Digest
 
 
@@ -25,6 +26,8 @@ class KindReport:
     boundary_bytes: int
     """Activations handed to the next segment; cotangents come back in the same size."""
     forms: tuple[str, ...]
+    sharding: dict[str, str]
+    """By mode: how many units there are to divide among peers, or why it is computed whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,4 +113,14 @@ def _kind_report(manifest: Manifest, kind: SegmentKind) -> KindReport:
         stash_bytes=manifest.stash_bytes(first, form="portable", batch=1),
         boundary_bytes=manifest.boundary_bytes(first, batch=1),
         forms=tuple(sorted(kind.forms)),
+        sharding={
+            mode: _sharding_report(sharding, kind.name)
+            for mode, sharding in sorted(manifest.sharding.items())
+        },
     )
+
+
+def _sharding_report(sharding: Sharding, name: str) -> str:
+    if name not in sharding.kinds:
+        return f"whole: {sharding.whole[name]}"
+    return " and ".join(f"{units} units" for units in sharding.kinds[name].axes.values())

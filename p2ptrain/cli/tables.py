@@ -293,12 +293,26 @@ def bundle_lines(report: BundleReport) -> list[str]:
         f"optimizers: {', '.join(report.updates)}",
         f"tied: {', '.join(report.ties)}" if report.ties else "",
         f"adapters: on {len(report.adapters)} tensors" if report.adapters else "",
+        *_sharding_lines(report),
         f"digest: {report.digest}",
     ]
     if report.checks:
         name, error = max(report.checks.items(), key=lambda check: check[1])
         lines.append(f"worst of {len(report.checks)} checks against torch: {error:.1e}, {name}")
     return [line for line in lines if line]
+
+
+def _sharding_lines(report: BundleReport) -> list[str]:
+    """How each kind of segment can be divided among peers, by mode; kinds that say the same
+    together."""
+    lines = []
+    for mode in sorted({mode for kind in report.kinds for mode in kind.sharding}):
+        told: dict[str, list[str]] = {}
+        for kind in report.kinds:
+            told.setdefault(kind.sharding[mode], []).append(kind.name)
+        parts = [f"{', '.join(names)} {answer}" for answer, names in told.items()]
+        lines.append(f"{mode} sharding: {'; '.join(parts)}")
+    return lines
 
 
 def _data_details(report: BundleReport) -> str:

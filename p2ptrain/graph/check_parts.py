@@ -60,4 +60,5 @@ def _referred(manifest: Manifest) -> set[str]:
     pairs = [pair for kind in manifest.kinds.values() for pair in kind.forms.values()]
     graphs: set[str] = {digest for pair in pairs for digest in pair.graphs}
     graphs |= {kind.evaluation for kind in manifest.kinds.values() if kind.evaluation is not None}
+    graphs |= {digest for sharding in manifest.sharding.values() for digest in sharding.graphs}
     return {*graphs, *(rule.graph for rule in manifest.updates.values()), manifest.inference.graph}

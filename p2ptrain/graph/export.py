@@ -21,6 +21,7 @@ from p2ptrain.graph.ir import Graph, depth_first
 from p2ptrain.graph.kinds import Files, Kind, Values, describe_kind, distinct_kinds
 from p2ptrain.graph.local import Local, localise, readable, rename_inner, shared_path
 from p2ptrain.graph.lowering.registry import lower
+from p2ptrain.graph.sharding.describe import describe_sharding
 from p2ptrain.graph.source import LABELS, LOSS_WEIGHT, Array, Source
 from p2ptrain.graph.split import tidy
 from p2ptrain.graph.update import Update, adamw, sgd
@@ -73,6 +74,7 @@ def export(
     kinds = distinct_kinds(locals_)
     chain = _chain(locals_, kinds)
     files = Files()
+    sequences = {name: size for name, size in flow.sizes.items() if name != words.BATCH}
     manifest = words.Manifest(
         name=source.name,
         task=source.task,
@@ -87,6 +89,7 @@ def export(
         data=source.data,
         loss=source.loss,
         golden_parameters=Digest("0" * 64),
+        sharding=describe_sharding(kinds.values(), sequences, files),
     )
     manifest = replace(manifest, golden_parameters=parameters_digest(manifest, 0))
     manifest = with_weights(manifest, source.weights)

@@ -58,7 +58,8 @@ def test_segments_are_half_blocks_and_equal_ones_share_their_graphs(bundle: Bund
     pairs = [pair for kind in manifest.kinds.values() for pair in kind.forms.values()]
     graphs = {digest for pair in pairs for digest in pair.graphs}
     rest = {*(rule.graph for rule in manifest.updates.values()), manifest.inference.graph}
-    assert set(bundle.files) == graphs | rest == set(manifest.graphs)
+    shared = {graph for mode in manifest.sharding.values() for graph in mode.graphs}
+    assert set(bundle.files) == graphs | rest | shared == set(manifest.graphs)
 
 
 def test_ports_masks_and_roles_follow_the_contract(bundle: Bundle) -> None:

@@ -32,3 +32,17 @@ def test_version_2_keeps_its_digest_and_has_no_backwards_in_parts() -> None:
     assert all(
         pair.parts is None for kind in manifest.kinds.values() for pair in kind.forms.values()
     )
+
+
+def test_version_3_keeps_its_digest_and_cannot_be_sharded() -> None:
+    content = (GOLDEN / "manifest-v3.json").read_bytes()
+    manifest = parse_manifest(content)
+    assert manifest.digest == hashlib.sha256(content).hexdigest()
+    assert not manifest.sharding
+
+
+def test_version_4_is_written_as_it_was_read() -> None:
+    content = (GOLDEN / "manifest-v4.json").read_bytes()
+    manifest = parse_manifest(content)
+    assert manifest.to_bytes() == content
+    assert set(manifest.sharding) == {"tensor", "sequence"}
