@@ -118,6 +118,7 @@ class Member:
                 outlet=self,
                 blobs=self.blobs,
                 runs_path=self.runs_path,
+                cache_path=self.runs_path.with_name(f"cache-{self.name}"),
                 open_engine=lambda threads: self.open_engine(threads),
                 open_meter=self._open_meter,
                 clock_ns=lambda: self.clock_ns(),

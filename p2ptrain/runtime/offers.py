@@ -15,15 +15,15 @@ from p2ptrain.ids import DeviceId, Digest, RunId, short
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.foreign import SURVIVABLE, as_ours
-from p2ptrain.runtime.profiling import profile_kinds
+from p2ptrain.runtime.known_profiles import known_or_measured
 from p2ptrain.runtime.services import Services
 from p2ptrain.store.bundles import Bundle, bundle_from_parts
+from p2ptrain.store.profiles import ProfileStore
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import Declined, Offer, Profiled
 
 PREPARED_MAX = 2
 """Offers whose engines are kept open at once; an older one is forgotten."""
-PROFILE_REPEATS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +114,10 @@ class OfferDesk:
     async def _measure(self, home: DeviceId, offer: Offer) -> Profiled:
         bundle = await self._fetch_bundle(home, offer)
         engine = await trio.to_thread.run_sync(self._services.open_engine, offer.threads)
+        services = self._services
+        store = ProfileStore(services.cache_path / "profiles")
         kinds = await trio.to_thread.run_sync(
-            lambda: profile_kinds(
-                engine,
-                bundle,
-                form=offer.form,
-                batch=offer.microbatch_size,
-                repeats=PROFILE_REPEATS,
-                in_parts=offer.in_parts,
-                clock_ns=self._services.clock_ns,
-            )
+            known_or_measured, store, engine, bundle, offer, services.clock_ns
         )
         self._keep(offer, _Prepared(bundle, engine, offer, home, time.monotonic()))
         profile = PeerProfile(

@@ -41,6 +41,7 @@ from p2ptrain.runtime.config import PeerConfig, default_threads, power_settings
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.energy_report import energy_report
 from p2ptrain.runtime.inbox import BodyReader
+from p2ptrain.runtime.job import CACHE_FOLDER
 from p2ptrain.runtime.journal import Journal
 from p2ptrain.runtime.link_figures import link_figures
 from p2ptrain.runtime.link_watch import LOOK_EVERY_S, LinkWatch
@@ -116,6 +117,7 @@ class Peer:
                 outlet=self,
                 blobs=self.blobs,
                 runs_path=home.runs,
+                cache_path=home.path / CACHE_FOLDER,
                 open_engine=lambda threads: open_engine(threads=threads),
                 open_meter=self._open_run_meter,
                 clock_ns=time.perf_counter_ns,

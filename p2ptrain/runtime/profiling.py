@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Final
 
@@ -30,6 +30,7 @@ def profile_kinds(
     repeats: int,
     in_parts: bool = False,
     *,
+    kinds: Collection[str] | None = None,
     clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, KindCost]:
     """The shortest forward and backward time over `repeats`, by kind name.
@@ -44,12 +45,13 @@ def profile_kinds(
         batch: Samples of a microbatch.
         repeats: At least 1; the first run of each graph is not counted.
         in_parts: Time backwards in their two parts as well.
+        kinds: Only these; None: all.
         clock_ns: By which it is timed.
     """
     contract = _contract(engine, bundle, form, batch)
     costs: dict[str, KindCost] = {}
     for index, segment in enumerate(bundle.manifest.segments):
-        if segment.kind not in costs:
+        if segment.kind not in costs and (kinds is None or segment.kind in kinds):
             worker = StageWorker(
                 engine=engine,
                 bundle=bundle,

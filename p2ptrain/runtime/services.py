@@ -60,6 +60,8 @@ class Services:
     outlet: Outlet
     blobs: BlobExchange
     runs_path: Path
+    cache_path: Path
+    """What can be found out again."""
     open_engine: Callable[[int], Engine]
     """threads -> an engine."""
     open_meter: Callable[[Plan, int], RunMeter]
