@@ -226,7 +226,7 @@ async def test_neighbour_lost_after_a_leave_is_replayed_from_the_logs_of_who_too
     """Before the next replica set, when the leaver's logs would have gone with it."""
     cost = KindCost(forward_ns=1_000_000, backward_ns=2_000_000)
     costs = dict.fromkeys(BUNDLE.manifest.kinds, cost)
-    monkeypatch.setattr("p2ptrain.runtime.offers.profile_kinds", lambda *_, **__: costs)
+    monkeypatch.setattr("p2ptrain.runtime.known_profiles.profile_kinds", lambda *_, **__: costs)
     async with told_group(tmp_path, 5) as group:
         run = Disturbed(group)
         for member in group.members.values():  # no set is whole after that of step 6
