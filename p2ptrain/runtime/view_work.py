@@ -83,6 +83,7 @@ class ViewWork:
             manifest=state.manifest,
             clip_norm=view.contract.optimizer.clip_norm,
             first_step=view.resume_step,
+            last_step=view.contract.steps,
         )
         self._next_step = view.resume_step + 1
         self._commits: dict[int, StepRecord] = {}
@@ -170,6 +171,9 @@ class ViewWork:
     def committed(self, record: StepRecord) -> None:
         """A step of this view can no longer be lost: it may be applied."""
         self._commits[record.step] = record
+        self._barrier.skip_to(record.step)
+        self._next_step = max(self._next_step, record.step + 1)
+        self._record_complete()
         self._signal.notify()
 
     def receive(self, device: DeviceId, message: object) -> None:
@@ -315,6 +319,9 @@ class ViewWork:
         """Note one stage's result; with the last one the step can be recorded."""
         self._barrier.add(device, done)
         self._state.pacing.note(device, done.step, done.compute_ns)
+        self._record_complete()
+
+    def _record_complete(self) -> None:
         while self._numerics is None and not self._barrier.missing(self._next_step):
             try:
                 totals = self._barrier.take(self._next_step)

@@ -41,10 +41,10 @@ class StepBarrier:
     """Collects `Done` of every stage; one float64 square sum per tensor in manifest order."""
 
     def __init__(
-        self, *, plan: Plan, manifest: Manifest, clip_norm: float, first_step: int
+        self, *, plan: Plan, manifest: Manifest, clip_norm: float, first_step: int, last_step: int
     ) -> None:
         self._clip_norm = clip_norm
-        self._taken = first_step
+        self._taken, self._last = first_step, last_step
         self._indices: Mapping[DeviceId, tuple[int, ...]] = {
             stage.device: stage_tensor_indices(manifest, stage.segments) for stage in plan.stages
         }
@@ -54,18 +54,27 @@ class StepBarrier:
     def add(self, device: DeviceId, done: Done) -> None:
         """Note one stage's result; a repeated one changes nothing.
 
+        Where one stage's way to us is slow, the others, who need no more than a quorum, may be
+        further on than is kept here: then the step's record comes from them (`skip_to`).
+
         Raises:
             RemoteProtocolError: from a peer without a stage, with a wrong number of sums, or of a
-                step that cannot have been made yet.
+                step after the run's last.
         """
         indices = self._indices.get(device)
         if indices is None or len(done.square_sums) != 8 * len(indices):
             raise RemoteProtocolError(f"step {done.step}: square sums that do not fit the plan")
-        if done.step <= self._taken:
+        if done.step > self._last:
+            raise RemoteProtocolError(f"step {done.step} is done, but {self._last} is the last")
+        if not self._taken < done.step <= self._taken + STEPS_AHEAD_MAX:
             return
-        if done.step > self._taken + STEPS_AHEAD_MAX:
-            raise RemoteProtocolError(f"step {done.step} is done, but step {self._taken} is not")
         self._waiting.setdefault(done.step, {}).setdefault(device, done)
+
+    def skip_to(self, step: int) -> None:
+        """A step is committed, whether or not everything of it came here."""
+        self._taken = max(self._taken, step)
+        for old in [each for each in self._waiting if each <= step]:
+            del self._waiting[old]
 
     def missing(self, step: int) -> tuple[DeviceId, ...]:
         """Stages whose `Done` of this step has not arrived."""

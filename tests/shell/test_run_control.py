@@ -464,7 +464,7 @@ async def test_damaged_checkpoint_is_not_resumed(tmp_path: Path, mock_clock: Moc
 WRONG = {
     "sums": lambda stamp: Done(stamp=stamp, step=1, square_sums=b"", loss=None, skip=False),
     "step": lambda stamp: Done(
-        stamp=stamp, step=400, square_sums=bytes(8 * 4), loss=None, skip=False
+        stamp=stamp, step=501, square_sums=bytes(8 * 4), loss=None, skip=False
     ),
     "segment": lambda stamp: SegmentSaved(
         stamp=stamp, step=1, segment=4000, state=Digest("0" * 64), checkpoint=True

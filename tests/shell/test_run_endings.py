@@ -12,12 +12,12 @@ from trio.testing import MockClock
 
 from p2ptrain import limits
 from p2ptrain.errors import ConfigError, P2PTrainError
-from p2ptrain.ids import RunId
+from p2ptrain.ids import DeviceId, RunId
 from p2ptrain.runtime.reports import NoteReport, StepReport, TrainRequest, TrainResult
 from p2ptrain.runtime.run_state import JOURNAL_FILE, RunState
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.training.contract import OptimizerChoice
-from p2ptrain.training.messages import Abort, Ended, Finish, Offer
+from p2ptrain.training.messages import Abort, Done, Ended, Finish, Offer
 from tests.bundles import tiny_bundle
 from tests.memory_group import (
     SECONDS_MAX,
@@ -301,3 +301,20 @@ async def test_messages_to_a_part_that_is_closing_change_nothing(tmp_path: Path)
                 results.append(await group[0].train(wanted))
                 await until_idle(*group.members.values())
     assert float_bits(results[0].losses) == float_bits(results[1].losses)
+
+
+async def test_slow_way_between_two_members_does_not_end_the_run(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    """The others are a quorum; whoever hears one stage late learns the steps from their records."""
+    async with memory_group(tmp_path, 3) as group:
+        send = group[1].send
+
+        def mostly(to: DeviceId, message: object) -> None:
+            if not (to == group[2].device and isinstance(message, Done) and 3 <= message.step < 9):
+                send(to, message)
+
+        group[1].send = mostly  # type: ignore[method-assign]  # a way with a gap
+        result = await group[0].train(request(tmp_path, stages=3, steps=12))
+        assert len(result.losses) == 12
+        await until_idle(*group.members.values())

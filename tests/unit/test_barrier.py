@@ -35,10 +35,13 @@ def two_stages() -> Plan:
 
 
 PLAN = two_stages()
+LAST = 50
 
 
 def barrier(*, clip_norm: float = 1.0, first_step: int = 0) -> StepBarrier:
-    return StepBarrier(plan=PLAN, manifest=MANIFEST, clip_norm=clip_norm, first_step=first_step)
+    return StepBarrier(
+        plan=PLAN, manifest=MANIFEST, clip_norm=clip_norm, first_step=first_step, last_step=LAST
+    )
 
 
 def done(step: int, sums: list[float], *, loss: float | None = None, skip: bool = False) -> Done:
@@ -93,6 +96,19 @@ def test_next_step_may_come_ahead() -> None:
     assert collected.missing(2) == (device(1),)
 
 
+def test_committed_step_needs_nothing_more_from_anybody() -> None:
+    collected = barrier()
+    collected.add(device(0), done(1, [9.0, 9.0, 9.0]))
+    collected.add(device(0), done(2, [9.0, 9.0, 9.0]))
+    collected.add(device(0), done(3, [9.0, 9.0, 9.0]))  # too far ahead to be kept
+    collected.skip_to(2)
+    collected.skip_to(1)
+    assert collected.missing(3) == (device(0), device(1))
+    collected.add(device(1), done(2, [4.0, 1.0, 2.0], loss=2.5))
+    fill(collected, 3, loss=5.0)
+    assert collected.take(3).loss == 5.0
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_loss_that_is_not_finite_stops_the_step(loss: float) -> None:
     collected = barrier()
@@ -121,7 +137,7 @@ def test_totals_before_every_stage_reported_are_a_bug() -> None:
         (3, done(1, [1.0, 1.0, 1.0])),  # no member
         (0, done(1, [1.0, 1.0])),
         (0, done(1, [1.0, 1.0, 1.0, 1.0])),
-        (0, done(3, [1.0, 1.0, 1.0])),  # two steps further than anybody can be
+        (0, done(LAST + 1, [1.0, 1.0, 1.0])),  # there is no such step
     ],
 )
 def test_result_that_does_not_fit_is_the_senders_error(sender: int, result: Done) -> None:
