@@ -27,7 +27,7 @@ def equal_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured times vary, and with them the cuts; other cuts round other values."""
     cost = KindCost(forward_ns=1_000_000, backward_ns=2_000_000)
     costs = dict.fromkeys(BUNDLE.manifest.kinds, cost)
-    monkeypatch.setattr("p2ptrain.runtime.offers.profile_kinds", lambda *_, **__: costs)
+    monkeypatch.setattr("p2ptrain.runtime.known_profiles.profile_kinds", lambda *_, **__: costs)
 
 
 @pytest.fixture
