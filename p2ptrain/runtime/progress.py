@@ -52,7 +52,8 @@ class ProgressTracker:
         self._job, self._plan, self._contract = job, plan, contract
         self._services, self._emit = services, emit
         self._usage: dict[DeviceId, Usage] = {}
-        self._losses: list[float] = []
+        self._losses: dict[int, float] = {}
+        """By step. What this device never heard of is missing."""
         self._heldout: dict[int, float] = {}
         self._step_began_s: float | None = None
         self._training_s = 0.0
@@ -102,7 +103,7 @@ class ProgressTracker:
         if live and seconds > 0:
             self._view_steps_s.append(seconds)
         self.completed_items += live
-        self._losses.append(record.loss)
+        self._losses[step] = record.loss
         report = StepReport(
             step=step,
             steps=self._contract.steps,
@@ -128,9 +129,14 @@ class ProgressTracker:
         """Tell somebody else from now on."""
         self._emit = emit
 
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Of the session's steps as far as this device has heard of them, by step."""
+        return tuple(self._losses[step] for step in sorted(self._losses))
+
     def fall_back(self, step: int) -> None:
         """Steps after this one are given up: they are made again."""
-        del self._losses[max(0, step - self._first_step) :]
+        self._losses = {at: loss for at, loss in self._losses.items() if at <= step}
         self._heldout = {at: loss for at, loss in self._heldout.items() if at <= step}
 
     def energy(self) -> EnergyReport:
@@ -160,7 +166,7 @@ class ProgressTracker:
             stages=len(self._plan.stages),
             first_step=self._first_step,
             steps=self._first_step + len(self._losses),
-            losses=tuple(self._losses),
+            losses=self.losses,
             heldout_first=self._heldout[min(self._heldout)],
             heldout_last=self._heldout[max(self._heldout)],
             seconds=seconds,

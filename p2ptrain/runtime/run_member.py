@@ -386,14 +386,14 @@ class RunMember:
 
     def _data_copied(self, job: Job, weights: Weights) -> None:
         """This device has the data now: it can feed the run when the present home peer cannot."""
-        plan = self.plan
+        plan, view = self.plan, self.machine.view
         if plan is None:
             raise InvariantBroken("data was copied before there was a plan")
-        known = [self.history[step] for step in sorted(self.history)]
-        since = known[0].step - 1 if known else self.machine.statistics().committed_step
+        begun = 0 if view is None else view.resume_step  # the machine's events may be on their way
+        since = min(self.history, default=begun + 1) - 1
         self.home = later_session(self.state, plan, job, weights, since)
-        for record in known:
-            self.home.progress.step_committed(record, live=False)
+        for step in sorted(self.history):
+            self.home.progress.step_committed(self.history[step], live=False)
         self.state.take_session(self.home)
         self.offer_weights()
 

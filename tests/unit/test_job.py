@@ -258,7 +258,8 @@ def test_rematerialised_run_counts_the_second_forward(tmp_path: Path) -> None:
         peer = dataclasses.replace(
             peer, kinds=dict.fromkeys(job.bundle.manifest.kinds, peer.kinds["k0"])
         )
-        plans.append(place(wanted, job, {peer.device: peer}, home=peer.device).plan)
+        found = place(wanted, job, {peer.device: peer}, home=peer.device, links={})
+        plans.append(found.plan)
     plain, again = (plan.stages[0].step_compute_ns for plan in plans)
     assert again == plain * 4 // 3
 

@@ -1,0 +1,43 @@
+"""What a home peer remembers of a session's steps, also one that became it in mid run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from p2ptrain.runtime.job import Job
+from p2ptrain.runtime.progress import ProgressTracker
+from p2ptrain.runtime.services import Services
+from tests.sim.plans import device
+from tests.sim.run_views import CONTRACT, first_view, make_step
+
+HOME, OTHER = device(0), device(1)
+
+
+def tracker(first_step: int, reports: list[object]) -> ProgressTracker:
+    directory = SimpleNamespace(append_progress=lambda line: None)
+    return ProgressTracker(
+        job=cast(Job, SimpleNamespace(directory=directory)),
+        plan=first_view(HOME, OTHER).plan,
+        contract=CONTRACT,
+        services=cast(Services, None),
+        emit=lambda name, report: reports.append(report),
+        first_step=first_step,
+    )
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 2])
+def test_loss_keeps_the_step_it_belongs_to(first_step: int) -> None:
+    """Also where the first steps were still on their way when the session was taken over."""
+    reports: list[object] = []
+    progress = tracker(first_step, reports)
+    for step in (1, 2, 3, 4):
+        progress.step_committed(make_step(step, loss=float(step)), live=False)
+    progress.fall_back(3)
+    assert progress.losses == (1.0, 2.0, 3.0)
+    for step in (4, 6, 5):
+        progress.step_committed(make_step(step, loss=10.0 * step), live=False)
+    assert progress.losses == (1.0, 2.0, 3.0, 40.0, 50.0, 60.0)
+    assert len(reports) == 7
