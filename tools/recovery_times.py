@@ -54,7 +54,7 @@ async def measure(kills: int, how: signal.Signals, progress: Progress) -> list[d
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(train_for_ever, peers[0], asked, watched)
                 for index in range(kills):
-                    rows.append(await one(peers, peers[1 + index % 2], how, watched))
+                    rows.append(await one(peers, index, how, watched))
                     progress.update(task, advance=1)
                 nursery.cancel_scope.cancel()
     return rows
@@ -66,9 +66,9 @@ async def train_for_ever(peer: PeerProcess, asked: TrainRequest, watched: Watche
 
 
 async def one(
-    peers: tuple[PeerProcess, ...], victim: PeerProcess, how: signal.Signals, watched: Watched
+    peers: tuple[PeerProcess, ...], index: int, how: signal.Signals, watched: Watched
 ) -> dict[str, float]:
-    """Kill one peer of a protected run, wait for the next steps, let it come back."""
+    """Kill one peer that has a stage in a protected run, wait for new steps, let it come back."""
     first = peers[0]
     await watched.wait_step(watched.reached + BETWEEN)
     await first.wait_status(
@@ -79,6 +79,12 @@ async def one(
         ),
         120,
     )
+    plan = (await first.status()).plan
+    named = set() if plan is None else {stage.name for stage in plan.stages}
+    victims = [peer for peer in peers[1:] if peer.name in named]
+    if not victims:
+        raise SystemExit("recovery_times: only the home peer has a stage; try again")
+    victim = victims[index % len(victims)]
     before, killed_at_s = watched.reached, time.time()
     victim.send(how)
     await watched.wait_step(before + 2)

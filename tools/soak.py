@@ -11,7 +11,6 @@ must be those of one undisturbed peer. The same seed gives the same story, but n
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -136,7 +135,8 @@ async def soak(steps: int, seed: int, directory: Path, say: Say) -> Counter[str]
             campaign = Soak(air, peers, seed, say)
             began_s = time.monotonic()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(conduct, peers[0], request(directory, steps, stages=3))
+                asked = request(directory, steps, stages=3)
+                nursery.start_soon(conduct, peers[0], asked, say)
                 nursery.start_soon(campaign.disturb)
                 while not models(peers):  # noqa: ASYNC110 other processes
                     await trio.sleep(POLL_S)
@@ -168,10 +168,12 @@ async def restore(air: Wifi, peers: tuple[PeerProcess, ...]) -> None:
     await peers[0].start()
 
 
-async def conduct(peer: PeerProcess, asked: TrainRequest) -> None:
+async def conduct(peer: PeerProcess, asked: TrainRequest, say: Say) -> None:
     """Start the run; when its home peer is hit, others go on with it."""
-    with contextlib.suppress(P2PTrainError):
+    try:
         await train(peer, asked)
+    except P2PTrainError as error:
+        say(f"who asked for the run was told: {error.message}")
 
 
 def models(peers: tuple[PeerProcess, ...]) -> list[Path]:
