@@ -102,28 +102,17 @@ class StageWorker:
         """
         manifest = bundle.manifest
         _check_contract(manifest, contract, segments, in_flight)
-        self._engine = engine
-        self._manifest = manifest
-        self._contract = contract
-        self._segments = segments
-        self._in_flight, self._delayed = in_flight, delayed
-        self._weights = weights
+        self._engine, self._manifest = engine, manifest
+        self._contract, self._segments = contract, segments
+        self._in_flight, self._delayed, self._weights = in_flight, delayed, weights
         self._rule = manifest.updates[contract.optimizer.name]
         self._memories = {
             index: SegmentMemory(engine, flat_layout(manifest, index), self._rule.state)
             for index in segments
         }
-        rings = RingMaker(
-            engine=engine,
-            manifest=manifest,
-            segments=segments,
-            batch=contract.microbatch_size,
-            in_flight=in_flight,
-            delayed=delayed,
-        )
-        self._boundaries = [
-            rings.boundary(index) for index in range(segments.start, segments.stop + 1)
-        ]
+        rings = self._ring_maker()
+        edges = range(segments.start, segments.stop + 1)
+        self._boundaries = [rings.boundary(index) for index in edges]
         lossy = contract.codec != "fp32"
         self._cuts = {cut: rings.boundary(cut + 1) for cut in (cuts if lossy else ())}
         self._runners = self._make_runners(bundle)
@@ -137,8 +126,7 @@ class StageWorker:
         self._ties_summed = False
         self._tensor_indices = stage_tensor_indices(manifest, segments)
         self._steps: dict[int, int] = {}
-        self._forward_count = self._evaluation_count = 0
-        self._backward_count = self._update_count = 0
+        self._forward_count = self._evaluation_count = self._backward_count = self._update_count = 0
 
     @property
     def tensor_indices(self) -> tuple[int, ...]:
@@ -528,6 +516,16 @@ class StageWorker:
     def _before(self, index: int) -> Boundary:
         """The rings before segment `index`, seen from the segment before it."""
         return self._boundaries[index - self._segments.start]
+
+    def _ring_maker(self) -> RingMaker:
+        return RingMaker(
+            engine=self._engine,
+            manifest=self._manifest,
+            segments=self._segments,
+            batch=self._contract.microbatch_size,
+            in_flight=self._in_flight,
+            delayed=self._delayed,
+        )
 
     def _make_runners(self, bundle: Bundle) -> list[SegmentRunner]:
         memories = self._memories.values()

@@ -137,7 +137,7 @@ async def _train_somewhere(
         while not _models([peer.member.home for peer in peers]):
             for peer in peers:
                 _wake(peer, struck)
-            await trio.sleep(0.1)
+            await trio.sleep(0.1)  # between two looks at files of other processes
         nursery.cancel_scope.cancel()
 
 
@@ -156,7 +156,7 @@ async def _bring_back(peers: tuple[PeerProcess, ...]) -> None:
         dead = [peer for peer in peers if not peer.is_running]
         if dead and all([await _is_paused(peer) for peer in living]):
             break
-        await trio.sleep(1.0)
+        await trio.sleep(1.0)  # between two questions to other processes
     status = await living[0].status()
     address = status.address.split(",")[0]
     for peer in dead:
