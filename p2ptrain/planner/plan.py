@@ -1,25 +1,43 @@
-"""A plan: which peer runs which segments, in which order of microbatches, and why."""
+"""A plan: which peers run which segments, in which order of microbatches, and why."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from p2ptrain import limits
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
-from p2ptrain.schedule.actions import SCHEDULES
+from p2ptrain.schedule.actions import SCHEDULES, delays_gradients
 from p2ptrain.wire.codec import to_plain
 
-PLAN_VERSION: Final = 2
+PLAN_VERSION: Final = 3
+
+Split = Literal["none", "replicas", "tensor", "sequence"]
+"""How the peers of a stage share its work: microbatches whole, heads and columns, or positions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageShare:
+    """One peer's part of a stage that several peers run together."""
+
+    device: DeviceId
+    weight: int
+    """Its part of the sum of all weights: of a step's microbatches, or of the units of an axis."""
+    memory_bytes: int
+    """Predicted peak there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
-    """Consecutive segments on one peer, with what they are expected to cost there."""
+    """Consecutive segments on one peer, or on several that share the work of each.
+
+    With several, all costs are those of the peer where they are highest.
+    """
 
     device: DeviceId
+    """The only peer, or the first of `shares`."""
     first_segment: int
     segment_count: int
     in_flight_max: int
@@ -29,10 +47,29 @@ class StagePlan:
     memory_bytes: int
     """Predicted peak of parameters, optimizer state, gradients, stash and buffers."""
     parameter_count: int
+    """Of the whole stage."""
+    split: Split = "none"
+    shares: tuple[StageShare, ...] = ()
+    """By rank: the order in which partial results are added. Empty for a single peer."""
 
     @property
     def segments(self) -> range:
         return range(self.first_segment, self.first_segment + self.segment_count)
+
+    @property
+    def devices(self) -> tuple[DeviceId, ...]:
+        """All peers of the stage, by rank."""
+        return tuple(share.device for share in self.shares) or (self.device,)
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """By rank."""
+        return tuple(share.weight for share in self.shares) or (1,)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each peer computes slices of every microbatch."""
+        return self.split in ("tensor", "sequence")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +111,10 @@ class Plan:
         return Digest(hashlib.sha256(document.encode()).hexdigest())
 
     def stage_of(self, device: DeviceId) -> int | None:
-        """The stage index this device runs, or None (the home peer may only hold data)."""
+        """The stage index this device runs, alone or with others, or None (the home peer may only
+        hold data)."""
         for index, stage in enumerate(self.stages):
-            if stage.device == device:
+            if device in stage.devices:
                 return index
         return None
 
@@ -93,7 +131,7 @@ def _problem(plan: Plan) -> str | None:
         return f"plan version {plan.version} is unknown"
     if not 1 <= len(plan.stages) <= limits.STAGES_MAX:
         return f"a plan has 1 to {limits.STAGES_MAX} stages"
-    devices = [stage.device for stage in plan.stages]
+    devices = [device for stage in plan.stages for device in stage.devices]
     if len(set(devices)) != len(devices):
         return "a device has two stages"
     if tuple(sorted(set(plan.members))) != plan.members:
@@ -116,4 +154,20 @@ def _problem(plan: Plan) -> str | None:
         if stage.first_segment != expected or stage.segment_count < 1 or stage.in_flight_max < 1:
             return "stages do not cover the segments in order"
         expected += stage.segment_count
+    return next((found for stage in plan.stages if (found := _split_problem(plan, stage))), None)
+
+
+def _split_problem(plan: Plan, stage: StagePlan) -> str | None:
+    if (stage.split == "none") != (not stage.shares):
+        return "a stage has shares where it is split, and nowhere else"
+    if not stage.shares:
+        return None
+    if len(stage.shares) < 2 or stage.shares[0].device != stage.device:
+        return "a stage that is split has two peers or more, its device first"
+    if any(share.weight < 1 for share in stage.shares):
+        return "every peer of a stage has a part of its work"
+    if stage.is_sharded and len(plan.stages) > 1:
+        return "a sharded stage is the whole model"
+    if delays_gradients(plan.schedule):
+        return f"{plan.schedule} is no schedule of stages that are split"
     return None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from p2ptrain.errors import ConfigError
 from p2ptrain.schedule.actions import (
@@ -27,6 +28,10 @@ from p2ptrain.schedule.simulator import Span
 
 Owners = tuple[int, ...]
 """By microbatch: the index of the replica that runs it."""
+
+
+_WHOLE: Final = 1 << 60
+"""What a share's weight is a part of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +93,14 @@ def shared_out(times_ns: Sequence[int], microbatches: int) -> Owners:
         done_ns[own] += times_ns[own]
         owners.append(own)
     return tuple(owners)
+
+
+def owners_by_weight(weights: Sequence[int], microbatches: int) -> Owners:
+    """Give each microbatch to a replica, in proportion to their weights and well mixed.
+
+    As many microbatches as the weights' sum give each replica exactly its weight.
+    """
+    return shared_out([_WHOLE // weight for weight in weights], microbatches)
 
 
 def replicated_actions(
