@@ -180,19 +180,22 @@ class ShardedRunner:
     def _axes(self, kind: SegmentKind) -> ShardedKind | None:
         return self.sharding.kinds.get(kind.name)
 
+    def _units(self, sharded: ShardedKind | None) -> dict[str, int]:
+        return {} if sharded is None else self.manifest.units(sharded)
+
     def _split(self, kind: SegmentKind, whole: Arrays) -> list[Arrays]:
         sharded = self._axes(kind)
         feeds: list[Arrays] = []
         for index in range(len(self.shares.weights)):
             feed = dict(whole)
-            for axis, units in (sharded.axes if sharded else {}).items():
+            for axis, units in self._units(sharded).items():
                 counts = self.shares.counts(units)
                 start = sum(counts[:index])
                 for name, value in (("start", start), ("count", counts[index]), ("all", units)):
                     feed[f"shard.{name}.{axis}"] = np.array([value], np.int64)
             for name, slice_ in (sharded.slices if sharded else {}).items():
                 if sharded is not None and name in whole:
-                    units = sharded.axes[slice_.units_of]
+                    units = self._units(sharded)[slice_.units_of]
                     counts = self.shares.counts(units)
                     start = sum(counts[:index])
                     feed[name] = cut_slice(whole[name], slice_, start, counts[index], units)
@@ -226,7 +229,7 @@ class ShardedRunner:
         counts[what.kind] = counts.get(what.kind, 0) + whole.nbytes
         if what.kind != "scatter":
             return [whole] * len(feeds)
-        (units,) = sharded.axes.values()
+        (units,) = self._units(sharded).values()
         ends = np.cumsum(self.shares.counts(units))[:-1]
         return [np.ascontiguousarray(part) for part in np.split(whole, ends, what.axis)]
 
@@ -241,7 +244,7 @@ class ShardedRunner:
                 continue
             if sharded is not None and local in sharded.slices:
                 slice_ = sharded.slices[local]
-                counts = self.shares.counts(sharded.axes[slice_.units_of])
+                counts = self.shares.counts(self._units(sharded)[slice_.units_of])
                 found[tensor] = join_slices(terms, slice_, counts)
             elif sharded is not None and local in sharded.summed:
                 found[tensor] = np.sum(terms, 0)
@@ -274,7 +277,7 @@ def plans_of(manifest: Manifest) -> list[tuple[str, tuple[int, ...]]]:
         for mode, weights in PLANS
         if manifest.sharding[mode].kinds
         and all(
-            min(kind.axes.values()) >= len(weights)
+            min(manifest.units(kind).values()) >= len(weights)
             for kind in manifest.sharding[mode].kinds.values()
         )
     ]

@@ -37,14 +37,17 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from p2ptrain import limits
-from p2ptrain.bundle.sharding import Sharding
+from p2ptrain.bundle.sharding import ShardedKind, Sharding
 from p2ptrain.errors import BundleError, RemoteProtocolError
 from p2ptrain.ids import Digest
 from p2ptrain.wire.codec import from_plain, to_plain
 
 FORMAT: Final = "p2ptrain-bundle"
-VERSION: Final = 4
-VERSIONS_READ: Final = (1, 2, 3, 4)
+VERSION: Final = 5
+VERSIONS_READ: Final = (1, 2, 3, 4, 5)
+_WITH_UNITS_AS_NUMBERS: Final = 4
+"""What a bundle whose sliced axes all have a number of units is written as, so that its digest
+stays."""
 _WITHOUT_SHARDING: Final = 3
 """What a bundle that cannot be sharded is written as, so that its digest stays."""
 _WITHOUT_PARTS: Final = 2
@@ -336,14 +339,15 @@ class Manifest:
         """Canonical JSON: sorted keys, no spaces after the indent, a final newline."""
         document = {"format": FORMAT, "version": VERSION, **to_plain(self)}
         if self.sharding:
-            return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
-        document["version"] = _WITHOUT_SHARDING
-        del document["sharding"]
-        if not any(pair.parts for kind in self.kinds.values() for pair in kind.forms.values()):
-            document["version"] = _WITHOUT_PARTS
-            for kind in document["kinds"].values():
-                for pair in kind["forms"].values():
-                    del pair["parts"]
+            _number_units(document)
+        else:
+            document["version"] = _WITHOUT_SHARDING
+            del document["sharding"]
+            if not any(pair.parts for kind in self.kinds.values() for pair in kind.forms.values()):
+                document["version"] = _WITHOUT_PARTS
+                for kind in document["kinds"].values():
+                    for pair in kind["forms"].values():
+                        del pair["parts"]
         return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
 
     def tensor(self, name: str) -> Tensor:
@@ -406,6 +410,10 @@ class Manifest:
         """Bytes of one microbatch's activations after this segment (cotangents: the same)."""
         return sum(self.value_bytes(v, batch=batch) for v in self.boundary(segment_index))
 
+    def units(self, sharded: ShardedKind) -> dict[str, int]:
+        """How many units each sliced axis of a kind has: so many shards there can be at most."""
+        return {name: self.axis_size(axis, batch=1) for name, axis in sharded.axes.items()}
+
     def axis_size(self, axis: str, *, batch: int) -> int:
         """The size of an axis for a microbatch of `batch` samples."""
         if "*" in axis:
@@ -454,6 +462,8 @@ def decode_manifest(content: bytes) -> Manifest:
         )
     if document["version"] == 1:
         _upgrade(document)
+    if document["version"] == _WITH_UNITS_AS_NUMBERS:
+        _name_units(document)
     try:
         return from_plain(Manifest, document)
     except RemoteProtocolError as error:
@@ -470,6 +480,32 @@ def _upgrade(document: dict[str, Any]) -> None:  # Any: JSON, not yet checked
         data.pop("dtype", None)
     document["task"] = "language-modelling"
     document["loss"] = {"kind": "cross-entropy"}
+
+
+def _number_units(document: dict[str, Any]) -> None:  # Any: JSON, ours
+    """Write what version 4 could say as it would have."""
+    kinds = [kind for mode in document["sharding"].values() for kind in mode["kinds"].values()]
+    if all(axis.isdecimal() for kind in kinds for axis in kind["axes"].values()):
+        document["version"] = _WITH_UNITS_AS_NUMBERS
+        for kind in kinds:
+            kind["axes"] = {name: int(axis) for name, axis in kind["axes"].items()}
+
+
+def _name_units(document: dict[str, Any]) -> None:  # Any: JSON, not yet checked
+    """Version 4 knew numbers only, and nothing but numbers; the rest is refused by its type."""
+    for mode in _entries(document.get("sharding")):
+        for kind in _entries(mode.get("kinds")):
+            axes = kind.get("axes")
+            if isinstance(axes, dict):
+                kind["axes"] = {
+                    name: str(units) if type(units) is int else None for name, units in axes.items()
+                }
+
+
+def _entries(value: object) -> list[dict[str, Any]]:  # Any: JSON, not yet checked
+    """The maps that a map holds."""
+    entries = value.values() if isinstance(value, dict) else ()
+    return [each for each in entries if isinstance(each, dict)]
 
 
 def check_manifest(manifest: Manifest) -> None:

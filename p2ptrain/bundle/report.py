@@ -114,13 +114,14 @@ def _kind_report(manifest: Manifest, kind: SegmentKind) -> KindReport:
         boundary_bytes=manifest.boundary_bytes(first, batch=1),
         forms=tuple(sorted(kind.forms)),
         sharding={
-            mode: _sharding_report(sharding, kind.name)
+            mode: _sharding_report(manifest, sharding, kind.name)
             for mode, sharding in sorted(manifest.sharding.items())
         },
     )
 
 
-def _sharding_report(sharding: Sharding, name: str) -> str:
+def _sharding_report(manifest: Manifest, sharding: Sharding, name: str) -> str:
     if name not in sharding.kinds:
         return f"whole: {sharding.whole[name]}"
-    return " and ".join(f"{units} units" for units in sharding.kinds[name].axes.values())
+    units = manifest.units(sharding.kinds[name])
+    return " and ".join(f"{count} units" for count in units.values())

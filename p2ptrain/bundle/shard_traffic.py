@@ -71,7 +71,7 @@ def _segment(manifest: Manifest, sharding: Sharding, index: int, batch: int) -> 
             _cost(manifest, each, batch) for part in sharded.backward for each in part.collectives
         ),
         step_bytes=sum(tensor.elements * DTYPES[tensor.dtype] for tensor in trained),
-        units=min(sharded.axes.values()),
+        units=min(manifest.units(sharded).values()),
         sharded_parameters=sum(tensor.elements for tensor in sliced),
     )
 

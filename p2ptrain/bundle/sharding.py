@@ -83,8 +83,9 @@ class ShardPart:
 class ShardedKind:
     """How one kind of segment is computed by shards."""
 
-    axes: dict[str, int]
-    """Sliced axes: how many units; of the sequence mode's, as many as the sequence is long."""
+    axes: dict[str, str]
+    """Sliced axes: how many units, a decimal integer as text or a symbol: positions are as many as
+    the sequence is long, whatever its size is for a run. `Manifest.units` gives numbers."""
     slices: dict[str, ShardSlice]
     """Ports, masks, parameters and cotangents by name; all others are whole. A gradient is sliced
     as its parameter."""

@@ -42,7 +42,7 @@ def sharding_problems(manifest: Manifest) -> Iterator[str]:
 
 def _chain_problems(manifest: Manifest, mode: str, sharding: Sharding) -> Iterator[str]:
     """What one segment hands on in slices, the next one takes in the same slices."""
-    before: list[tuple[int, int] | None] = []
+    before: list[tuple[int, str] | None] = []
     for segment in manifest.segments:
         kind, sharded = manifest.kinds[segment.kind], sharding.kinds.get(segment.kind)
         entering = [port.value.name for port in kind.inputs if port.role == "boundary"]
@@ -57,12 +57,12 @@ def _chain_problems(manifest: Manifest, mode: str, sharding: Sharding) -> Iterat
                 yield f"{mode} sharding slices cotangents of {segment.name!r:.80} otherwise"
 
 
-def _boundary_slice(sharded: ShardedKind | None, name: str) -> tuple[int, int] | None:
+def _boundary_slice(sharded: ShardedKind | None, name: str) -> tuple[int, str] | None:
     """Axis and units of a port's slices; None where it is whole."""
     slice_ = None if sharded is None else sharded.slices.get(name)
     if sharded is None or slice_ is None:
         return None
-    return slice_.axis, sharded.axes.get(slice_.units_of, 0)
+    return slice_.axis, sharded.axes.get(slice_.units_of, "")
 
 
 def _whole_problems(mode: str, sharding: Sharding) -> Iterator[str]:
@@ -139,11 +139,12 @@ class _KindChecks:
     def _axis_problems(self) -> Iterator[str]:
         if not 1 <= len(self.sharded.axes) <= limits.SHARDED_AXES_MAX:
             yield f"{len(self.sharded.axes)} sliced axes"
-        for name, units in self.sharded.axes.items():
+        for name, told in self.sharded.axes.items():
             if not name.isascii() or not name.isidentifier() or name in self.manifest.symbols:
                 yield f"{name!r:.80} is no name for a sliced axis"
-            if not 1 <= units <= limits.TENSOR_ELEMENTS_MAX:
-                yield f"axis {name:.80} has {units} units"
+            units = self._units(name)
+            if units is None or not 1 <= units <= limits.TENSOR_ELEMENTS_MAX:
+                yield f"axis {name:.80} has {told:.40} units"
 
     def _slice_problems(self) -> Iterator[str]:
         whole = _whole_values(self.kind)
@@ -152,7 +153,7 @@ class _KindChecks:
             if value is None or name.startswith("gradient."):
                 yield f"it slices {name!r:.80}, which it does not have"
                 continue
-            units = self.sharded.axes.get(slice_.units_of)
+            units = self._units(slice_.units_of)
             if units is None or not 0 <= slice_.axis < len(value.shape):
                 yield f"{name:.80} is sliced along an axis that is not there"
                 continue
@@ -237,8 +238,8 @@ class _KindChecks:
         if kind != "reduce":
             axis = collective.axis
             one = len(self.sharded.axes) == 1 and 0 <= axis < len(shape)
-            (name, units), *_ = self.sharded.axes.items()
-            if not one or self._size(shape[axis]) != units:
+            name, *_ = self.sharded.axes
+            if not one or self._size(shape[axis]) != self._units(name):
                 yield f"a {kind} of {collective.sent!r:.80} has no axis of the units"
                 return
             local = (*shape[:axis], name, *shape[axis + 1 :])
@@ -271,9 +272,20 @@ class _KindChecks:
 
     def _factor(self, factor: str) -> int | None:
         if factor in self.sharded.axes:
-            return self.sharded.axes[factor]
+            return self._units(factor)
         if factor in self.manifest.symbols:
             size = self.manifest.symbols[factor].size
             return 1 if size is None else size
-        number = factor.isascii() and factor.isdecimal() and len(factor) <= limits.AXIS_DIGITS_MAX
-        return int(factor) if number else None
+        return _number(factor)
+
+    def _units(self, name: str) -> int | None:
+        """A sliced axis' units; None when there is no such axis, or nothing says how many."""
+        told = self.sharded.axes.get(name, "")
+        symbol = self.manifest.symbols.get(told)
+        return _number(told) if symbol is None else symbol.size
+
+
+def _number(text: str) -> int | None:
+    """A decimal integer; None when it is none, or endless."""
+    number = text.isascii() and text.isdecimal() and len(text) <= limits.AXIS_DIGITS_MAX
+    return int(text) if number else None

@@ -50,7 +50,7 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bundle", "info", "gpt-nano", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["version"] == 1
-    assert (report["segments"], report["graphs"], report["weights"]) == (10, 24, False)
+    assert (report["segments"], report["graphs"], report["weights"]) == (10, 43, False)
     assert report["parameters"] == {"trainable": 1_902_720, "frozen": 0, "running": 0}
     assert [kind["name"] for kind in report["kinds"]] == ["embedding", "attention", "mlp", "head"]
     assert report["inputs"] == ["ids int64 (batch, sequence)"]
@@ -74,7 +74,7 @@ def test_verify_of_a_sound_bundle(capsys: pytest.CaptureFixture[str]) -> None:
     assert heading.split() == ["checked", "found"]
     assert [row.split(maxsplit=2) for row in rows] == [
         ["manifest.json", "ok", "10 segments, 69 tensors"],
-        ["graphs", "ok", "24 graphs as the manifest says"],
+        ["graphs", "ok", "43 graphs as the manifest says"],
         ["weights.safetensors", "ok", "none: every tensor is drawn from the run's seed"],
     ]
 

@@ -41,8 +41,18 @@ def test_version_3_keeps_its_digest_and_cannot_be_sharded() -> None:
     assert not manifest.sharding
 
 
-def test_version_4_is_written_as_it_was_read() -> None:
+def test_version_4_keeps_its_digest_and_its_numbers_of_units() -> None:
     content = (GOLDEN / "manifest-v4.json").read_bytes()
     manifest = parse_manifest(content)
+    assert manifest.digest == hashlib.sha256(content).hexdigest()
+    assert {
+        mode: manifest.units(sharding.kinds["attention"])
+        for mode, sharding in manifest.sharding.items()
+    } == {"tensor": {"units0": 7}, "sequence": {"positions": 12}}
+
+
+def test_version_5_is_written_as_it_was_read() -> None:
+    content = (GOLDEN / "manifest-v5.json").read_bytes()
+    manifest = parse_manifest(content)
     assert manifest.to_bytes() == content
-    assert set(manifest.sharding) == {"tensor", "sequence"}
+    assert manifest.sharding["sequence"].kinds["attention"].axes == {"positions": "sequence"}

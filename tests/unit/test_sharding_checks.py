@@ -16,7 +16,9 @@ from p2ptrain.bundle.shard_traffic import CollectiveCost, shard_traffic
 from p2ptrain.cli.tables import bundle_lines
 from p2ptrain.errors import BundleError
 
-GOLDEN = Path(__file__).resolve().parents[1] / "interop" / "golden" / "manifest-v4.json"
+GOLDENS = Path(__file__).resolve().parents[1] / "interop" / "golden"
+GOLDEN = GOLDENS / "manifest-v5.json"
+BEFORE = GOLDENS / "manifest-v4.json"
 
 Json = Any  # Any: JSON, to be damaged
 
@@ -68,12 +70,19 @@ BAD: dict[str, tuple[Callable[[Json], None], str]] = {
     "terminal codes": (setting(whole, "head", to="\x1b[2J"), "no readable reason"),
     "no axis": (setting(tensor, "axes", to={}), "0 sliced axes"),
     "axis called as a symbol": (
-        setting(tensor, "axes", to={"batch": 7}),
+        setting(tensor, "axes", to={"batch": "7"}),
         "'batch' is no name for a sliced axis",
     ),
-    "no units": (setting(tensor, "axes", "units0", to=0), "has 0 units"),
-    "endless units": (setting(tensor, "axes", "units0", to=1 << 40), f"has {1 << 40} units"),
-    "other units": (setting(tensor, "axes", "units0", to=6), "do not make up its axis"),
+    "no units": (setting(tensor, "axes", "units0", to="0"), "has 0 units"),
+    "endless units": (setting(tensor, "axes", "units0", to=str(1 << 40)), f"has {1 << 40} units"),
+    "as many units as samples": (setting(tensor, "axes", "units0", to="batch"), "has batch units"),
+    "as many units as another axis": (
+        setting(tensor, "axes", "units0", to="units0"),
+        "has units0 units",
+    ),
+    "units of a product": (setting(tensor, "axes", "units0", to="7*1"), r"has 7\*1 units"),
+    "negative units": (setting(tensor, "axes", "units0", to="-7"), "has -7 units"),
+    "other units": (setting(tensor, "axes", "units0", to="6"), "do not make up its axis"),
     "unknown parameter": (
         setting(tensor, "slices", "absent", to={"units_of": "units0", "axis": 0, "blocks": [1]}),
         "it slices 'absent'",
@@ -164,7 +173,7 @@ BAD: dict[str, tuple[Callable[[Json], None], str]] = {
         "slices cotangents of 'attention' otherwise",
     ),
     "field of another type": (
-        setting(tensor, "axes", "units0", to="7"),
+        setting(tensor, "axes", "units0", to=7),
         "Manifest.sharding.kinds.axes",
     ),
     "gradient never made": (
@@ -185,7 +194,42 @@ def test_a_bad_section_is_refused(case: str, sound: Json) -> None:
 
 def test_the_sound_one_is_not() -> None:
     manifest = parse_manifest(GOLDEN.read_bytes())
-    assert manifest.sharding["tensor"].kinds["attention"].axes == {"units0": 7}
+    assert manifest.sharding["tensor"].kinds["attention"].axes == {"units0": "7"}
+
+
+@pytest.mark.parametrize("units", ["7", True, None, 7.0, [7], -7])
+def test_version_4_knew_numbers_of_units_only(units: object) -> None:
+    document = json.loads(BEFORE.read_bytes())
+    tensor(document)["axes"]["units0"] = units
+    with pytest.raises(BundleError, match=r"axes|has -7 units"):
+        parse_manifest(json.dumps(document).encode())
+
+
+@pytest.mark.parametrize("damaged", ["sharding", "mode", "kinds", "axes"])
+def test_version_4_of_other_shape_is_refused(damaged: str) -> None:
+    document = json.loads(BEFORE.read_bytes())
+    place: Json = {
+        "sharding": document,
+        "mode": document["sharding"],
+        "kinds": document["sharding"]["tensor"],
+        "axes": tensor(document),
+    }[damaged]
+    place["tensor" if damaged == "mode" else damaged] = "7"
+    with pytest.raises(BundleError, match="sharding"):
+        parse_manifest(json.dumps(document).encode())
+
+
+def test_positions_are_as_many_as_the_sequence_is_long(sound: Json) -> None:
+    document = copy.deepcopy(sound)
+    document["symbols"]["sequence"]["size"] = document["data"]["context"] = 5
+    shorter = parse_manifest(json.dumps(document).encode())
+    attention = shorter.sharding["sequence"].kinds["attention"]
+    assert shorter.units(attention) == {"positions": 5}
+    assert shorter.units(shorter.sharding["tensor"].kinds["attention"]) == {"units0": 7}
+    plain = 3 * 5 * 28 * 4  # samples, positions, width, bytes
+    traffic = next(t for t in shard_traffic(shorter, "sequence", batch=3) if t.forward)
+    assert traffic.forward == (CollectiveCost(kind="gather", whole_bytes=plain),) * 2
+    assert traffic.units == 5
 
 
 def test_traffic_of_each_segment() -> None:

@@ -65,6 +65,26 @@ def test_bundle_was_checked_against_torch(manifest: Manifest) -> None:
     assert max(losses) <= 1e-6
 
 
+SHARDED = {
+    "bert-mini": ({"attention": 4, "mlp": 1024, "head": 256}, 128),
+    "gpt-nano": ({"attention": 6, "mlp": 768}, 128),
+    "vit-tiny": ({"attention": 4, "mlp": 512}, 0),
+}
+"""Units by kind under tensor sharding, and positions of every kind under sequence sharding."""
+
+
+def test_bundle_says_how_it_is_sharded_or_why_not(name: str, manifest: Manifest) -> None:
+    units, positions = SHARDED.get(name, ({}, 0))
+    tensor, sequence = manifest.sharding["tensor"], manifest.sharding["sequence"]
+    assert {kind: [units[kind]] for kind in units} == {
+        kind: list(manifest.units(sharded).values()) for kind, sharded in tensor.kinds.items()
+    }
+    assert set(tensor.whole) == set(manifest.kinds) - set(units)
+    assert set(sequence.kinds) == set(manifest.kinds if positions else ())
+    for sharded in sequence.kinds.values():
+        assert manifest.units(sharded) == {"positions": positions}
+
+
 def test_bundle_has_its_name_a_description_and_a_section(name: str, manifest: Manifest) -> None:
     assert manifest.name == name
     assert manifest.description

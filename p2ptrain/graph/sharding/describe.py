@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,12 +17,12 @@ SEQUENCE: Final = "sequence"
 
 
 def describe_sharding(
-    kinds: Iterable[Kind], sequences: Mapping[str, int], files: Files
+    kinds: Iterable[Kind], sequences: Collection[str], files: Files
 ) -> dict[str, words.Sharding]:
     """Both modes for all kinds; the parts' graphs go into `files`.
 
     Args:
-        sequences: The sizes of the sequence symbols; without exactly one, positions cannot be
+        sequences: The sequence symbols; without exactly one, positions cannot be
             divided.
     """
     kinds = list(kinds)
@@ -34,11 +34,10 @@ def describe_sharding(
     else:
         found[SEQUENCE] = _mode(kinds, symbol)
         _keep_chain(kinds, found[SEQUENCE])
-    positions = sequences[symbol] if symbol is not None else 0
     return {
         mode: words.Sharding(
             kinds={
-                kind.name: _described(kind, mode, *each.cuts[kind.name], positions, files)
+                kind.name: _described(kind, mode, *each.cuts[kind.name], symbol, files)
                 for kind in kinds
                 if kind.name in each.cuts
             },
@@ -95,7 +94,7 @@ def _keep_chain(kinds: Iterable[Kind], found: _Mode) -> None:
 
 
 def _described(
-    kind: Kind, mode: str, found: Partition, cut_: Cut, positions: int, files: Files
+    kind: Kind, mode: str, found: Partition, cut_: Cut, symbol: str | None, files: Files
 ) -> words.ShardedKind:
     def parts(side: Side, what: str) -> tuple[words.ShardPart, ...]:
         return tuple(
@@ -108,7 +107,7 @@ def _described(
         )
 
     return words.ShardedKind(
-        axes={name: count or positions for name, count in found.units.items()},
+        axes={name: str(count or symbol) for name, count in found.units.items()},
         slices=_slices(found),
         summed=found.summed,
         values=_values(cut_),
