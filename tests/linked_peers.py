@@ -169,8 +169,8 @@ async def raw_connection(peer: Peer, member: Group, kind: str) -> Connection:
 
 def hello_of(member: Group, kind: str, **changes: object) -> Hello:
     fields: dict[str, object] = {
-        "protocol_min": 3,
-        "protocol_max": 3,
+        "protocol_min": 4,
+        "protocol_max": 4,
         "features": (),
         "group": member.id,
         "device": member.device,

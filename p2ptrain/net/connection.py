@@ -15,7 +15,7 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.net.tls_link import LinkBroken, LinkStatistics, TlsLink
 from p2ptrain.wire import frames
 from p2ptrain.wire.codec import decode
-from p2ptrain.wire.flows import NO_RUN, Flow, FlowCounter
+from p2ptrain.wire.flows import NO_RUN, Flow, FlowCounter, tensor_flow_kind
 from p2ptrain.wire.frames import BulkHeader, FrameType, Prefix, TensorHeader
 from p2ptrain.wire.hello import RENEW, Agreement, Hello, encode_hello, parse_hello
 from p2ptrain.wire.renewal import Wear, wear
@@ -336,7 +336,7 @@ class Connection:
 
 def tensor_flow(header: TensorHeader) -> Flow:
     """What a tensor's bytes are for."""
-    return Flow(header.run, header.kind if header.phase == "train" else "evaluation")
+    return Flow(header.run, tensor_flow_kind(header.kind, header.phase))
 
 
 async def read_beside(read: Work, *others: Work) -> None:

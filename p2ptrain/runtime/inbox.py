@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import trio
 
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import RemoteProtocolError
+from p2ptrain.ids import DeviceId
+from p2ptrain.runtime.bodies import BodyReader, discard
+from p2ptrain.runtime.meeting import Meetings
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.arrivals import Arrivals, TieKey
+from p2ptrain.training.collectives import FRAME_KINDS
 from p2ptrain.training.program import Item
 from p2ptrain.training.tensor_codec import decode, encoded_bytes
 from p2ptrain.wire.frames import TensorHeader
@@ -25,25 +28,8 @@ LOSS_WEIGHT_INDEX = 1
 """Of the two values of `labels`."""
 FED_AHEAD_MAX = 3
 """Items whose inputs or labels may wait here: the data holder feeds two ahead."""
-DISCARD_BYTES = 64 * 1024
 DECODED_IN_PLACE_BYTES = 256 * 1024
 """Less than this is decoded at once (0.1 ms), more in a thread."""
-
-
-class BodyReader(Protocol):
-    """Reads exactly the announced body of one frame."""
-
-    async def read_into(self, view: memoryview) -> None:
-        """Fill the view from the link."""
-
-
-async def discard(reader: BodyReader, length: int) -> None:
-    """Read and forget a body that nobody waits for."""
-    scratch = memoryview(bytearray(min(length, DISCARD_BYTES)))
-    while length > 0:
-        part = scratch[: min(length, DISCARD_BYTES)]
-        await reader.read_into(part)
-        length -= len(part)
 
 
 class TensorInbox:
@@ -52,12 +38,15 @@ class TensorInbox:
     Inputs and labels (`fed`) are kept until their item comes. Any other tensor of a later item
     waits for that item and holds up only its own data link; that cannot deadlock, because its
     sender begins an item only when the one before needs nothing more from it (PROTOCOL.md
-    section 6.3). Tied gradients of the open item have their own buffers, made once.
+    section 6.3). Tied gradients of the open item have their own buffers, made once; what peers of
+    the stage bring together goes to their meetings.
     """
 
-    def __init__(self, signal: Signal, *, arrivals: Arrivals) -> None:
+    def __init__(
+        self, signal: Signal, *, arrivals: Arrivals, meetings: Meetings | None = None
+    ) -> None:
         self._signal = signal
-        self._arrivals = arrivals
+        self._arrivals, self._meetings = arrivals, meetings
         self._fed: dict[tuple[str, int], dict[tuple[str, int], dict[int, Array]]] = {}
         self._item: Item | None = None
         self._targets: Targets | None = None
@@ -72,6 +61,8 @@ class TensorInbox:
             self._fed.pop((self._item.kind, self._item.step), None)
         self._item, self._targets, self._arrived = item, targets, {}
         self._tied_arrived.clear()
+        if self._meetings is not None:
+            self._meetings.open(item.kind)
         self._signal.notify()
 
     def close(self) -> None:
@@ -81,6 +72,8 @@ class TensorInbox:
 
     def begun(self) -> bool:
         """Whether anything of the open item has arrived."""
+        if self._meetings is not None and self._meetings.begun:
+            return True
         return bool(self._arrived) or (
             self._item is not None and (self._item.kind, self._item.step) in self._fed
         )
@@ -104,8 +97,10 @@ class TensorInbox:
         arrived. They are overwritten in the next item."""
         return dict(self._tied) if self._tied_arrived == set(self._arrivals.tied) else None
 
-    async def receive(self, header: TensorHeader, length: int, reader: BodyReader) -> None:
-        """Take one frame off a data link.
+    async def receive(
+        self, sender: DeviceId, header: TensorHeader, length: int, reader: BodyReader
+    ) -> None:
+        """Take one frame off the data link with its sender.
 
         Raises:
             RemoteProtocolError: a tensor that the plan does not predict; the link is closed.
@@ -121,6 +116,11 @@ class TensorInbox:
             return
         if header.kind == "tied":
             await self._receive_tied(header, length, reader)
+            return
+        if header.kind in FRAME_KINDS:
+            if self._meetings is None:
+                raise RemoteProtocolError(f"a {header.kind} for a peer that runs its stage alone")
+            await self._meetings.receive(sender, header, length, reader)
             return
         target = self._target(header, length)
         if target is not None:

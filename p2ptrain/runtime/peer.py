@@ -37,10 +37,10 @@ from p2ptrain.power.meter import open_meter
 from p2ptrain.runtime.ballots import Ballots, follow_ballot
 from p2ptrain.runtime.battery_watch import spare_battery
 from p2ptrain.runtime.blobs import BlobExchange
+from p2ptrain.runtime.bodies import BodyReader
 from p2ptrain.runtime.config import PeerConfig, default_threads, power_settings
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.energy_report import energy_report
-from p2ptrain.runtime.inbox import BodyReader
 from p2ptrain.runtime.job import CACHE_FOLDER
 from p2ptrain.runtime.journal import Journal
 from p2ptrain.runtime.link_figures import link_figures

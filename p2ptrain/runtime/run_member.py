@@ -28,6 +28,7 @@ from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost, PlanInfeas
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.admission import Admission
+from p2ptrain.runtime.bodies import BodyReader, discard
 from p2ptrain.runtime.data_keeping import DataKeeping, later_session
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.early import EarlyMessages
@@ -35,7 +36,6 @@ from p2ptrain.runtime.first_view import activity, first_view
 from p2ptrain.runtime.foreign import as_ours
 from p2ptrain.runtime.holdings import Holdings
 from p2ptrain.runtime.home_duty import HomeSession
-from p2ptrain.runtime.inbox import BodyReader, discard
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replanning import NextView, forced_view, next_view
@@ -238,7 +238,7 @@ class RunMember:
         if work is None or work.stamp != stamp or device not in work.plan.members:
             await discard(reader, length)
             return
-        await work.receive_tensor(header, length, reader)
+        await work.receive_tensor(device, header, length, reader)
 
     def deliver(self, header: TensorHeader, array: Array) -> None:
         """Take inputs or labels that this very peer feeds."""

@@ -22,11 +22,11 @@ from p2ptrain.errors import (
 from p2ptrain.ids import DeviceId, RunId, short
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.blobs import serve_blob
+from p2ptrain.runtime.bodies import BodyReader, discard
 from p2ptrain.runtime.ended_runs import EndedRuns
 from p2ptrain.runtime.expected import ExpectedPlan
 from p2ptrain.runtime.foreign import SURVIVABLE, as_ours
 from p2ptrain.runtime.founding import Founding
-from p2ptrain.runtime.inbox import BodyReader, discard
 from p2ptrain.runtime.job import Job, new_run_id, open_job
 from p2ptrain.runtime.memory_release import release_memory
 from p2ptrain.runtime.offers import OfferDesk

@@ -12,9 +12,9 @@ from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import NumericsError, P2PTrainError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId
+from p2ptrain.runtime.bodies import BodyReader, discard
 from p2ptrain.runtime.giving import Giver
 from p2ptrain.runtime.home_duty import HomeDuty, HomeSession
-from p2ptrain.runtime.inbox import BodyReader, discard
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replication import SnapshotOwner
 from p2ptrain.runtime.restoring import Restorer
@@ -205,12 +205,14 @@ class ViewWork:
                     self._snapshots.collected(step)
         self._signal.notify()
 
-    async def receive_tensor(self, header: TensorHeader, length: int, reader: BodyReader) -> None:
+    async def receive_tensor(
+        self, device: DeviceId, header: TensorHeader, length: int, reader: BodyReader
+    ) -> None:
         """Take a tensor frame of this view."""
         if self._stage_run is None:
             await discard(reader, length)
             return
-        await self._stage_run.inbox.receive(header, length, reader)
+        await self._stage_run.inbox.receive(device, header, length, reader)
 
     def deliver(self, header: TensorHeader, array: Array) -> None:
         """Take inputs or labels that this very peer feeds."""

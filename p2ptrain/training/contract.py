@@ -18,7 +18,7 @@ from p2ptrain.wire.codec import to_plain
 
 CONTRACT_VERSION: Final = 2
 CODECS_OF_RUNS: Final = ("fp32", "bf16", "int8")
-"""How boundary tensors go between peers (PROTOCOL.md section 6.6)."""
+"""How boundary tensors go between peers (PROTOCOL.md section 6.7)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

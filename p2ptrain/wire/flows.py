@@ -19,6 +19,8 @@ FLOW_KINDS: Final = (
     "labels",
     "release",
     "tied",
+    "reduce",
+    "gather",
     "evaluation",
     "state",
     "log",
@@ -29,6 +31,7 @@ FLOW_KINDS: Final = (
 )
 """Tensors of training by their kind, those of evaluation together; then what goes in chunks:
 states of segments, senders' logs, training data, parameters, models; then messages."""
+_COLLECTIVES: Final = {"part": "reduce", "total": "reduce", "slice": "gather"}
 
 
 class Flow(NamedTuple):
@@ -51,6 +54,11 @@ class Carried:
     def __post_init__(self) -> None:
         if self.kind not in FLOW_KINDS or self.bytes < 0:
             raise ValueError("unknown kind of traffic, or a negative number of bytes")
+
+
+def tensor_flow_kind(kind: str, phase: str) -> str:
+    """Under which kind a tensor frame's bytes are counted."""
+    return _COLLECTIVES.get(kind, kind) if phase == "train" else "evaluation"
 
 
 class FlowCounter:

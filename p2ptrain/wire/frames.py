@@ -23,7 +23,17 @@ MAGIC: Final = b"P2T1"
 PREFIX: Final = struct.Struct("<4sBBHQ")
 PREFIX_BYTES: Final = PREFIX.size
 
-TENSOR_KINDS: Final = ("activation", "cotangent", "input", "labels", "release", "tied")
+TENSOR_KINDS: Final = (
+    "activation",
+    "cotangent",
+    "input",
+    "labels",
+    "release",
+    "tied",
+    "part",
+    "total",
+    "slice",
+)
 TENSOR_PHASES: Final = ("train", "evaluate")
 BULK_KINDS: Final = ("blob",)
 
@@ -73,10 +83,11 @@ class TensorHeader:
     step: int
     microbatch: int
     segment: int
-    """Index of the segment before the cut, or of the segment that holds a tied tensor; 0 for
-    input and labels."""
+    """Index of the segment before the cut, or of the segment that holds a tied tensor or a value
+    that peers of a stage bring together; 0 for input and labels."""
     index: int
-    """Which of the boundary's, input's or labels' values; of a tied tensor its manifest index."""
+    """Which of the boundary's, input's or labels' values; of a tied tensor its manifest index; of
+    parts, totals and slices which meeting of the segment."""
 
     def __post_init__(self) -> None:
         if self.kind not in TENSOR_KINDS or self.phase not in TENSOR_PHASES:

@@ -17,8 +17,8 @@ from p2ptrain.ids import DeviceId, GroupId, is_base32
 from p2ptrain.training.contract import RuntimeBuild
 from p2ptrain.wire.codec import from_plain, to_plain, unpack_map
 
-PROTOCOL_MIN: Final = 3
-PROTOCOL_MAX: Final = 3
+PROTOCOL_MIN: Final = 4
+PROTOCOL_MAX: Final = 4
 RENEW: Final = "renew"
 """Feature: a link may be renewed under way (PROTOCOL.md section 3.3)."""
 FEATURES: Final[tuple[str, ...]] = (RENEW,)

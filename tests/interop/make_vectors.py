@@ -58,7 +58,7 @@ def hello(**changes: Any) -> Hello:  # Any: fields of a HELLO
     build = RuntimeBuild(
         runtime="onnxruntime", version="1.20.0", numpy="2.1.0", machine="aarch64", isa="neon"
     )
-    given = {"protocol_min": 3, "protocol_max": 3, "features": ("renew",)} | changes
+    given = {"protocol_min": 4, "protocol_max": 4, "features": ("renew",)} | changes
     return Hello(
         group=GroupId("abcdefghijklmnop"), device=DeviceId("abcdefghijklmnopqrstuvwxyz"),
         instance=1234567890123, kind="control", build=build, clock_s=1800000000.5,

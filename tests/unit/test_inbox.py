@@ -12,8 +12,9 @@ import trio.testing
 
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import RemoteProtocolError
-from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
-from p2ptrain.runtime.inbox import DECODED_IN_PLACE_BYTES, FED_AHEAD_MAX, TensorInbox, discard
+from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
+from p2ptrain.runtime.bodies import discard
+from p2ptrain.runtime.inbox import DECODED_IN_PLACE_BYTES, FED_AHEAD_MAX, TensorInbox
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.arrivals import Arrivals, FedValue, TieKey
 from p2ptrain.training.program import Item
@@ -21,6 +22,7 @@ from p2ptrain.training.tensor_codec import decode, encode
 from p2ptrain.wire.frames import TensorHeader
 from tests.memory_group import MemoryReader
 
+SENDER = DeviceId("s" * 26)
 SHAPE = (2, 3)
 FED_BYTES = 2 * 3 * 8
 TIE = TieKey(segment=2, tensor_index=5)
@@ -72,7 +74,7 @@ def tokens(value: int) -> Array:
 
 async def take(box: TensorInbox, what: TensorHeader, content: bytes) -> None:
     reader = MemoryReader(memoryview(content))
-    await box.receive(what, len(content), reader)
+    await box.receive(SENDER, what, len(content), reader)
     assert not reader.left, "part of the body was left unread"
 
 
