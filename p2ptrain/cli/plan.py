@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from p2ptrain.cli.options import report_options
-from p2ptrain.errors import ConfigError, NotFound
+from p2ptrain.cli.text_files import read_text
+from p2ptrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from p2ptrain.planner.input import LinkEstimate
     from p2ptrain.planner.question import Objective, Question
 
 _COUNT = click.IntRange(min=1)
-_FILE_BYTES_MAX = 1024 * 1024
 
 
 @click.command(short_help="Ask who should train a model, how, and at what cost; needs no peer.")
@@ -70,8 +70,9 @@ def plan(as_json: bool, **options: Any) -> None:  # Any: click's values
     """
     from p2ptrain.cli.speech import print_json
     from p2ptrain.planner.answer import Answering
+    from p2ptrain.planner.asked import asked_candidate
     from p2ptrain.planner.explore import Explorer
-    from p2ptrain.planner.plan_file import forced_candidate
+    from p2ptrain.planner.plan_file import read_plan
     from p2ptrain.planner.pricing import Pricing
     from p2ptrain.planner.shortfall import shortfall
     from p2ptrain.wire.codec import to_plain
@@ -82,8 +83,8 @@ def plan(as_json: bool, **options: Any) -> None:  # Any: click's values
     forced = options["plan_file"]
     winner = None
     if forced is not None:
-        text = _text(forced, "--plan")
-        winner = forced_candidate(text, file=forced, explorer=explorer, pricing=pricing)
+        asked = read_plan(read_text(forced, "--plan"), file=forced)
+        winner = asked_candidate(asked, explorer=explorer, pricing=pricing)
     found = explorer.run()
     winner = winner or found.best
     if winner is None:
@@ -111,11 +112,11 @@ def _question(options: dict[str, Any]) -> tuple[Question, Any]:  # Any: click's 
 
     manifest = load_bundle(find_bundle(options["model"])).manifest
     file, links_file = options["devices"], options["links"]
-    specs = parse_devices(_text(file, "--devices"), file=file, types=device_types())
+    specs = parse_devices(read_text(file, "--devices"), file=file, types=device_types())
     names = [spec.name for spec in specs]
     links: tuple[LinkEstimate, ...] = ()
     if links_file is not None:
-        links = parse_links(_text(links_file, "--links"), file=links_file, devices=names)
+        links = parse_links(read_text(links_file, "--links"), file=links_file, devices=names)
     work = Work(
         steps=options["steps"],
         microbatches=options["microbatches"],
@@ -149,20 +150,6 @@ def _objective(options: dict[str, Any]) -> Objective:  # Any: click's values
         deadline_ns=None if deadline is None else round(deadline * NS_PER_S),
         joules_uj=None if joules is None else round(joules * UJ_PER_J),
     )
-
-
-def _text(path: str, option: str) -> str:
-    file = Path(path)
-    try:
-        if not file.is_file():
-            raise NotFound(f"there is no file {path}", hint=f"check the path after {option}")
-        if file.stat().st_size > _FILE_BYTES_MAX:
-            raise ConfigError(f"{path} is too large for {option}")
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error}", hint="it should be a text file in UTF-8"
-        ) from error
 
 
 def _draw(path: str, rows: list[tuple[str, Any]], model: str) -> None:  # Any: spans

@@ -44,7 +44,7 @@ def plan_table(plan: PlanReport) -> Table:
         add_row(
             table,
             stage.name,
-            str(stage.stage),
+            _stage(stage),
             _segments(stage),
             format_count(stage.parameters),
             format_bytes(stage.memory_bytes),
@@ -61,6 +61,13 @@ def plan_lines(plan: PlanReport) -> list[str]:
         f"why: {reason}",
         f"schedule {plan.schedule}, {expected} per step expected; {plan.exactness}",
     ]
+
+
+def _stage(stage: StageReport) -> str:
+    """`0`, or what of it a device has where several share it: `0, 75% by replicas`."""
+    if stage.split == "none":
+        return str(stage.stage)
+    return f"{stage.stage}, {stage.part:.0%} by {stage.split}"
 
 
 def _segments(stage: StageReport) -> str:

@@ -41,6 +41,9 @@ _RATE = click.FloatRange(min=0.0)
 @click.option("--steps", type=_COUNT, default=100, show_default=True, help="Optimizer updates.")
 @click.option("--stages", type=_COUNT, help="Exact number of stages. [default: planned]")
 @click.option(
+    "--plan", "plan_file", metavar="FILE", help="Begin with this plan instead of searching one."
+)
+@click.option(
     "--microbatches", type=_COUNT, default=8, show_default=True, help="Microbatches per step."
 )
 @click.option(
@@ -171,6 +174,7 @@ def _request(options: dict[str, Any]) -> TrainRequest:  # Any: click's values
         values[name] = _absolute(values[name])
     values["bundle"] = _bundle(values["bundle"])
     values["data"] = values["data"] or ""
+    values["plan"] = _plan(options["plan_file"])
     given = {name: value for name, value in chosen.items() if value is not None}
     return TrainRequest(**values, optimizer=OptimizerChoice(**given))
 
@@ -186,6 +190,18 @@ def _bundle(given: str | None) -> str:
         return os.path.abspath(find_bundle(given))
     except NotFound as error:
         raise BundleError(error.message, hint=error.hint) from error
+
+
+def _plan(path: str | None) -> str | None:
+    """The text of a plan's file, once it agrees with itself; None for none."""
+    from p2ptrain.cli.text_files import read_text
+    from p2ptrain.planner.plan_file import read_plan
+
+    if path is None:
+        return None
+    text = read_text(path, "--plan")
+    read_plan(text, file=path)
+    return text
 
 
 def _tenth(rate: float | None) -> float | None:

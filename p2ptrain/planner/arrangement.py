@@ -10,7 +10,7 @@ from p2ptrain.schedule.actions import Action, Held
 from p2ptrain.schedule.replicated import Owners
 
 Groups = tuple[tuple[int, ...], ...]
-"""By stage: indices of its devices, ascending."""
+"""By stage: indices of its devices, by rank."""
 Cuts = tuple[int, ...]
 """By stage: the end (exclusive) of its segments; the last is the number of segments."""
 
@@ -59,6 +59,8 @@ class Arrangement:
     groups: Groups
     schedule: str
     stages: tuple[tuple[Replica, ...], ...]
+    weights: tuple[tuple[int, ...], ...]
+    """By stage and rank: parts of a step's microbatches."""
     owners: tuple[Owners, ...]
     actions: tuple[tuple[tuple[Action, ...], ...], ...]
     hops: tuple[Hop, ...]

@@ -46,6 +46,8 @@ class Candidate:
     """By share."""
     arrangement: Arrangement | None = None
     cuts: Cuts = ()
+    weights: tuple[int, ...] = ()
+    """By share, under tensor and sequence parallelism: parts of the units of every axis."""
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -72,6 +74,7 @@ class Explorer:
         self._pricing = pricing
         self._objective = pricing.question.objective
         self._found = Found()
+        self._sharding = ShardedPricing(pricing)
 
     def run(self) -> Found:
         """Search once."""
@@ -149,8 +152,21 @@ class Explorer:
             cuts=cuts,
         )
 
+    def sharded_candidate(self, sharded: Sharded) -> Candidate | None:
+        """The priced candidate of devices that share all segments; None: one would get nothing."""
+        price = self._sharding.price(sharded)
+        if price is None:
+            return None
+        return Candidate(
+            kind=sharded.kind,
+            schedule="",
+            price=price,
+            memory_bytes=self._sharding.memory_bytes(sharded),
+            weights=self._sharding.weights(sharded),
+        )
+
     def _sharded(self, kind: Kind) -> None:
-        pricing, sharding = self._pricing, ShardedPricing(self._pricing)
+        pricing = self._pricing
         against = objection(pricing, kind, 2)
         if len(pricing.devices) < 2:
             against = "it takes two devices"
@@ -159,16 +175,14 @@ class Explorer:
             return
         fitting = False
         for devices in subsets(pricing):
-            sharded = Sharded(kind=kind, devices=devices)
             if objection(pricing, kind, len(devices)) is not None:
                 continue
-            memory = sharding.memory_bytes(sharded)
+            candidate = self.sharded_candidate(Sharded(kind=kind, devices=devices))
             rooms = [pricing.devices[i].profile.memory_bytes for i in devices]
-            price = sharding.price(sharded)
-            if price is None or any(m > room for m, room in zip(memory, rooms, strict=True)):
+            if candidate is None or any(map(int.__gt__, candidate.memory_bytes, rooms)):
                 continue
             fitting = True
-            self._consider(Candidate(kind=kind, schedule="", price=price, memory_bytes=memory))
+            self._consider(candidate)
         if kind not in self._found.by_kind:
             self._found.objections[kind] = self._why_none(kind, fitting)
 

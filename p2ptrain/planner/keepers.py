@@ -12,7 +12,8 @@ from p2ptrain.planner.plan import StagePlan
 def replica_keepers(
     stages: Sequence[StagePlan], members: Collection[DeviceId]
 ) -> tuple[DeviceId | None, ...]:
-    """For each stage, the member that keeps its replicas; None when it is alone.
+    """For each stage, the member that keeps its replicas; None when nobody is there to, or where
+    the stage's own peers have its state anyway.
 
     Neighbours are avoided where the group allows, since a stage's logs lie there: losing one
     device then costs a stage either its replica or half its logs, never both. Among the rest the
@@ -21,7 +22,10 @@ def replica_keepers(
     kept: Counter[DeviceId] = Counter()
     keepers: list[DeviceId | None] = []
     for index, stage in enumerate(stages):
-        near = {s.device for s in stages[max(0, index - 1) : index + 2]}
+        if len(stage.devices) > 1:
+            keepers.append(None)
+            continue
+        near = {d for s in stages[max(0, index - 1) : index + 2] for d in s.devices}
         far = [device for device in members if device not in near]
         others = far or [device for device in members if device != stage.device]
         keeper = min(others, key=lambda device: (kept[device], device), default=None)
@@ -46,7 +50,7 @@ def data_holders(
     """
     if keep_data_here:
         return (home,)
-    parameters = {stage.device: stage.parameter_count for stage in stages}
+    parameters = {device: s.parameter_count for s in stages for device in s.devices}
     others = [device for device in members if device != home]
     if not others:
         return (home,)

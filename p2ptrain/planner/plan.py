@@ -66,6 +66,11 @@ class StagePlan:
         """By rank."""
         return tuple(share.weight for share in self.shares) or (1,)
 
+    def memory_of(self, device: DeviceId) -> int:
+        """Predicted peak at one of its peers."""
+        own = (share.memory_bytes for share in self.shares if share.device == device)
+        return next(own, self.memory_bytes)
+
     @property
     def is_sharded(self) -> bool:
         """Whether each peer computes slices of every microbatch."""

@@ -1,119 +1,142 @@
-"""A plan that a person asks for: stages with their devices and numbers of segments, checked.
+"""A plan as a person writes it: stages with their devices and numbers of segments.
 
-`[[stage]]` tables with `devices`, a list of names, and `segments`, a number; `schedule` above them.
+`[[stage]]` tables with `devices`, a list of names, and `segments`, a number; for several devices
+also `split` (replicas, tensor or sequence) and `weights`, a list of numbers; `schedule` above them.
 """
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
-from p2ptrain.errors import ConfigError, PlanInfeasible
-from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups
-from p2ptrain.planner.cutting import bottleneck_cuts
-from p2ptrain.planner.explore import Candidate, Explorer
-from p2ptrain.planner.pricing import Pricing, spans
-from p2ptrain.schedule.actions import SCHEDULES
-from p2ptrain.units import format_bytes
+from p2ptrain.errors import ConfigError
+from p2ptrain.planner.plan import Split
+from p2ptrain.schedule.actions import SCHEDULES, delays_gradients
+
+SPLITS: Final[dict[str, Split]] = {
+    "replicas": "replicas", "tensor": "tensor", "sequence": "sequence",
+}  # fmt: skip
+WEIGHT_MAX: Final = 1_000_000
 
 
-def forced_candidate(text: str, *, file: str, explorer: Explorer, pricing: Pricing) -> Candidate:
-    """The candidate that the file describes, priced.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedStage:
+    """One stage as it was written."""
+
+    devices: tuple[str, ...]
+    """Names or ids, by rank."""
+    segments: int
+    split: Split
+    weights: tuple[int, ...] | None
+    """By rank; None: after the devices' speeds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedPlan:
+    """A plan that agrees with itself; whether it agrees with devices and model, `asked` looks."""
+
+    file: str
+    """Where it was read, for messages."""
+    schedule: str | None
+    """None: as for plans that are searched."""
+    stages: tuple[AskedStage, ...]
+
+
+def read_plan(text: str, *, file: str) -> AskedPlan:
+    """The plan that a file describes.
 
     Raises:
-        ConfigError: not TOML, an unknown device, or stages that do not cover the model.
-        PlanInfeasible: it does not fit; the hint names cuts of the same stages that do, if any.
+        ConfigError: not TOML, not such tables, or a plan that no device and no model could have.
     """
-    schedule, groups, counts = _read(text, file, pricing)
-    arrangement = pricing.arrange(groups, schedule)
-    if arrangement is None:
-        raise PlanInfeasible(
-            f"{file}: a replica is so slow that it gets no microbatch",
-            hint="use more microbatches, or leave the slowest device of a stage out",
-        )
-    ends = [sum(counts[: index + 1]) for index in range(len(counts))]
-    cuts = tuple(ends)
-    _check_memory(pricing, arrangement, cuts, file)
-    candidate = explorer.candidate(arrangement, cuts)
-    if not explorer.admits(candidate.price):
-        raise PlanInfeasible(
-            f"{file}: this plan breaks the deadline, the joules or a battery",
-            hint="leave --plan out: the planner looks for one that keeps them",
-        )
-    return candidate
-
-
-def _read(text: str, file: str, pricing: Pricing) -> tuple[str, Groups, list[int]]:
     try:
         document = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not TOML: {error}", hint="see README, plan") from error
-    schedule, stages = document.get("schedule", "1f1b"), document.get("stage")
-    if schedule not in SCHEDULES:
+    schedule, stages = document.get("schedule"), document.get("stage")
+    if schedule is not None and schedule not in SCHEDULES:
         raise ConfigError(
             f"{file}: unknown schedule {str(schedule)!r:.40}",
             hint=f"choose one of: {', '.join(SCHEDULES)}",
         )
     if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
         raise ConfigError(f"{file} has no stages", hint="begin each with a line: [[stage]]")
-    groups = tuple(_devices(s, f"{file}: stage {i}", pricing) for i, s in enumerate(stages))
-    everyone = [device for group in groups for device in group]
-    for device in everyone:
-        if everyone.count(device) > 1:
-            name = pricing.devices[device].id
-            raise ConfigError(f"{file}: {name} is named twice", hint="give it one stage")
-    return str(schedule), groups, _counts(stages, file, pricing.segment_count)
+    read = [_stage(stage, f"{file}: stage {index}") for index, stage in enumerate(stages)]
+    asked = AskedPlan(
+        file=file,
+        schedule=None if schedule is None else str(schedule),
+        stages=tuple(read),
+    )
+    _check_stages(asked)
+    return asked
 
 
-def _devices(stage: dict[str, Any], label: str, pricing: Pricing) -> tuple[int, ...]:  # Any: TOML
-    names = stage.get("devices")
-    known = [str(device.id) for device in pricing.devices]
+def _stage(stage: dict[str, Any], label: str) -> AskedStage:  # Any: TOML
+    unknown = sorted(set(stage) - {"devices", "segments", "split", "weights"})
+    if unknown:
+        raise ConfigError(
+            f"{label}: unknown key {unknown[0]!r:.40}", hint="devices, segments, split, weights"
+        )
+    names, segments = stage.get("devices"), stage.get("segments")
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise ConfigError(f"{label} needs devices", hint='devices = ["laptop"]')
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"devices: {', '.join(known)}"
-            raise ConfigError(f"{label}: there is no device {name!r:.40}", hint=hint)
-    return tuple(sorted(known.index(name) for name in names))
+    if not _is_count(segments):
+        raise ConfigError(f"{label} needs a number of segments, at least 1", hint="segments = 4")
+    return AskedStage(
+        devices=tuple(names),
+        segments=int(str(segments)),
+        split=_split(stage.get("split"), len(names), label),
+        weights=_weights(stage.get("weights"), len(names), label),
+    )
 
 
-def _counts(stages: list[dict[str, Any]], file: str, wanted: int) -> list[int]:  # Any: TOML
-    counts = [stage.get("segments") for stage in stages]
-    good = [n for n in counts if isinstance(n, int) and not isinstance(n, bool) and n >= 1]
-    if len(good) != len(counts):
-        index = next(i for i, n in enumerate(counts) if n not in good)
+def _split(given: object, devices: int, label: str) -> Split:
+    if given is None:
+        return "replicas" if devices > 1 else "none"
+    if not isinstance(given, str) or given not in SPLITS:
         raise ConfigError(
-            f"{file}: stage {index} needs a number of segments, at least 1", hint="segments = 4"
+            f"{label}: unknown split {str(given)!r:.40}", hint=f"choose one of: {', '.join(SPLITS)}"
         )
-    if sum(good) != wanted:
-        last = good[-1] + wanted - sum(good)
-        near = f"the last stage would have to take {last}" if last >= 1 else "take some away"
+    if devices < 2:
         raise ConfigError(
-            f"{file}: the stages have {sum(good)} segments, the model has {wanted}",
-            hint=f"{near}; p2ptrain bundle info lists them",
+            f"{label}: one device has nobody to share the stage with",
+            hint="name another device, or leave split out",
         )
-    return good
+    return SPLITS[given]
 
 
-def _check_memory(pricing: Pricing, arrangement: Arrangement, cuts: Cuts, file: str) -> None:
-    for stage, (first, end) in enumerate(spans(cuts)):
-        for replica in arrangement.stages[stage]:
-            needs = pricing.memory_bytes(first, end, replica.holds)
-            device = pricing.devices[replica.device]
-            if needs > device.profile.memory_bytes:
-                has = format_bytes(device.profile.memory_bytes)
-                raise PlanInfeasible(
-                    f"{file}: stage {stage} needs {format_bytes(needs)} on {device.id}, "
-                    f"which has {has}",
-                    hint=_nearest(pricing, arrangement),
-                )
+def _weights(given: object, devices: int, label: str) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    if not isinstance(given, list) or not all(_is_count(w) and w <= WEIGHT_MAX for w in given):
+        raise ConfigError(
+            f"{label}: weights are whole numbers from 1 to {WEIGHT_MAX}", hint="weights = [3, 1]"
+        )
+    if len(given) != devices:
+        raise ConfigError(
+            f"{label} has {devices} devices and {len(given)} weights", hint="one weight per device"
+        )
+    return tuple(given)
 
 
-def _nearest(pricing: Pricing, arrangement: Arrangement) -> str:
-    cuts = bottleneck_cuts(pricing, arrangement)
-    if cuts is None:
-        return "no cut of these stages fits; leave --plan out to see what does"
-    counts = ", ".join(str(end - first) for first, end in spans(cuts))
-    return f"these stages fit with {counts} segments"
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_stages(asked: AskedPlan) -> None:
+    everyone = [name for stage in asked.stages for name in stage.devices]
+    for name in everyone:
+        if everyone.count(name) > 1:
+            raise ConfigError(f"{asked.file}: {name} is named twice", hint="give it one stage")
+    sharded = [s for s in asked.stages if s.split in ("tensor", "sequence")]
+    if sharded and len(asked.stages) > 1:
+        raise ConfigError(
+            f"{asked.file}: devices that share a model by {sharded[0].split} share all of it",
+            hint='write one stage with all segments, or split = "replicas"',
+        )
+    shared = any(stage.split != "none" for stage in asked.stages)
+    if shared and asked.schedule is not None and delays_gradients(asked.schedule):
+        raise ConfigError(
+            f"{asked.file}: {asked.schedule} is no schedule of stages that several devices share",
+            hint='schedule = "1f1b"',
+        )

@@ -23,7 +23,12 @@ from p2ptrain.planner.input import (
     LinkEstimate,
 )
 from p2ptrain.planner.question import Question
-from p2ptrain.planner.replica_interval import SET_NS_PER_BYTE, StageCosts, replica_interval
+from p2ptrain.planner.replica_interval import (
+    SET_NS_PER_BYTE,
+    ReplicaInterval,
+    StageCosts,
+    replica_interval,
+)
 from p2ptrain.planner.segment_costs import model_costs
 from p2ptrain.planner.traffic import all_reduce_bytes, rounds_ns
 from p2ptrain.schedule.actions import Action, Held, delayed_microbatches, delays_gradients, held
@@ -31,6 +36,7 @@ from p2ptrain.schedule.replicated import (
     Passage,
     ReplicatedTimeline,
     ReplicaTimes,
+    owners_by_weight,
     play,
     replicated_actions,
     shared_out,
@@ -104,6 +110,8 @@ class Pricing:
             second=other.device,
             latency_ns=SAME_HOST_LATENCY_NS if near else OTHER_HOST_LATENCY_NS,
             bytes_per_s=SAME_HOST_BYTES_PER_S if near else OTHER_HOST_BYTES_PER_S,
+            rate_measured=False,
+            latency_measured=False,
         )
 
     def memory_bytes(self, first: int, end: int, holds: Held) -> int:
@@ -152,15 +160,28 @@ class Pricing:
             )
         return self._times[key]
 
-    def arrange(self, groups: Groups, schedule: str) -> Arrangement | None:
-        """The arrangement of these groups; None when a replica would get no microbatch."""
+    def arrange(
+        self, groups: Groups, schedule: str, weights: Sequence[Sequence[int] | None] = ()
+    ) -> Arrangement | None:
+        """The arrangement of these groups; None when a replica would get no microbatch.
+
+        Args:
+            groups: By stage.
+            schedule: Where it delays gradients and stages have replicas, 1F1B is taken instead.
+            weights: By stage and rank; None, or nothing: as fast as each device is.
+        """
         hosts = Counter(self.devices[i].profile.host for group in groups for i in group)
         tables = [
             [self.times(i, hosts[self.devices[i].profile.host]) for i in group] for group in groups
         ]
-        owners = tuple(
-            shared_out([t[0][-1] + t[1][-1] for t in own], self.microbatches) for own in tables
+        asked = tuple(weights) or (None,) * len(groups)
+        parts = tuple(
+            tuple(given) if given is not None else self._by_speed(own)
+            for given, own in zip(asked, tables, strict=True)
         )
+        if any(0 in own for own in parts):
+            return None
+        owners = tuple(owners_by_weight(own, self.microbatches) for own in parts)
         if any(len(set(own)) < len(group) for own, group in zip(owners, groups, strict=True)):
             return None
         if delays_gradients(schedule) and kind_of(groups) != "pipeline":
@@ -175,9 +196,15 @@ class Pricing:
         )
         hops = tuple(self._hop(a, b) for a, b in itertools.pairwise(groups))
         return Arrangement(
-            groups=groups, schedule=schedule, stages=stages, owners=owners, actions=actions,
-            hops=hops,
+            groups=groups, schedule=schedule, stages=stages, weights=parts, owners=owners,
+            actions=actions, hops=hops,
         )  # fmt: skip
+
+    def _by_speed(self, tables: Sequence[tuple[tuple[int, ...], ...]]) -> tuple[int, ...]:
+        """Microbatches per replica, so that the busiest one is as little busy as can be."""
+        passes = [forward[-1] + backward[-1] for forward, backward, *_ in tables]
+        counts = Counter(shared_out(passes, self.microbatches))
+        return tuple(counts[replica] for replica in range(len(tables)))
 
     def _hop(self, before: tuple[int, ...], after: tuple[int, ...]) -> Hop:
         links = []
@@ -382,27 +409,40 @@ class Pricing:
     def _replicated_bytes(self, arrangement: Arrangement, cuts: Cuts, stage: int) -> int:
         """State that goes to a keeper with each set; of a replicated stage a sibling has it."""
         first, end = spans(cuts)[stage]
-        alone = len(arrangement.groups[stage]) == 1 and len(cuts) > 1
+        others = len(cuts) > 1 or (self.question.for_run and len(self.devices) > 1)
+        alone = len(arrangement.groups[stage]) == 1 and others
         return self._states[end] - self._states[first] if alone else 0
 
-    def _interval(self, arrangement: Arrangement, cuts: Cuts, step_ns: int) -> int:
-        """Steps between replica sets, as a run would choose them."""
+    def interval(self, arrangement: Arrangement, cuts: Cuts, step_ns: int) -> ReplicaInterval:
+        """Steps between replica sets that cost least, within the bounds for logs and recovery."""
         stages = []
         for stage, (first, end) in enumerate(spans(cuts)):
-            near = [arrangement.hops[i] for i in (stage - 1, stage) if 0 <= i < len(cuts) - 1]
             crossing = [self.costs.segments[i - 1].sent_bytes for i in (first, end) if i > 0]
             stages.append(
                 StageCosts(
                     state_bytes=self._replicated_bytes(arrangement, cuts, stage),
                     log_bytes=self.microbatches * sum(crossing),
                     compute_ns=max(r.busy_ns(first, end) for r in arrangement.stages[stage]),
-                    bytes_per_s=min(
-                        (each[2] for hop in near for each in hop.links),
-                        default=SAME_HOST_BYTES_PER_S,
-                    ),
+                    bytes_per_s=self._keeping_rate(arrangement, stage),
                 )
             )
-        return replica_interval(stages, step_ns=step_ns).steps
+        return replica_interval(stages, step_ns=step_ns)
+
+    def _interval(self, arrangement: Arrangement, cuts: Cuts, step_ns: int) -> int:
+        asked = self.question.replica_every
+        return asked or self.interval(arrangement, cuts, step_ns).steps
+
+    def _keeping_rate(self, arrangement: Arrangement, stage: int) -> int:
+        """Bytes per second of the slowest link that a stage's replicas or logs would take; in a
+        run any other device may keep them."""
+        if self.question.for_run:
+            group = arrangement.groups[stage]
+            others = [i for i in range(len(self.devices)) if i not in group]
+            rates = [self.link(a, b).bytes_per_s for a in group for b in others]
+        else:
+            near = arrangement.hops[max(0, stage - 1) : stage + 1]
+            rates = [each[2] for hop in near for each in hop.links]
+        return min(rates, default=SAME_HOST_BYTES_PER_S)
 
 
 def spans(cuts: Cuts) -> list[tuple[int, int]]:

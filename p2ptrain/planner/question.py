@@ -91,6 +91,11 @@ class Question:
     kinds: tuple[Kind, ...] = KINDS
     home: DeviceId | None = None
     """Preferred as the first stage among equals; None: nobody is."""
+    for_run: bool = False
+    """The plan is carried out: only what the bundle has graphs for, and replicas of every stage
+    are kept by whoever is there."""
+    replica_every: int | None = None
+    """Steps between replica sets; None: as they cost least."""
 
     def __post_init__(self) -> None:
         names = [device.id for device in self.devices]

@@ -8,9 +8,12 @@ per step. Collectives wait for everybody and do not overlap here.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from p2ptrain.bundle.shard_units import units_by_weight
 from p2ptrain.planner.pricing import Price, Pricing, Share
 from p2ptrain.planner.question import Kind
 from p2ptrain.planner.segment_costs import FLOAT32_BYTES, SegmentCosts
@@ -19,6 +22,8 @@ from p2ptrain.schedule.actions import Held
 
 ONE: Final = Held(in_flight=1, delayed=0)
 TWO: Final = Held(in_flight=2, delayed=0)
+FINENESS: Final = 1000
+"""The fastest device's weight, before common factors are taken out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,26 +33,48 @@ class Sharded:
     kind: Kind
     """tensor or sequence."""
     devices: tuple[int, ...]
+    """By rank."""
+    weights: tuple[int, ...] | None = None
+    """Parts of the units of every axis; None: after the devices' speeds."""
 
 
-def divided(units: int, times_ns: tuple[int, ...]) -> tuple[int, ...]:
-    """Whole units per device so that the one that needs longest needs as little as can be.
+def weights_by_speed(times_ns: Sequence[int]) -> tuple[int, ...]:
+    """Parts of every axis so that all devices take about as long; by rank, at least 1 each.
 
     Args:
-        units: Heads, columns or positions.
-        times_ns: What all units would take on each device; at least 1 each.
+        times_ns: What the whole model would take on each device; at least 1 each.
     """
-    scale = max(times_ns)
-    weights = [scale * scale // max(time, 1) for time in times_ns]
-    parts = [units * weight // sum(weights) for weight in weights]
-    for _ in range(units - sum(parts)):
-        first = min(range(len(parts)), key=lambda i: ((parts[i] + 1) * times_ns[i], i))
-        parts[first] += 1
-    return tuple(parts)
+    fastest = min(times_ns)
+    weights = [max(1, FINENESS * fastest // time) for time in times_ns]
+    common = math.gcd(*weights)
+    return tuple(weight // common for weight in weights)
 
 
 def objection(pricing: Pricing, kind: Kind, degree: int) -> str | None:
-    """Why the model cannot be divided among so many devices; None: it can."""
+    """Why the model cannot be divided among so many devices; None: it can.
+
+    Where the bundle says how, its own word counts; else what its parameters look like, which is
+    enough for what-if questions only.
+    """
+    manifest = pricing.question.manifest
+    told = manifest.sharding.get(kind)
+    if told is None:
+        if pricing.question.for_run:
+            return (
+                "the bundle does not say how its segments are divided; "
+                "export the model again with tools/export_model.py"
+            )
+        return _unlikely(pricing, kind, degree)
+    axes = [units for each in told.kinds.values() for units in manifest.units(each).values()]
+    if not axes:
+        first = min(told.whole)
+        return f"no segment can be divided ({first}: {told.whole[first]})"
+    if min(axes) < degree:
+        return f"an axis has {min(axes)} units for {degree} devices"
+    return None
+
+
+def _unlikely(pricing: Pricing, kind: Kind, degree: int) -> str | None:
     costs = pricing.costs
     if kind == "tensor":
         if costs.heads_min == 0:
@@ -79,17 +106,17 @@ class ShardedPricing:
         pricing = self._pricing
         count = pricing.segment_count
         whole = pricing.memory_bytes(0, count, ONE)
-        times = self._whole_times(sharded)
+        weights = self.weights(sharded)
         if sharded.kind == "sequence":
             units = pricing.costs.sequence
-            parts = divided(units, times)
+            parts = units_by_weight(units, weights)
             divisible = pricing.memory_bytes(0, count, TWO) - whole
             return tuple(whole - divisible * (units - part) // units for part in parts)
-        found = [whole] * len(times)
+        found = [whole] * len(weights)
         for segment in pricing.costs.segments:
             if segment.shard_units:
                 state = self._state_bytes(segment)
-                for i, part in enumerate(divided(segment.shard_units, times)):
+                for i, part in enumerate(units_by_weight(segment.shard_units, weights)):
                     found[i] -= state * (segment.shard_units - part) // segment.shard_units
         return tuple(found)
 
@@ -101,12 +128,12 @@ class ShardedPricing:
 
     def _tensor(self, sharded: Sharded) -> Price | None:
         pricing, devices = self._pricing, sharded.devices
-        times = self._whole_times(sharded)
+        weights = self.weights(sharded)
         step_ns, sent = 0, 0
         own_ns, gradients = [0] * len(devices), [0] * len(devices)
         for index, segment in enumerate(pricing.costs.segments):
             units = segment.shard_units
-            parts = divided(units, times) if units else (1,) * len(devices)
+            parts = units_by_weight(units, weights) if units else (1,) * len(devices)
             if 0 in parts:
                 return None
             step_ns += self._slowest(devices, index, parts, max(units, 1), own_ns)
@@ -123,7 +150,7 @@ class ShardedPricing:
     def _sequence(self, sharded: Sharded) -> Price | None:
         pricing, devices = self._pricing, sharded.devices
         units = pricing.costs.sequence
-        parts = divided(units, self._whole_times(sharded))
+        parts = units_by_weight(units, self.weights(sharded))
         if 0 in parts:
             return None
         step_ns, sent, gradients = 0, 0, 0
@@ -171,8 +198,11 @@ class ShardedPricing:
         )
         return pricing.total(step_ns + max(updates), shares)
 
-    def _whole_times(self, sharded: Sharded) -> tuple[int, ...]:
-        return tuple(max(1, self._pricing.pass_ns(device)) for device in sharded.devices)
+    def weights(self, sharded: Sharded) -> tuple[int, ...]:
+        """Parts of every axis, by rank."""
+        if sharded.weights is not None:
+            return sharded.weights
+        return weights_by_speed([max(1, self._pricing.pass_ns(d)) for d in sharded.devices])
 
     def _state_bytes(self, segment: SegmentCosts) -> int:
         """Parameters, gradients and optimizer state that are divided."""

@@ -14,12 +14,13 @@ import trio
 from p2ptrain import limits
 from p2ptrain.errors import Interrupted, InvariantBroken, PeerLost, PlanInfeasible
 from p2ptrain.ids import DeviceId, Digest
+from p2ptrain.planner.asked import Known
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.checkpoint_listing import checkpoint_listing
 from p2ptrain.runtime.home_duty import HomeSession
 from p2ptrain.runtime.job import Job
-from p2ptrain.runtime.placement import place
+from p2ptrain.runtime.placement import Group, place
 from p2ptrain.runtime.plan_report import plan_report
 from p2ptrain.runtime.progress import ProgressTracker
 from p2ptrain.runtime.reports import NoteReport, TrainRequest
@@ -70,13 +71,8 @@ class Founding:
         for note in self.job.data_notes:
             self._note(note)
         profiles = await self._collect_profiles()
-        answers = self._answers.items()
-        links = {d: answer.links for d, answer in answers if isinstance(answer, Profiled)}
-        placement = await trio.to_thread.run_sync(
-            lambda: place(
-                self._request, self.job, profiles, home=self._services.device, links=links
-            )
-        )
+        group = self._group(profiles)
+        placement = await trio.to_thread.run_sync(place, self._request, self.job, group)
         for left in placement.left_out:
             name = self._services.directory.name_of(left.device)
             self._note(f"{name} has no stage: {left.reason}")
@@ -162,7 +158,7 @@ class Founding:
             microbatch_size=self._contract.microbatch_size,
             form=self._contract.form,
             threads=self._contract.threads,
-            in_parts=delays_gradients(self._request.schedule),
+            in_parts=delays_gradients(self.job.wanted_schedule(self._request)),
         )
         going = self._services.directory.leaving()
         there = (record.device for record in self._services.directory.alive())
@@ -180,9 +176,22 @@ class Founding:
             if isinstance(answer, Profiled):
                 profiles[device] = answer.profile
             else:
-                reason = answer.reason if answer else "it did not answer in time"
-                self._note(f"{self._services.directory.name_of(device)} takes no part: {reason}")
+                name = self._services.directory.name_of(device)
+                self._note(f"{name} takes no part: {_reason(answer)}")
         return profiles
+
+    def _group(self, profiles: dict[DeviceId, PeerProfile]) -> Group:
+        answers = self._answers.items()
+        reasons = {d: _reason(answer) for d, answer in answers if d not in profiles}
+        return Group(
+            profiles=profiles,
+            home=self._services.device,
+            links={d: answer.links for d, answer in answers if isinstance(answer, Profiled)},
+            known=Known(
+                names={device: self._services.directory.name_of(device) for device, _ in answers},
+                absent=reasons,
+            ),
+        )
 
     async def _agree(self, plan: Plan, contract: Contract) -> None:
         self.plan, self._contract = plan, contract
@@ -250,3 +259,8 @@ class Founding:
 
     def _note(self, text: str) -> None:
         self._emit("note", NoteReport(text=text))
+
+
+def _reason(answer: Profiled | Declined | None) -> str:
+    """Why a device has no profile."""
+    return answer.reason if isinstance(answer, Declined) else "it did not answer in time"

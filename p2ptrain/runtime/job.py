@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from p2ptrain import limits
@@ -13,6 +13,7 @@ from p2ptrain.data.opening import OpenData, open_samples
 from p2ptrain.data.options import DataOptions
 from p2ptrain.errors import CheckpointError, ConfigError, DataError, InvariantBroken
 from p2ptrain.ids import Lineage, RunId, ViewNumber
+from p2ptrain.planner.plan_file import AskedPlan, read_plan
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.schedule.actions import SCHEDULES
 from p2ptrain.store.bundles import Bundle, find_bundle, load_bundle
@@ -43,6 +44,13 @@ class Job:
     directory: RunDirectory
     checkpoint: CheckpointRecord | None
     checkpoint_every: int
+    asked: AskedPlan | None = None
+    """The plan to begin with; None: the planner finds one."""
+
+    def wanted_schedule(self, request: TrainRequest) -> str:
+        """The schedule that a plan should have: as its file says, else as the request does."""
+        written = None if self.asked is None else self.asked.schedule
+        return request.schedule if written is None else written
 
     @property
     def first_step(self) -> int:
@@ -77,8 +85,9 @@ def open_job(
             met; the sentence says what is wrong with it.
     """
     _check_request(request)
+    asked = None if request.plan is None else read_plan(request.plan, file="--plan")
     if request.resume is not None:
-        return _resumed_job(request, runs_path)
+        return replace(_resumed_job(request, runs_path), asked=asked)
     if not request.bundle or not request.data:
         raise ConfigError("a new run needs a model and data", hint="give --model and --data")
     bundle = load_bundle(find_bundle(request.bundle))
@@ -101,6 +110,7 @@ def open_job(
         directory=RunDirectory(runs_path / new_run),
         checkpoint=None,
         checkpoint_every=request.checkpoint_every,
+        asked=asked,
     )
 
 
@@ -182,6 +192,8 @@ def _check_request(request: TrainRequest) -> None:
         raise ConfigError(f"unknown schedule {request.schedule!r}", hint=hint)
     if request.stages is not None and not 1 <= request.stages <= limits.STAGES_MAX:
         raise ConfigError(f"stages must be between 1 and {limits.STAGES_MAX}")
+    if request.stages is not None and request.plan is not None:
+        raise ConfigError("a plan has its own number of stages", hint="leave --stages out")
     if request.checkpoint_every < 0:
         raise ConfigError("steps between checkpoints are 0 or more")
 

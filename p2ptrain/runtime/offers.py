@@ -80,7 +80,8 @@ class OfferDesk:
             return "the plan has other threads or another graph form than was offered"
         if prepared.engine.build not in contract.builds:
             return "its runtime build is not in the numerics contract"
-        need, have = plan.stages[index].memory_bytes, self._services.memory_bytes()
+        need = plan.stages[index].memory_of(self._services.device)
+        have = self._services.memory_bytes()
         return (
             f"its stage needs {need} bytes of memory and {have} are left" if need > have else None
         )

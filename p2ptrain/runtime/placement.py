@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.ids import DeviceId
+from p2ptrain.planner.asked import Known
 from p2ptrain.planner.choose import choose_plan
 from p2ptrain.planner.input import LeftOut, PlanningInput, StageMemory
 from p2ptrain.planner.links import LinkFigure, link_estimates
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import KindCost, PeerProfile
+from p2ptrain.planner.run_plan import asked_plan
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.schedule.actions import delays_gradients
@@ -30,51 +32,65 @@ class Placement:
     left_out: tuple[LeftOut, ...]
 
 
-def place(
-    request: TrainRequest,
-    job: Job,
-    profiles: Mapping[DeviceId, PeerProfile],
-    *,
-    home: DeviceId,
-    links: Mapping[DeviceId, Iterable[LinkFigure]],
-) -> Placement:
-    """Choose a plan; blocking, pure computation. `links` are what each device has measured.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """What is known of a run's group when its first plan is made."""
+
+    profiles: Mapping[DeviceId, PeerProfile]
+    """Of those that can take part."""
+    home: DeviceId
+    links: Mapping[DeviceId, Iterable[LinkFigure]] = field(default_factory=dict)
+    """What each device has measured."""
+    known: Known = field(default_factory=Known)
+    """How people call devices, and why some have no part."""
+
+
+def place(request: TrainRequest, job: Job, group: Group) -> Placement:
+    """Choose a plan, or take the one that is asked for; blocking, pure computation.
 
     A resumed run takes only peers whose runtime build its contract names: another would change
     the bits.
 
     Raises:
         PlanInfeasible: no placement fits; the sentence names the nearest change.
+        ConfigError: a plan that is asked for names devices or segments that are not there.
     """
+    profiles = group.profiles
     outsiders = _outsiders(job, profiles.values())
     able = tuple(p for p in profiles.values() if p.device not in {o.device for o in outsiders})
     if not able:
         raise PlanInfeasible("no peer can take part in this run")
     manifest, contract = job.bundle.manifest, job.contract
-    schedule, notes = _settled(request.schedule, manifest, contract)
-    choice = choose_plan(
-        PlanningInput(
-            manifest=manifest,
-            contract=contract,
-            profiles=tuple(planning_profile(profile, contract) for profile in able),
-            home=home,
-            stage_memory=predicted_memory(manifest, contract),
-            run=job.run,
-            lineage=job.lineage,
-            view=job.view,
-            schedule=schedule,
-            stages=request.stages,
-            keep_data_here=request.keep_data_here,
-            replica_every=request.replicate_every,
-            links=link_estimates(links, {p.device: p.host for p in able}),
-        )
+    schedule, notes = _settled(job.wanted_schedule(request), manifest, contract)
+    planning = PlanningInput(
+        manifest=manifest,
+        contract=contract,
+        profiles=tuple(planning_profile(profile, contract) for profile in able),
+        home=group.home,
+        stage_memory=predicted_memory(manifest, contract),
+        run=job.run,
+        lineage=job.lineage,
+        view=job.view,
+        schedule=schedule,
+        stages=request.stages,
+        keep_data_here=request.keep_data_here,
+        replica_every=request.replicate_every,
+        links=link_estimates(group.links, {p.device: p.host for p in able}),
     )
+    if job.asked is None:
+        choice = choose_plan(planning)
+        chosen, left_out = choice.plan, choice.left_out
+    else:
+        absent = {**group.known.absent, **{out.device: out.reason for out in outsiders}}
+        known = dataclasses.replace(group.known, absent=absent)
+        asked = dataclasses.replace(job.asked, schedule=schedule)
+        chosen, left_out = asked_plan(planning, asked, known)
     if not job.resumed:
-        taking_part = {stage.device for stage in choice.plan.stages}
+        taking_part = {device for stage in chosen.stages for device in stage.devices}
         contract = with_builds(contract, (p.build for p in able if p.device in taking_part))
-    reasons = (*choice.plan.reasons, *notes)
-    plan = dataclasses.replace(choice.plan, contract=contract.digest, reasons=reasons)
-    return Placement(plan=plan, contract=contract, left_out=(*outsiders, *choice.left_out))
+    reasons = (*chosen.reasons, *notes)
+    plan = dataclasses.replace(chosen, contract=contract.digest, reasons=reasons)
+    return Placement(plan=plan, contract=contract, left_out=(*outsiders, *left_out))
 
 
 def predicted_memory(manifest: Manifest, contract: Contract) -> StageMemory:

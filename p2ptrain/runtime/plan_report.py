@@ -28,17 +28,20 @@ def plan_report(
     shares = stage_shares(plan)
     stages = tuple(
         StageReport(
-            device=stage.device,
-            name=name_of(stage.device),
+            device=device,
+            name=name_of(device),
             stage=index,
             first_segment=stage.first_segment,
             last_segment=stage.segments[-1],
             segments=tuple(manifest.segments[i].name for i in stage.segments),
             parameters=stage.parameter_count,
-            memory_bytes=stage.memory_bytes,
+            memory_bytes=stage.memory_of(device),
             share=shares[index],
+            split=stage.split,
+            part=weight / sum(stage.weights),
         )
         for index, stage in enumerate(plan.stages)
+        for device, weight in zip(stage.devices, stage.weights, strict=True)
     )
     return PlanReport(
         run=plan.run,

@@ -36,6 +36,9 @@ class TrainRequest:
     steps: int = 100
     stages: int | None = None
     """Exact number of stages; None: the planner chooses."""
+    plan: str | None = None
+    """Text of a file with the plan to begin with (`planner.plan_file`); None: the planner finds
+    one."""
     microbatches: int = 8
     microbatch_size: int = 4
     seed: int = 0
@@ -68,7 +71,7 @@ class TrainRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageReport:
-    """One line of the printed plan."""
+    """One line of the printed plan: a device's part of a stage."""
 
     device: DeviceId
     name: str
@@ -80,6 +83,10 @@ class StageReport:
     memory_bytes: int
     share: float
     """Expected share of the step's compute, 0 to 1."""
+    split: str = "none"
+    """How several devices share the stage: replicas, tensor or sequence."""
+    part: float = 1.0
+    """Of its microbatches, heads and columns, or positions that this device has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,6 +130,23 @@ async def test_train_shows_plan_progress_and_summary(
     ]
 
 
+async def test_train_hands_a_plan_over_once_it_agrees_with_itself(
+    home: Path, member: str, peer: ScriptedPeer, job: list[str], tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text('[[stage]]\ndevices = ["attic"]\nsegments = 4\n')
+    async with peer_answering(home, member, peer.handle):
+        ended = await run_command("train", "--group", member, *job, "--plan", "plan.toml")
+        assert ended.returncode == 0
+        assert peer.request is not None
+        assert peer.request.plan == plan.read_text()
+        peer.request = None
+        plan.write_text('[[stage]]\ndevices = ["attic"]\n')
+        ended = await run_command("train", "--group", member, *job, "--plan", "plan.toml")
+    assert (ended.returncode, peer.request) == (2, None)
+    assert b"plan.toml: stage 0 needs a number of segments" in ended.stderr
+
+
 async def test_train_json_keeps_stdout_for_one_object(
     home: Path, member: str, peer: ScriptedPeer, job: list[str]
 ) -> None:

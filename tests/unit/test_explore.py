@@ -12,7 +12,7 @@ from p2ptrain.planner.explore import Explorer, Found
 from p2ptrain.planner.input import LinkEstimate
 from p2ptrain.planner.pricing import Pricing
 from p2ptrain.planner.question import RUNTIME_KINDS, Kind, Objective, Power, Question
-from p2ptrain.planner.sharded import divided
+from p2ptrain.planner.sharded import weights_by_speed
 from p2ptrain.schedule.actions import stage_actions
 from p2ptrain.schedule.replicated import replicated_actions, shared_out
 from tests.planning_cases import device
@@ -56,10 +56,10 @@ def test_replicas_of_a_schedule_keep_only_their_microbatches() -> None:
     assert last == stage_actions("1f1b", 1, 2, 4)
 
 
-def test_units_are_divided_by_speed() -> None:
-    assert divided(7, (10, 10)) == (4, 3)
-    assert divided(12, (10, 10, 20)) == (5, 5, 2)
-    assert sum(divided(3072, (7, 9, 13, 100))) == 3072
+def test_weights_follow_speeds() -> None:
+    assert weights_by_speed((10, 10)) == (1, 1)
+    assert weights_by_speed((10, 10, 20)) == (2, 2, 1)
+    assert weights_by_speed((1, 10**9)) == (1000, 1), "nobody is without a part"
 
 
 def test_replicas_beat_a_pipeline_where_links_are_free() -> None:

@@ -11,7 +11,7 @@ from p2ptrain.data.samples import WindowSamples
 from p2ptrain.errors import BundleError, CheckpointError, ConfigError, DataError, NotFound
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
 from p2ptrain.runtime.job import Job, open_job
-from p2ptrain.runtime.placement import _outsiders, place, with_builds
+from p2ptrain.runtime.placement import Group, _outsiders, place, with_builds
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory, SavedSegment
 from tests.bundles import CONTEXT, graph_files, tiny_bundle, write_bundle
@@ -258,7 +258,7 @@ def test_rematerialised_run_counts_the_second_forward(tmp_path: Path) -> None:
         peer = dataclasses.replace(
             peer, kinds=dict.fromkeys(job.bundle.manifest.kinds, peer.kinds["k0"])
         )
-        found = place(wanted, job, {peer.device: peer}, home=peer.device, links={})
+        found = place(wanted, job, Group(profiles={peer.device: peer}, home=peer.device))
         plans.append(found.plan)
     plain, again = (plan.stages[0].step_compute_ns for plan in plans)
     assert again == plain * 4 // 3

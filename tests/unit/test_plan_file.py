@@ -6,13 +6,16 @@ import dataclasses
 
 import pytest
 
+from p2ptrain.bundle.sharding import Sharding
 from p2ptrain.errors import ConfigError, P2PTrainError, PlanInfeasible
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.asked import Known, asked_candidate
 from p2ptrain.planner.explore import Candidate, Explorer
-from p2ptrain.planner.plan_file import forced_candidate
+from p2ptrain.planner.plan_file import read_plan
 from p2ptrain.planner.pricing import Pricing
 from p2ptrain.planner.question import Objective, Question
 from tests.planning_cases import device
-from tests.planning_questions import equal_devices, question
+from tests.planning_questions import bert_question, equal_devices, question
 
 A, B, C = (device(letter) for letter in "abc")
 
@@ -24,9 +27,10 @@ def _asked(memory_bytes: int = 1 << 40, slowness: tuple[int, ...] = (1, 1, 1)) -
     )
 
 
-def _forced(text: str, asked: Question | None = None) -> Candidate:
+def _forced(text: str, asked: Question | None = None, known: Known | None = None) -> Candidate:
     pricing = Pricing(asked or _asked())
-    return forced_candidate(text, file="p.toml", explorer=Explorer(pricing), pricing=pricing)
+    plan = read_plan(text, file="p.toml")
+    return asked_candidate(plan, explorer=Explorer(pricing), pricing=pricing, known=known)
 
 
 def _stages(*stages: tuple[list[str], int], schedule: str = "1f1b") -> str:
@@ -34,10 +38,14 @@ def _stages(*stages: tuple[list[str], int], schedule: str = "1f1b") -> str:
     return "\n".join([f'schedule = "{schedule}"', *tables])
 
 
+def _shared(names: list[str], count: int, line: str = "", schedule: str = "1f1b") -> str:
+    return _stages((names, count), schedule=schedule) + line + "\n"
+
+
 def test_it_is_priced_as_asked() -> None:
     candidate = _forced(_stages(([B], 2), ([C, A], 4), schedule="gpipe"))
     assert (candidate.kind, candidate.schedule) == ("hybrid", "gpipe")
-    assert candidate.devices == (1, 0, 2)
+    assert candidate.devices == (1, 2, 0), "by rank, as they are written"
     assert candidate.cuts == (2, 6)
 
 
@@ -48,12 +56,28 @@ def test_it_is_priced_as_asked() -> None:
         ("", "has no stages", "[[stage]]"),
         (_stages(([A], 6), schedule="zz"), "unknown schedule 'zz'", "1f1b"),
         (_stages((["x"], 6)), "no device 'x'", "devices:"),
-        (_stages(([A[:-1]], 6)), "no device", f"did you mean '{A}'?"),
+        (_stages(([A[:-1] + "x"], 6)), "no device", f"did you mean '{A}'?"),
         (_stages(([A], 3), ([A], 3)), "named twice", "one stage"),
         (_stages(([], 6)), "needs devices", "laptop"),
         (_stages(([A], 0), ([B], 6)), "stage 0 needs a number", "segments = 4"),
         (_stages(([A], 2), ([B], 3)), "have 5 segments, the model has 6", "have to take 4"),
         (_stages(([A], 7), ([B], 3)), "have 10 segments", "take some away"),
+        (_shared([A, B], 6, 'split = "rows"'), "unknown split 'rows'", "tensor"),
+        (_shared([A], 6, 'split = "tensor"'), "nobody to share", "another device"),
+        (_shared([A, B], 6, "weights = [1]"), "2 devices and 1 weights", "one weight"),
+        (_shared([A, B], 6, "weights = [1, 0]"), "weights are whole numbers", "[3, 1]"),
+        (_shared([A, B], 6, "weight = [1, 1]"), "unknown key 'weight'", "weights"),
+        (
+            _shared([A, B], 3, 'split = "tensor"') + _stages(([C], 3)).split("\n", 1)[1],
+            "share all of it",
+            "one stage",
+        ),
+        (
+            _shared([A, B], 6, schedule="zb-h1"),
+            "no schedule of stages that several",
+            '"1f1b"',
+        ),
+        (_stages(([A], 3), ([A[:8]], 3)), "named twice", "one stage"),
     ],
 )
 def test_what_matches_neither_model_nor_devices_is_refused(
@@ -88,5 +112,80 @@ def test_limits_hold_for_asked_plans_too() -> None:
 
 
 def test_a_replica_without_a_microbatch_is_refused() -> None:
-    with pytest.raises(P2PTrainError, match="gets no microbatch"):
+    with pytest.raises(P2PTrainError, match="a replica gets no microbatch of 8"):
         _forced(_stages(([A, B], 6)), _asked(slowness=(1, 100, 1)))
+
+
+def test_weights_say_who_runs_how_many_microbatches() -> None:
+    candidate = _forced(_shared([B, A], 6, "weights = [3, 1]"))
+    assert candidate.kind == "data"
+    assert [(s.device, s.microbatches) for s in candidate.price.shares] == [(1, 6), (0, 2)]
+    assert candidate.arrangement is not None
+    assert candidate.arrangement.weights == ((3, 1),)
+    found = _forced(_shared([B, A], 6), _asked(slowness=(1, 3, 1)))
+    assert found.arrangement is not None
+    assert found.arrangement.weights == ((2, 6),), "after their speeds, where none are written"
+
+
+def test_devices_are_known_by_name_by_id_and_by_its_beginning() -> None:
+    known = Known(names={DeviceId(A): "laptop", DeviceId(B): "cellar"})
+    for word in ("cellar", B, B[:4]):
+        assert _forced(_stages(([word], 6)), known=known).devices == (1,)
+    with pytest.raises(ConfigError) as refused:
+        _forced(_stages((["celar"], 6)), known=known)
+    assert "did you mean 'cellar'?" in refused.value.hint
+
+
+def test_names_of_two_devices_and_of_absent_ones_are_refused() -> None:
+    known = Known(names={DeviceId(A): "pi", DeviceId(B): "pi"}, absent={device("x"): "it is busy"})
+    with pytest.raises(ConfigError, match="2 devices are called 'pi'") as refused:
+        _forced(_stages((["pi"], 6)), known=known)
+    assert A in refused.value.hint
+    assert B in refused.value.hint
+    with pytest.raises(ConfigError, match="takes no part: it is busy"):
+        _forced(_stages(([device("x")], 6)), known=known)
+
+
+def _bert(text: str, *, memory_bytes: int = 1 << 40, for_run: bool = False) -> Candidate:
+    asked = bert_question("ab", "tensor", memory_bytes=memory_bytes)
+    return _forced(text, dataclasses.replace(asked, for_run=for_run))
+
+
+@pytest.mark.parametrize("split", ["tensor", "sequence"])
+def test_a_whole_model_is_shared_by_weights(split: str) -> None:
+    candidate = _bert(_shared([A, B], 26, f'split = "{split}"\nweights = [2, 1]'))
+    assert (candidate.kind, candidate.weights) == (split, (2, 1))
+    slower, faster = candidate.price.shares[1], candidate.price.shares[0]
+    assert slower.compute_ns < faster.compute_ns
+
+
+@pytest.mark.parametrize(
+    ("text", "for_run", "message", "hint"),
+    [
+        (_shared([A, B], 26, 'split = "tensor"'), True,
+         "no tensor sharding because the bundle does not say how", "2 stages of one device"),
+        (_shared([A, B], 26, 'split = "tensor"\nweights = [1, 99]'), False,
+         "gets nothing of a segment", "leave weights out"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_shared_says_why(text: str, for_run: bool, message: str, hint: str) -> None:
+    with pytest.raises(PlanInfeasible) as refused:
+        _bert(text, for_run=for_run)
+    assert message in refused.value.message
+    assert hint in refused.value.hint
+
+
+def test_a_bundle_says_itself_why_it_cannot_be_shared() -> None:
+    asked = bert_question("ab", "tensor")
+    whole = dict.fromkeys(asked.manifest.kinds, "no axis is sliced")
+    sharding = {"tensor": Sharding(kinds={}, whole=whole)}
+    asked = dataclasses.replace(
+        asked, manifest=dataclasses.replace(asked.manifest, sharding=sharding)
+    )
+    with pytest.raises(PlanInfeasible, match="no tensor sharding because no segment can be"):
+        _forced(_shared([A, B], 26, 'split = "tensor"'), asked)
+
+
+def test_a_part_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(PlanInfeasible, match="its part needs"):
+        _bert(_shared([A, B], 26, 'split = "sequence"'), memory_bytes=10)

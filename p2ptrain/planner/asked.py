@@ -1,0 +1,195 @@
+"""A plan that a person asks for, against the devices that are there and the model: priced, or
+refused with the nearest thing that would work."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from p2ptrain.errors import ConfigError, PlanInfeasible
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups
+from p2ptrain.planner.cutting import bottleneck_cuts
+from p2ptrain.planner.explore import Candidate, Explorer
+from p2ptrain.planner.plan_file import AskedPlan, AskedStage
+from p2ptrain.planner.pricing import Pricing, spans
+from p2ptrain.planner.question import Kind
+from p2ptrain.planner.sharded import Sharded, ShardedPricing, objection
+from p2ptrain.units import format_bytes
+
+ID_PART_MIN = 4
+"""Characters of a device's id that may stand for all of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """How people call devices, and why some of them have no part."""
+
+    names: Mapping[DeviceId, str] = field(default_factory=dict)
+    """Of devices whose name is not their id."""
+    absent: Mapping[DeviceId, str] = field(default_factory=dict)
+    """Devices of the group that cannot take part -> why."""
+
+    def matches(self, device: DeviceId, word: str) -> bool:
+        """Whether somebody who writes `word` means this device."""
+        begins = len(word) >= ID_PART_MIN and device.startswith(word)
+        return begins or word in (device, self.names.get(device))
+
+    def name_of(self, device: DeviceId) -> str:
+        return self.names.get(device, device)
+
+
+def asked_candidate(
+    asked: AskedPlan, *, explorer: Explorer, pricing: Pricing, known: Known | None = None
+) -> Candidate:
+    """The candidate that a person asks for, priced.
+
+    Raises:
+        ConfigError: an unknown or absent device, or stages that do not cover the model.
+        PlanInfeasible: it does not fit; the hint names cuts of the same stages that do, if any.
+    """
+    known = known or Known()
+    groups = _groups(asked, pricing, known)
+    _check_segments(asked, pricing.segment_count)
+    first = asked.stages[0]
+    if first.split in ("tensor", "sequence"):
+        candidate = _sharded(asked, groups[0], explorer, pricing, known)
+    else:
+        candidate = _arranged(asked, groups, explorer, pricing, known)
+    if not explorer.admits(candidate.price):
+        raise PlanInfeasible(
+            f"{asked.file}: this plan breaks the deadline, the joules or a battery",
+            hint="leave --plan out: the planner looks for one that keeps them",
+        )
+    return candidate
+
+
+def _groups(asked: AskedPlan, pricing: Pricing, known: Known) -> Groups:
+    groups = tuple(
+        tuple(_device(name, f"{asked.file}: stage {index}", pricing, known) for name in s.devices)
+        for index, s in enumerate(asked.stages)
+    )
+    everyone = [device for group in groups for device in group]
+    for device in everyone:
+        if everyone.count(device) > 1:  # by its name and by its id
+            name = known.name_of(pricing.devices[device].id)
+            raise ConfigError(f"{asked.file}: {name} is named twice", hint="give it one stage")
+    return groups
+
+
+def _device(word: str, label: str, pricing: Pricing, known: Known) -> int:
+    found = [i for i, each in enumerate(pricing.devices) if known.matches(each.id, word)]
+    if len(found) == 1:
+        return found[0]
+    here = [known.name_of(each.id) for each in pricing.devices]
+    if found:
+        ids = ", ".join(pricing.devices[i].id for i in found)
+        raise ConfigError(f"{label}: {len(found)} devices are called {word!r:.40}", hint=ids)
+    for device, reason in sorted(known.absent.items()):
+        if known.matches(device, word):
+            raise ConfigError(
+                f"{label}: {word} takes no part: {reason}", hint=f"devices: {', '.join(here)}"
+            )
+    near = difflib.get_close_matches(word, here, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"devices: {', '.join(here)}"
+    raise ConfigError(f"{label}: there is no device {word!r:.40}", hint=hint)
+
+
+def _check_segments(asked: AskedPlan, wanted: int) -> None:
+    counts = [stage.segments for stage in asked.stages]
+    if sum(counts) == wanted:
+        return
+    last = counts[-1] + wanted - sum(counts)
+    near = f"the last stage would have to take {last}" if last >= 1 else "take some away"
+    raise ConfigError(
+        f"{asked.file}: the stages have {sum(counts)} segments, the model has {wanted}",
+        hint=f"{near}; p2ptrain bundle info lists them",
+    )
+
+
+def _arranged(
+    asked: AskedPlan, groups: Groups, explorer: Explorer, pricing: Pricing, known: Known
+) -> Candidate:
+    schedule = asked.schedule or pricing.question.schedules[0]
+    weights = tuple(stage.weights for stage in asked.stages)
+    arrangement = pricing.arrange(groups, schedule, weights)
+    if arrangement is None:
+        raise PlanInfeasible(
+            f"{asked.file}: a replica gets no microbatch of {pricing.microbatches}",
+            hint="use more microbatches, or leave the slowest device of a stage out",
+        )
+    ends = [stage.segments for stage in asked.stages]
+    cuts = tuple(sum(ends[: index + 1]) for index in range(len(ends)))
+    _check_memory(pricing, arrangement, cuts, asked, known)
+    return explorer.candidate(arrangement, cuts)
+
+
+def _check_memory(
+    pricing: Pricing, arrangement: Arrangement, cuts: Cuts, asked: AskedPlan, known: Known
+) -> None:
+    for stage, (first, end) in enumerate(spans(cuts)):
+        for replica in arrangement.stages[stage]:
+            needs = pricing.memory_bytes(first, end, replica.holds)
+            device = pricing.devices[replica.device]
+            if needs > device.profile.memory_bytes:
+                raise PlanInfeasible(
+                    f"{asked.file}: stage {stage} needs {format_bytes(needs)} on "
+                    f"{known.name_of(device.id)}, which has "
+                    f"{format_bytes(device.profile.memory_bytes)}",
+                    hint=_nearest(pricing, arrangement),
+                )
+
+
+def _nearest(pricing: Pricing, arrangement: Arrangement) -> str:
+    cuts = bottleneck_cuts(pricing, arrangement)
+    if cuts is None:
+        return "no cut of these stages fits; leave --plan out to see what does"
+    counts = ", ".join(str(end - first) for first, end in spans(cuts))
+    return f"these stages fit with {counts} segments"
+
+
+def _sharded(
+    asked: AskedPlan, devices: tuple[int, ...], explorer: Explorer, pricing: Pricing, known: Known
+) -> Candidate:
+    stage = asked.stages[0]
+    kind: Kind = "tensor" if stage.split == "tensor" else "sequence"
+    against = objection(pricing, kind, len(devices))
+    if against is not None:
+        raise PlanInfeasible(
+            f"{asked.file}: no {kind} sharding because {against}", hint=_instead(stage)
+        )
+    sharded = Sharded(kind=kind, devices=devices, weights=stage.weights)
+    candidate = explorer.sharded_candidate(sharded)
+    if candidate is None:
+        raise PlanInfeasible(
+            f"{asked.file}: a device gets nothing of a segment under these weights",
+            hint="leave weights out, or make them more equal",
+        )
+    for index, needs in zip(devices, candidate.memory_bytes, strict=True):
+        has = pricing.devices[index].profile.memory_bytes
+        if needs > has:
+            raise PlanInfeasible(
+                f"{asked.file}: its part needs {format_bytes(needs)} on "
+                f"{known.name_of(pricing.devices[index].id)}, which has {format_bytes(has)}",
+                hint=_smaller_part(sharded, pricing),
+            )
+    return candidate
+
+
+def _instead(stage: AskedStage) -> str:
+    counts = f"{len(stage.devices)} stages" if stage.segments >= len(stage.devices) else "fewer"
+    return f'split = "replicas" needs no sharding; nor do {counts} of one device each'
+
+
+def _smaller_part(sharded: Sharded, pricing: Pricing) -> str:
+    """Whether the devices' rooms allow any weights at all: in proportion to them."""
+    rooms = [pricing.devices[i].profile.memory_bytes for i in sharded.devices]
+    unit = max(1, min(rooms))
+    weights = tuple(max(1, room // unit) for room in rooms)
+    other = Sharded(kind=sharded.kind, devices=sharded.devices, weights=weights)
+    pricer = ShardedPricing(pricing)
+    fits = all(m <= room for m, room in zip(pricer.memory_bytes(other), rooms, strict=True))
+    if fits and pricer.price(other) is not None:
+        return f"weights = {list(weights)} would fit"
+    return "use smaller microbatches, or add a device"

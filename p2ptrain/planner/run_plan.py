@@ -1,0 +1,261 @@
+"""From a priced candidate to the plan of a run's view, with its reasons in words.
+
+`run_question` makes the question that is explored for a run out of what its members have measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+
+from p2ptrain.errors import PlanInfeasible
+from p2ptrain.ids import short
+from p2ptrain.planner.asked import Known, asked_candidate
+from p2ptrain.planner.explore import Candidate, Explorer
+from p2ptrain.planner.input import (
+    OTHER_HOST_BYTES_PER_S,
+    SAME_HOST_BYTES_PER_S,
+    LeftOut,
+    PlanningInput,
+    stage_shares,
+)
+from p2ptrain.planner.keepers import data_holders, replica_keepers
+from p2ptrain.planner.plan import Plan, Split, StagePlan, StageShare
+from p2ptrain.planner.plan_file import AskedPlan
+from p2ptrain.planner.pricing import Pricing, spans
+from p2ptrain.planner.question import RUNTIME_KINDS, Device, Power, Question
+from p2ptrain.planner.replica_interval import REPLICA_EVERY_MIN
+from p2ptrain.units import NS_PER_S, format_bytes, format_seconds
+
+UNKNOWN_POWER: Final = Power(idle_uw=0, busy_uw=0, pj_per_byte=0)
+
+
+def run_question(planning: PlanningInput) -> Question:
+    """The question of a run: who of those that have measured the whole model runs what."""
+    kinds = {segment.kind for segment in planning.manifest.segments}
+    measured = [p for p in planning.profiles if kinds <= p.kinds.keys()]
+    return Question(
+        manifest=planning.manifest,
+        contract=planning.contract,
+        devices=tuple(Device(profile=profile, power=UNKNOWN_POWER) for profile in measured),
+        stage_memory=planning.stage_memory,
+        links=planning.links,
+        schedules=(planning.schedule,),
+        home=planning.home,
+        for_run=True,
+        replica_every=planning.replica_every,
+    )
+
+
+def asked_plan(
+    planning: PlanningInput, asked: AskedPlan, known: Known
+) -> tuple[Plan, tuple[LeftOut, ...]]:
+    """The plan that a person asks for, on what its devices have measured.
+
+    Raises:
+        ConfigError: it does not match the devices that are there, or the model.
+        PlanInfeasible: it does not fit the memory, the bundle cannot be divided that way, or this
+            version cannot run such plans.
+    """
+    pricing = Pricing(run_question(planning))
+    explorer = Explorer(pricing)
+    candidate = asked_candidate(asked, explorer=explorer, pricing=pricing, known=known)
+    if candidate.kind not in RUNTIME_KINDS:
+        raise PlanInfeasible(
+            f"{asked.file}: this version does not run {candidate.kind} parallelism yet",
+            hint=f"it runs: {', '.join(RUNTIME_KINDS)}; p2ptrain plan --plan prices all kinds",
+        )
+    draft = Drafting(planning, pricing, candidate)
+    step = format_seconds(candidate.price.step_ns / NS_PER_S)
+    count, everyone = len(candidate.devices), len(planning.profiles)
+    headline = f"{count} of {everyone} peers compute as asked: a step is predicted to take {step}"
+    taken = {pricing.devices[i].id for i in candidate.devices}
+    left_out = tuple(
+        LeftOut(device=device, reason="the plan that was asked for does without it")
+        for device in sorted(p.device for p in planning.profiles if p.device not in taken)
+    )
+    return draft.plan([headline, *draft.stage_reasons()]), left_out
+
+
+class Drafting:
+    """One candidate on its way to a plan."""
+
+    def __init__(self, planning: PlanningInput, pricing: Pricing, candidate: Candidate) -> None:
+        self._planning, self._pricing, self._candidate = planning, pricing, candidate
+        self._names = {i: each.id for i, each in enumerate(pricing.devices)}
+
+    def plan(self, reasons: Sequence[str] = ()) -> Plan:
+        """The plan, whose reasons are these and how long replica sets are apart."""
+        planning, stages = self._planning, self.stages()
+        members = tuple(sorted({*(p.device for p in planning.profiles), planning.home}))
+        every, why = self._replica_every(len(members))
+        return Plan(
+            run=planning.run,
+            lineage=planning.lineage,
+            view=planning.view,
+            members=members,
+            home=planning.home,
+            holders=data_holders(
+                planning.home,
+                stages,
+                members,
+                keep_data_here=planning.keep_data_here,
+                holding=planning.holding,
+            ),
+            keep_data_here=planning.keep_data_here,
+            replica_every=every,
+            contract=planning.contract.digest,
+            schedule=self._candidate.schedule or "1f1b",
+            stages=stages,
+            replicas=replica_keepers(stages, members),
+            step_ns=self._candidate.price.step_ns,
+            reasons=(*reasons, *why, *self.assumptions()),
+        )
+
+    def stages(self) -> tuple[StagePlan, ...]:
+        """Every stage, with what it is expected to cost."""
+        candidate = self._candidate
+        if candidate.arrangement is None:
+            count = self._pricing.segment_count
+            split: Split = "tensor" if candidate.kind == "tensor" else "sequence"
+            return (self._stage(0, (0, count), split, candidate.weights),)
+        weights = candidate.arrangement.weights
+        return tuple(
+            self._stage(index, span, "replicas" if len(own) > 1 else "none", own)
+            for index, (span, own) in enumerate(zip(spans(candidate.cuts), weights, strict=True))
+        )
+
+    def _stage(
+        self, index: int, span: tuple[int, int], split: Split, weights: tuple[int, ...]
+    ) -> StagePlan:
+        first, end = span
+        candidate, manifest = self._candidate, self._planning.manifest
+        own = [i for i, share in enumerate(candidate.price.shares) if share.stage == index]
+        devices = [self._names[candidate.price.shares[i].device] for i in own]
+        tensors = [t for i in range(first, end) for t in manifest.segment_tensors(i)]
+        shares = tuple(
+            StageShare(device=device, weight=weight, memory_bytes=candidate.memory_bytes[i])
+            for device, weight, i in zip(devices, weights, own, strict=True)
+        )
+        return StagePlan(
+            device=devices[0],
+            first_segment=first,
+            segment_count=end - first,
+            in_flight_max=self._in_flight(index),
+            step_compute_ns=self._compute_ns(index, span),
+            memory_bytes=max(candidate.memory_bytes[i] for i in own),
+            parameter_count=sum(tensor.elements for tensor in tensors),
+            split=split,
+            shares=shares if split != "none" else (),
+        )
+
+    def _in_flight(self, index: int) -> int:
+        arrangement = self._candidate.arrangement
+        if arrangement is None:
+            return 1
+        return max(replica.holds.in_flight for replica in arrangement.stages[index])
+
+    def _compute_ns(self, index: int, span: tuple[int, int]) -> int:
+        """Forwards and backwards of a step, as a stage tells them, where they take longest."""
+        arrangement = self._candidate.arrangement
+        if arrangement is None:
+            return max(share.compute_ns for share in self._candidate.price.shares)
+        return max(replica.busy_ns(*span) for replica in arrangement.stages[index])
+
+    def _replica_every(self, members: int) -> tuple[int, list[str]]:
+        candidate = self._candidate
+        asked = self._planning.replica_every
+        if candidate.arrangement is None:
+            return asked or REPLICA_EVERY_MIN, []
+        step_ns = candidate.price.step_ns
+        found = self._pricing.interval(candidate.arrangement, candidate.cuts, step_ns)
+        if asked is not None or members < 2:
+            return asked or found.steps, []
+        recovery = format_seconds(found.replay_ns / NS_PER_S)
+        return found.steps, [
+            f"replica sets every {found.steps} steps, {found.reason}: "
+            f"a lost stage is predicted to be back within {recovery}"
+        ]
+
+    def stage_reasons(self) -> tuple[str, ...]:
+        """One sentence per stage and device."""
+        plan = self.plan()
+        sentences = []
+        for index, (stage, share) in enumerate(zip(plan.stages, stage_shares(plan), strict=True)):
+            work = f"segments {stage.first_segment} to {stage.segments[-1]}"
+            for rank, device in enumerate(stage.devices):
+                room = format_bytes(self._room(device))
+                home = ", owns the data" if device == plan.home else ""
+                sentences.append(
+                    f"stage {index} on {short(device)}: {work}, {_part(stage, rank)}"
+                    f"{100 * share:.0f} % of the compute, "
+                    f"{format_bytes(stage.memory_of(device))} of {room}{home}"
+                )
+        return tuple(sentences)
+
+    def _room(self, device: str) -> int:
+        own = (each.profile.memory_bytes for each in self._pricing.devices if each.id == device)
+        return next(own)
+
+    def assumptions(self) -> list[str]:
+        """What the prediction takes for granted: shared cores, links that nobody has measured;
+        and what was measured of links that are used."""
+        peers = [self._pricing.devices[i].profile for i in self._candidate.devices]
+        sentences = []
+        used = Counter(peer.host for peer in peers)
+        for peer in sorted(peers, key=lambda p: p.device):
+            needed = used.pop(peer.host, 0) * self._planning.contract.threads
+            if needed > peer.cores:
+                sentences.append(
+                    f"{needed} threads share the {peer.cores} cores of one host: "
+                    f"times there are stretched {needed / peer.cores:.1f} times"
+                )
+        links = [(self._pricing.link(a, b), a, b) for a, b in self._pairs()]
+        hosts = [each.profile.host for each in self._pricing.devices]
+        unknown = [hosts[a] == hosts[b] for link, a, b in links if not link.rate_measured]
+        if any(unknown):
+            rate = format_bytes(SAME_HOST_BYTES_PER_S)
+            sentences.append(f"links on one host are assumed to carry {rate} per second")
+        if not all(unknown):
+            rate = format_bytes(OTHER_HOST_BYTES_PER_S)
+            sentences.append(f"links between hosts are assumed to carry {rate} per second")
+        return [*sentences, *self._measurements()]
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        """Devices that exchange tensors: of neighbouring stages, and of one stage."""
+        arrangement = self._candidate.arrangement
+        groups = (self._candidate.devices,) if arrangement is None else arrangement.groups
+        within = [pair for group in groups for pair in itertools.combinations(group, 2)]
+        across = [
+            pair for one, next_ in itertools.pairwise(groups)
+            for pair in itertools.product(one, next_)
+        ]  # fmt: skip
+        return across + within
+
+    def _measurements(self) -> list[str]:
+        sentences = []
+        links = [self._pricing.link(a, b) for a, b in self._pairs()]
+        for link in links:
+            known = []
+            if link.rate_measured:
+                known.append(f"{format_bytes(link.bytes_per_s)} per second")
+            if link.latency_measured:
+                known.append(f"round trip {2e-6 * link.latency_ns:.1f} ms")
+            if known:
+                ends = f"{short(link.first)} to {short(link.second)}"
+                sentences.append(f"link {ends}: {', '.join(known)}, measured")
+        for medium, count in sorted(Counter(each.medium for each in links if each.medium).items()):
+            if count > 1:
+                sentences.append(f"{count} links share the air of {medium}")
+        return sentences
+
+
+def _part(stage: StagePlan, rank: int) -> str:
+    """What a peer of a shared stage does of it."""
+    if stage.split == "none":
+        return ""
+    whole = sum(stage.weights)
+    what = {"replicas": "of the microbatches", "tensor": "of heads and columns"}
+    return f"{stage.weights[rank]} of {whole} parts {what.get(stage.split, 'of the positions')}, "

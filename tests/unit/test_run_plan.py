@@ -1,0 +1,93 @@
+"""A plan that a person asks for becomes the plan of a run's first view."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from p2ptrain.errors import ConfigError, PlanInfeasible
+from p2ptrain.planner import run_plan
+from p2ptrain.planner.asked import Known
+from p2ptrain.planner.input import LeftOut, LinkEstimate
+from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.plan_file import read_plan
+from p2ptrain.planner.question import KINDS
+from p2ptrain.planner.run_plan import asked_plan
+from tests.planning_cases import device, planning_input, profile
+
+A, B, C = (device(letter) for letter in "abc")
+EQUAL = [(1_000_000, 2_000_000)] * 8
+KNOWN = Known(names={A: "laptop", B: "cellar", C: "loft"})
+
+
+def _asked(text: str, **changes: object) -> tuple[Plan, tuple[LeftOut, ...]]:
+    peers = [profile(letter, EQUAL) for letter in "abc"]
+    planning = planning_input(peers, segment_count=8)
+    planning = dataclasses.replace(planning, **changes)  # type: ignore[arg-type]  # by name
+    return asked_plan(planning, read_plan(text, file="--plan"), KNOWN)
+
+
+def _stage(devices: list[str], segments: int, *lines: str) -> str:
+    return "\n".join(["[[stage]]", f"devices = {devices}", f"segments = {segments}", *lines, ""])
+
+
+def test_a_pipeline_as_asked() -> None:
+    plan, left_out = _asked(_stage(["cellar"], 5) + _stage(["laptop"], 3))
+    assert [(s.device, s.segment_count) for s in plan.stages] == [(B, 5), (A, 3)]
+    assert [stage.in_flight_max for stage in plan.stages] == [2, 1]
+    assert [stage.memory_bytes for stage in plan.stages] == [1500, 600]
+    assert [stage.step_compute_ns for stage in plan.stages] == [120_000_000, 72_000_000]
+    assert plan.members == (A, B, C)
+    assert plan.replicas == (C, C)
+    assert [out.device for out in left_out] == [C]
+    assert plan.reasons[0].startswith("2 of 3 peers compute as asked: a step is predicted to take")
+    assert "stage 1 on aaaaaaaa: segments 5 to 7, 38 % of the compute" in plan.reasons[2]
+    assert "owns the data" in plan.reasons[2]
+    assert "replica sets every" in plan.reasons[3]
+
+
+def test_what_this_version_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_plan, "RUNTIME_KINDS", ("one device", "pipeline"))
+    with pytest.raises(PlanInfeasible, match="does not run data parallelism yet") as refused:
+        _asked(_stage(["laptop", "cellar"], 8))
+    assert "pipeline" in refused.value.hint
+
+
+def test_replicas_get_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_plan, "RUNTIME_KINDS", KINDS)
+    text = _stage(["loft", "cellar"], 6, "weights = [3, 1]") + _stage(["laptop"], 2)
+    plan, _ = _asked(text)
+    shared, single = plan.stages
+    assert (shared.split, shared.device, shared.devices) == ("replicas", C, (C, B))
+    assert (shared.weights, single.split, single.shares) == ((3, 1), "none", ())
+    assert shared.step_compute_ns == 6 * 6 * 3_000_000, "of the busier replica"
+    assert shared.memory_bytes == max(share.memory_bytes for share in shared.shares)
+    assert plan.replicas[0] is None, "its sibling has the state"
+    assert plan.replicas[1] in (B, C)
+    assert "3 of 4 parts of the microbatches" in plan.reasons[1]
+
+
+def test_a_replicated_stage_delays_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_plan, "RUNTIME_KINDS", KINDS)
+    plan, _ = _asked(_stage(["loft", "cellar"], 8), schedule="zb-h1")
+    assert plan.schedule == "1f1b"
+
+
+def test_a_device_that_is_away_is_named_with_the_reason() -> None:
+    known = Known(names=KNOWN.names, absent={device("x"): "busy with run 7"})
+    known = dataclasses.replace(known, names={**KNOWN.names, device("x"): "attic"})
+    planning = planning_input([profile("a", EQUAL)], segment_count=8)
+    with pytest.raises(ConfigError, match="attic takes no part: busy with run 7") as refused:
+        asked_plan(planning, read_plan(_stage(["attic"], 8), file="--plan"), known)
+    assert "laptop" in refused.value.hint
+
+
+def test_what_links_were_taken_for_is_said() -> None:
+    measured = LinkEstimate(first=A, second=B, latency_ns=4_000_000, bytes_per_s=2 << 20)
+    text = _stage(["laptop"], 3) + _stage(["cellar"], 3) + _stage(["loft"], 2)
+    plan, _ = _asked(text, links=(measured,))
+    assert "link aaaaaaaa to bbbbbbbb: 2.0 MiB per second, round trip 8.0 ms, measured" in (
+        plan.reasons
+    )
+    assert "links between hosts are assumed to carry 11.9 MiB per second" in plan.reasons
