@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -12,6 +11,8 @@ from numpy.typing import NDArray
 from p2ptrain.bundle.manifest import UpdateRule
 from p2ptrain.engine.contract import Binding, Buffer, Engine, Program
 from p2ptrain.runtime.segment_memory import SegmentMemory
+from p2ptrain.training.contract import OptimizerChoice
+from p2ptrain.training.optimizer import optimizer_scalars
 
 CHUNK_ELEMENTS: Final = 32_768
 """AdamW touches 4 vectors of it, 512 KiB: fits the second-level cache. Measured: 16k to 128k are
@@ -27,9 +28,15 @@ class UpdateScalars:
         self.decayed = {name: engine.allocate((), np.float32) for name in rule.scalars}
         self.plain = {name: engine.allocate((), np.float32) for name in rule.scalars}
 
-    def set(self, *, decayed: Mapping[str, float], plain: Mapping[str, float]) -> None:
-        """Round the scalars to float32 where the graphs read them."""
-        for buffers, values in ((self.decayed, decayed), (self.plain, plain)):
+    def set_for(
+        self, choice: OptimizerChoice, *, step: int, learning_rate: float, clip_scale: float
+    ) -> None:
+        """Round one update's scalars to float32 where the graphs read them; arguments as those of
+        `optimizer_scalars`."""
+        for decay, buffers in ((True, self.decayed), (False, self.plain)):
+            values = optimizer_scalars(
+                choice, step=step, learning_rate=learning_rate, clip_scale=clip_scale, decay=decay
+            )
             for name, buffer in buffers.items():
                 buffer.host()[()] = values[name]
 

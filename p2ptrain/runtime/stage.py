@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from p2ptrain.bundle.manifest import Manifest, Tensor, UpdateRule
 from p2ptrain.engine.contract import Array, Engine
-from p2ptrain.errors import BundleError, CheckpointError, ConfigError, InvariantBroken
+from p2ptrain.errors import CheckpointError, ConfigError, InvariantBroken
 from p2ptrain.ids import Digest
 from p2ptrain.runtime.segment_memory import FloatArray, SegmentMemory
 from p2ptrain.runtime.segment_programs import SegmentPrograms, compile_programs
@@ -29,13 +29,12 @@ from p2ptrain.runtime.segment_runner import (
 )
 from p2ptrain.runtime.segment_updater import SegmentUpdater, UpdateScalars
 from p2ptrain.runtime.stage_rings import RingMaker, places
+from p2ptrain.runtime.starting_values import starting_value
 from p2ptrain.schedule.actions import Held
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.barrier import stage_tensor_indices
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.layout import flat_layout
-from p2ptrain.training.optimizer import optimizer_scalars
-from p2ptrain.training.random import draw_tensor
 from p2ptrain.training.segment_image import SegmentImage
 from p2ptrain.training.segment_state import (
     SegmentState,
@@ -420,17 +419,12 @@ class StageWorker:
         if self._waiting or self._accumulated == 0:
             raise InvariantBroken("an update needs every backward of its step")
         self._check_ties()
-        decayed, plain = (
-            optimizer_scalars(
-                self._contract.optimizer,
-                step=step,
-                learning_rate=learning_rate,
-                clip_scale=clip_scale,
-                decay=decay,
-            )
-            for decay in (True, False)
+        self._scalars.set_for(
+            self._contract.optimizer,
+            step=step,
+            learning_rate=learning_rate,
+            clip_scale=clip_scale,
         )
-        self._scalars.set(decayed=decayed, plain=plain)
         for updater in self._updaters:
             updater.run()
         for memory in self._memories.values():
@@ -489,13 +483,9 @@ class StageWorker:
         return any(place.tensor.name == name for place in places)
 
     def _starting_value(self, tensor: Tensor) -> Array:
-        if tensor.digest is None or self._weights is None:
-            names = [each.name for each in self._manifest.tensors]
-            return draw_tensor(self._manifest, self._contract.seed, names.index(tensor.name))
-        value = self._weights.get(tensor.name)
-        if value is None or value.shape != tensor.shape or value.dtype.name != tensor.dtype:
-            raise BundleError(f"the weights lack {tensor.name!r}, or hold it in another shape")
-        return value
+        return starting_value(
+            self._manifest, tensor, seed=self._contract.seed, weights=self._weights
+        )
 
     def _frozen(self, segment_index: int) -> dict[str, Array]:
         """The constants of a segment's graphs, by local name."""

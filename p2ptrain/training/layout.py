@@ -7,7 +7,8 @@ are constants of the graphs and lie in none. Every tensor starts on a cache line
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,15 +45,23 @@ class FlatLayout:
     running_length: int
 
 
-def flat_layout(manifest: Manifest, segment_index: int) -> FlatLayout:
+def flat_layout(
+    manifest: Manifest, segment_index: int, slices: Mapping[str, tuple[int, ...]] | None = None
+) -> FlatLayout:
     """Lay out one segment.
+
+    Args:
+        manifest: Of the model.
+        segment_index: The segment's.
+        slices: By tensor name: the shapes of those of which only a slice is here.
 
     Raises:
         GraphError: a trainable tensor or running value is not float32.
     """
     kind = manifest.kinds[manifest.segments[segment_index].kind]
+    shapes = slices or {}
     parameters = [
-        (value.name, tensor)
+        (value.name, dataclasses.replace(tensor, shape=shapes.get(tensor.name, tensor.shape)))
         for value, tensor in zip(
             kind.parameters, manifest.segment_tensors(segment_index), strict=True
         )
