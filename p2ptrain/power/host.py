@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
+from p2ptrain.power.cgroups import cpu_quota, memory_rooms
 from p2ptrain.power.sysfs import directories, read_integer, read_text
 from p2ptrain.units import KIB, NS_PER_S
 
@@ -29,12 +30,21 @@ def host_identity(root: Path = Path("/")) -> str:
     return _hash(f"machine {machine} {name}")
 
 
+def cores_identity(root: Path = Path("/")) -> str:
+    """As `host_identity`, but another for each container that has a CPU quota of its own.
+
+    Peers below different quotas do not take cores from each other: what each may use is fixed.
+    """
+    host, quota = host_identity(root), cpu_quota(root)
+    return host if quota is None else _hash(f"{host} {quota.group}")
+
+
 def available_memory_bytes(root: Path = Path("/")) -> int | None:
-    """What a process may still use: MemAvailable, and the room below every cgroup v2 limit.
+    """What a process may still use: MemAvailable, and the room below every limit of a cgroup.
 
     None when the platform does not say; the caller then asks the user or uses its default.
     """
-    rooms = [_meminfo_bytes(root), *_cgroup_room_bytes(root)]
+    rooms = [_meminfo_bytes(root), *memory_rooms(root)]
     known = [room for room in rooms if room is not None]
     return min(known) if known else None
 
@@ -77,36 +87,3 @@ def _meminfo_bytes(root: Path) -> int | None:
         if name == "MemAvailable" and words and words[0].isdigit():
             return int(words[0]) * KIB
     return None
-
-
-def _cgroup_room_bytes(root: Path) -> list[int]:
-    """Room below the limit of our cgroup and each of its parents that has one."""
-    rooms = []
-    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
-        if not line.startswith("0::/"):
-            continue
-        own = PurePosixPath(line.removeprefix("0::/"))
-        if ".." in own.parts:  # a cgroup outside our namespace: not visible from here
-            continue
-        for part in (own, *own.parents):
-            room = _limit_room_bytes(root / "sys/fs/cgroup" / part)
-            if room is not None:
-                rooms.append(room)
-    return rooms
-
-
-def _limit_room_bytes(group: Path) -> int | None:
-    limit = read_integer(group / "memory.max")  # "max" is no limit
-    if limit is None:
-        return None
-    used = read_integer(group / "memory.current") or 0
-    return max(0, limit - max(0, used - _reclaimable_bytes(group)))
-
-
-def _reclaimable_bytes(group: Path) -> int:
-    """File pages nobody has used lately: the kernel gives them up before it refuses memory."""
-    for line in (read_text(group / "memory.stat") or "").splitlines():
-        words = line.split()
-        if len(words) == 2 and words[0] == "inactive_file" and words[1].isdigit():
-            return int(words[1])
-    return 0

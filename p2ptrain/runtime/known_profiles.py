@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from p2ptrain.engine.contract import Engine
 from p2ptrain.planner.batch_costs import cost_for, second_size
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.runtime.profiling import profile_kinds
+from p2ptrain.runtime.stopwatch import Stopwatch
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.profiles import ProfileStore, profile_key
 from p2ptrain.training.messages import Offer
@@ -17,7 +17,7 @@ PROFILE_REPEATS = 5
 
 
 def known_or_measured(
-    store: ProfileStore, engine: Engine, bundle: Bundle, offer: Offer, clock_ns: Callable[[], int]
+    store: ProfileStore, engine: Engine, bundle: Bundle, offer: Offer, stopwatch: Stopwatch
 ) -> dict[str, KindCost]:
     """Each distinct segment's cost for the offer's microbatch size; blocking.
 
@@ -45,7 +45,7 @@ def known_or_measured(
                 PROFILE_REPEATS,
                 in_parts,
                 kinds=lacking,
-                clock_ns=clock_ns,
+                stopwatch=stopwatch,
             )
             for kind, cost in measured.items():
                 known[kind].pop(size, None)

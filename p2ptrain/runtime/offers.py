@@ -17,6 +17,7 @@ from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.foreign import SURVIVABLE, as_ours
 from p2ptrain.runtime.known_profiles import known_or_measured
 from p2ptrain.runtime.services import Services
+from p2ptrain.runtime.stopwatch import Stopwatch
 from p2ptrain.store.bundles import Bundle, bundle_from_parts
 from p2ptrain.store.profiles import ProfileStore
 from p2ptrain.training.contract import Contract
@@ -117,8 +118,12 @@ class OfferDesk:
         engine = await trio.to_thread.run_sync(self._services.open_engine, offer.threads)
         services = self._services
         store = ProfileStore(services.cache_path / "profiles")
+        quota = services.cpu_quota()
+        stopwatch = Stopwatch(
+            clock_ns=services.clock_ns, cores=None if quota is None else quota.cores
+        )
         kinds = await trio.to_thread.run_sync(
-            known_or_measured, store, engine, bundle, offer, services.clock_ns
+            known_or_measured, store, engine, bundle, offer, stopwatch
         )
         self._keep(offer, _Prepared(bundle, engine, offer, home, time.monotonic()))
         profile = PeerProfile(

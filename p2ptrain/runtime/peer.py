@@ -32,7 +32,8 @@ from p2ptrain.net.listener import split_address
 from p2ptrain.net.sponsor import EnrolmentServer
 from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
-from p2ptrain.power.host import available_memory_bytes, host_identity
+from p2ptrain.power.cgroups import cpu_quota
+from p2ptrain.power.host import available_memory_bytes, cores_identity, host_identity
 from p2ptrain.power.meter import open_meter
 from p2ptrain.runtime.ballots import Ballots, follow_ballot
 from p2ptrain.runtime.battery_watch import spare_battery
@@ -123,8 +124,9 @@ class Peer:
                 clock_ns=time.perf_counter_ns,
                 link_figures=self._link_figures,
                 memory_bytes=self._memory_bytes,
-                host=self._host,
+                host=cores_identity(),
                 cores=self._cores,
+                cpu_quota=cpu_quota,
                 threads_max=self._threads_max,
                 drop_link=self._violation,
                 say_activity=self._say_activity,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Final
@@ -14,6 +13,7 @@ from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.ids import Digest
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.stopwatch import NO_QUOTA, Stopwatch
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.contract import Contract, OptimizerChoice
 from p2ptrain.training.feed import Feed
@@ -31,9 +31,9 @@ def profile_kinds(
     in_parts: bool = False,
     *,
     kinds: Collection[str] | None = None,
-    clock_ns: Callable[[], int] = time.perf_counter_ns,
+    stopwatch: Stopwatch = NO_QUOTA,
 ) -> dict[str, KindCost]:
-    """The shortest forward and backward time over `repeats`, by kind name.
+    """The shortest forward and backward time over `repeats` that can be kept up, by kind name.
 
     Each kind is timed in a stage of its own, along the path that training takes: masks are drawn,
     gradients are summed. Programs stay compiled in the engine and are used again by the run.
@@ -46,7 +46,7 @@ def profile_kinds(
         repeats: At least 1; the first run of each graph is not counted.
         in_parts: Time backwards in their two parts as well.
         kinds: Only these; None: all.
-        clock_ns: By which it is timed.
+        stopwatch: By which it is timed.
     """
     contract = _contract(engine, bundle, form, batch)
     costs: dict[str, KindCost] = {}
@@ -60,38 +60,34 @@ def profile_kinds(
                 in_flight=1,
                 delayed=1 if in_parts else 0,
             )
-            costs[segment.kind] = _time_stage(worker, bundle, batch, repeats, clock_ns)
+            costs[segment.kind] = _time_stage(worker, bundle, batch, repeats, stopwatch)
     return costs
 
 
 def _time_stage(
-    worker: StageWorker, bundle: Bundle, batch: int, repeats: int, clock_ns: Callable[[], int]
+    worker: StageWorker, bundle: Bundle, batch: int, repeats: int, stopwatch: Stopwatch
 ) -> KindCost:
-    def time_ns(run: Callable[[], object]) -> int:
-        start_ns = clock_ns()
-        run()
-        return clock_ns() - start_ns
-
+    time, lasting_ns = stopwatch.time, stopwatch.lasting_ns
     worker.draw_parameters()
     feed = made_up_feed(bundle.manifest, batch)
-    forward_ns, backward_ns, cotangents_ns, gradients_ns = [], [], [], []
+    forwards, backwards, cotangents, gradients = [], [], [], []
     sequence = 0
     for _ in range(repeats + 1):
-        forward_ns.append(time_ns(_forward(worker, feed, sequence)))
-        backward_ns.append(time_ns(partial(worker.backward, microbatch=0, sequence=sequence)))
+        forwards.append(time(_forward(worker, feed, sequence)))
+        backwards.append(time(partial(worker.backward, microbatch=0, sequence=sequence)))
         sequence += 1
         if worker.holds.delayed:
             _forward(worker, feed, sequence)()
             run = partial(worker.backward_cotangents, microbatch=0, sequence=sequence)
-            cotangents_ns.append(time_ns(run))
+            cotangents.append(time(run))
             run = partial(worker.backward_gradients, microbatch=0, sequence=sequence)
-            gradients_ns.append(time_ns(run))
+            gradients.append(time(run))
             sequence += 1
     return KindCost(
-        forward_ns=min(forward_ns[1:]),
-        backward_ns=min(backward_ns[1:]),
-        cotangents_ns=min(cotangents_ns[1:], default=None),
-        gradients_ns=min(gradients_ns[1:], default=0),
+        forward_ns=lasting_ns(forwards[1:]),
+        backward_ns=lasting_ns(backwards[1:]),
+        cotangents_ns=lasting_ns(cotangents[1:]) if cotangents else None,
+        gradients_ns=lasting_ns(gradients[1:]) if gradients else 0,
     )
 
 

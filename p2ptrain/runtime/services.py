@@ -13,6 +13,7 @@ from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
 from p2ptrain.membership.record import MemberRecord
 from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
+from p2ptrain.power.cgroups import CpuQuota
 from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.runtime.outlet import Outlet
 from p2ptrain.runtime.usage import RunMeter
@@ -73,6 +74,7 @@ class Services:
     memory_bytes: Callable[[], int]
     """What a run may use here now."""
     host: str
+    """Of whom our cores are; peers with the same one share them."""
     cores: int
     threads_max: int
     """The most compute threads the owner of this peer allows."""
@@ -80,3 +82,5 @@ class Services:
     """A device broke the protocol: close the link with it."""
     say_activity: Callable[[str], None]
     """Tell the group what this peer is doing now."""
+    cpu_quota: Callable[[], CpuQuota | None] = lambda: None
+    """What holds back this process now."""

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from p2ptrain.errors import ConfigError
+from p2ptrain.power.cgroups import cpu_quota
 from p2ptrain.power.host import (
     available_memory_bytes,
+    cores_identity,
     host_identity,
     machine_cpu_ns,
     power_source,
@@ -196,6 +198,63 @@ def test_memory_is_the_tightest_of_machine_and_cgroups(tmp_path: Path) -> None:
     assert available_memory_bytes(root) == 362 * MIB
     _write(root, {f"{groups}/memory.max": 100 * MIB, f"{groups}/memory.current": 300 * MIB})
     assert available_memory_bytes(root) == 0
+
+
+def test_memory_limits_of_version_1_count(tmp_path: Path) -> None:
+    memory = "sys/fs/cgroup/memory"
+    root = _write(
+        tmp_path,
+        {
+            "proc/meminfo": "MemAvailable:   1048576 kB",
+            "proc/self/cgroup": "4:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n0::/",
+            f"{memory}/memory.limit_in_bytes": 300 * MIB,
+            f"{memory}/memory.usage_in_bytes": 120 * MIB,
+            f"{memory}/memory.stat": f"inactive_file 1\ntotal_inactive_file {20 * MIB}",
+        },
+    )
+    assert available_memory_bytes(root) == 200 * MIB  # the container sees its group as the root
+    _write(root, {f"{memory}/docker/abc/memory.limit_in_bytes": 9223372036854771712})
+    assert available_memory_bytes(root) == 200 * MIB
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, None),
+        ({"user/cpu.max": "max 100000"}, None),
+        ({"user/cpu.max": "40000 100000"}, 0.4),
+        ({"user/cpu.max": "150000 100000", "cpu.max": "50000 100000"}, 0.5),
+        ({"user/cpu.max": "40000"}, None),
+        ({"user/cpu.max": "40000 0"}, None),
+        ({"cpu/user/cpu.cfs_quota_us": -1, "cpu/user/cpu.cfs_period_us": 100_000}, None),
+        ({"cpu/user/cpu.cfs_quota_us": 4000, "cpu/user/cpu.cfs_period_us": 10_000}, 0.4),
+        ({"cpu/cpu.cfs_quota_us": 20_000, "cpu/cpu.cfs_period_us": 10_000}, 2.0),
+    ],
+)
+def test_tightest_quota_of_either_version_is_found(
+    tmp_path: Path, files: dict[str, object], cores: float | None
+) -> None:
+    root = _write(tmp_path, {"proc/self/cgroup": "3:cpu,cpuacct:/user\n0::/user"})
+    _write(root, {f"sys/fs/cgroup/{name}": content for name, content in files.items()})
+    quota = cpu_quota(root)
+    assert (None if quota is None else quota.cores) == cores
+
+
+def test_peers_below_quotas_of_their_own_share_no_cores(tmp_path: Path) -> None:
+    def machine(group: str, namespace: str) -> Path:
+        root = tmp_path / group / namespace
+        _write(root, {"proc/sys/kernel/random/boot_id": "1", "proc/self/cgroup": f"0::/{group}"})
+        _write(root, {f"sys/fs/cgroup/{group}/cpu.max": "max 100000"})
+        (root / "proc/self/ns").mkdir()
+        (root / "proc/self/ns/cgroup").symlink_to(f"cgroup:[{namespace}]")
+        return root
+
+    roots = [machine("a", "1"), machine("b", "1"), machine("a", "2")]
+    assert len({host_identity(root) for root in roots}) == 1
+    assert {cores_identity(root) for root in roots} == {host_identity(roots[0])}
+    for root, group in zip(roots, "aba", strict=True):
+        _write(root, {f"sys/fs/cgroup/{group}/cpu.max": "40000 100000"})
+    assert len({cores_identity(root) for root in roots}) == 3
 
 
 def test_memory_is_unknown_where_nothing_says(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from p2ptrain.engine.contract import Engine
 from p2ptrain.engine.onnxruntime_engine import OnnxRuntimeEngine
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.runtime import known_profiles
+from p2ptrain.runtime.stopwatch import NO_QUOTA
 from p2ptrain.store import profiles
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.profiles import KEPT_S, SIZES_MAX, ProfileStore, profile_key
@@ -96,7 +97,7 @@ def test_second_time_nothing_is_measured_that_is_known(
 
     def profile(
         engine: Engine, bundle: Bundle, form: str, batch: int, repeats: int, in_parts: bool,
-        *, kinds: set[str], clock_ns: object,
+        *, kinds: set[str], stopwatch: object,
     ) -> dict[str, KindCost]:  # fmt: skip
         measured.append((batch, frozenset(kinds)))
         parts = {"cotangents_ns": batch, "gradients_ns": 1} if in_parts else {}
@@ -112,7 +113,7 @@ def test_second_time_nothing_is_measured_that_is_known(
             run=base.run, view=base.view, bundle=base.bundle, bundle_bytes=1,
             microbatch_size=batch, form="portable", threads=1, in_parts=in_parts,
         )  # fmt: skip
-        found = known_profiles.known_or_measured(store, engine, BUNDLE, offer, lambda: 0)
+        found = known_profiles.known_or_measured(store, engine, BUNDLE, offer, NO_QUOTA)
         assert found.keys() == everything
         return found["block"].forward_ns
 
