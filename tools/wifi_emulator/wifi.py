@@ -39,6 +39,11 @@ class Wifi:
         """IPv4 address by station."""
         self.stations = tuple(stations)
 
+    @property
+    def process(self) -> int:
+        """The emulator's process id."""
+        return self._process.pid
+
     def namespace(self, station: str) -> str:
         """The name of a station's network namespace."""
         return namespace_name(station, self._process.pid)
