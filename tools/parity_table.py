@@ -43,6 +43,7 @@ TIMEOUT_S: Final = 900
 SOURCES: Final = {
     "bert-mini": ("onnx_models.bert:bert", "sequence-classification"),
     "gpt-nano": ("onnx_models.gpt:gpt", None),
+    "llama-nano": ("onnx_models.llama:llama", None),
     "mlp": ("onnx_models.mlp:mlp", "image-classification"),
     "mobilenet-v2": ("onnx_models.mobilenet:mobilenet", "image-classification"),
     "vit-tiny": ("onnx_models.vit:vit", "image-classification"),

@@ -81,7 +81,9 @@ def test_what_a_codec_loses_is_the_same_under_every_schedule(engine: Engine, cod
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("name", ["gpt-nano", "bert-mini", "vit-tiny", "mlp", "mobilenet-v2"])
+@pytest.mark.parametrize(
+    "name", ["gpt-nano", "llama-nano", "bert-mini", "vit-tiny", "mlp", "mobilenet-v2"]
+)
 def test_a_stage_of_a_shipped_bundle_has_the_same_gradients_in_parts(
     engine: Engine, name: str
 ) -> None:

@@ -68,6 +68,7 @@ def test_bundle_was_checked_against_torch(manifest: Manifest) -> None:
 SHARDED = {
     "bert-mini": ({"attention": 4, "mlp": 1024, "head": 256}, 128),
     "gpt-nano": ({"attention": 6, "mlp": 768}, 128),
+    "llama-nano": ({"attention": 3, "mlp": 512}, 128),
     "vit-tiny": ({"attention": 4, "mlp": 512}, 0),
 }
 """Units by kind under tensor sharding, and positions of every kind under sequence sharding."""
