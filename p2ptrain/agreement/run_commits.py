@@ -8,6 +8,7 @@ from collections.abc import Callable
 from p2ptrain import limits
 from p2ptrain.agreement.run_events import StepCommitted
 from p2ptrain.agreement.run_journal import StepsRecord
+from p2ptrain.agreement.run_memory import Memory
 from p2ptrain.agreement.run_messages import StepRecorded
 from p2ptrain.agreement.run_outbox import Outbox
 from p2ptrain.agreement.run_rules import Rules
@@ -22,6 +23,7 @@ class Commits:
 
     Args:
         may_record: Whether this peer has a say in the present view and is not fenced.
+        memory: How far this peer's journal is, with what waits to be written.
     """
 
     def __init__(
@@ -31,11 +33,12 @@ class Commits:
         rules: Rules,
         *,
         may_record: Callable[[], bool],
+        memory: Callable[[], Memory],
     ) -> None:
         self.ledger = StepLedger(out.device)
         self._out = out
         self._rng = rng
-        self._may_record = may_record
+        self._may_record, self._memory = may_record, memory
         self._rules = rules
         self._repeat_s = limits.RETRANSMIT_FIRST_S
         self.deadline_s: float | None = None
@@ -108,5 +111,5 @@ class Commits:
         records = self.ledger.after(after)[: limits.STEP_RECORDS_MAX]
         return StepRecorded(
             **self._out.place(), records=records, since=self.ledger.since,
-            after=self.ledger.committed if ask else None,
+            after=self.ledger.committed if ask else None, memory=self._memory(),
         )  # fmt: skip

@@ -82,7 +82,7 @@ class Stance(Enum):
     OUTSIDER = "not a member"
     PAUSED = "paused"
     ABSTAINING = "member without memory"
-    """A member by its name that lost its journal: it has no vote until the next view."""
+    """A member by its name whose journal is lost or an old one: it has no vote in this view."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

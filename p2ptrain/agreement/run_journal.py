@@ -12,20 +12,36 @@ from dataclasses import dataclass
 from typing import Final
 
 from p2ptrain.agreement.ballot import Ballot
+from p2ptrain.agreement.run_memory import PastStart
 from p2ptrain.agreement.view import View
 from p2ptrain.errors import CheckpointError, RemoteProtocolError
 from p2ptrain.ids import Lineage, ViewNumber
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.wire.codec import from_plain, to_plain
 
-RUN_JOURNAL_VERSION: Final = 1
+RUN_JOURNAL_VERSION: Final = 2
+READABLE_VERSIONS: Final = (1, 2)
+"""Version 1 did not tell one start of a process from another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdentityRecord:
-    """The first line: names this journal, so that a view can say whose votes count in it."""
+    """Names this journal, so that a view can say whose votes count in it, and tells its past."""
 
     journal: int
+    start: int = 0
+    """The process start that wrote it; 0: not told."""
+    count: int = 0
+    """Records up to here since the journal was named, whether they are still there or not."""
+    past: tuple[PastStart, ...] = ()
+    """Process starts before that one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartRecord:
+    """A process began with what the journal had; the rest is this start's."""
+
+    start: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +79,12 @@ class StepsRecord:
     records: tuple[StepRecord, ...]
 
 
-RunJournalRecord = IdentityRecord | ViewRecord | PromiseRecord | AcceptanceRecord | StepsRecord
+RunJournalRecord = (
+    IdentityRecord | StartRecord | ViewRecord | PromiseRecord | AcceptanceRecord | StepsRecord
+)
 _KINDS: Final[dict[str, type[RunJournalRecord]]] = {
     "identity": IdentityRecord,
+    "start": StartRecord,
     "view": ViewRecord,
     "promise": PromiseRecord,
     "acceptance": AcceptanceRecord,
@@ -90,7 +109,7 @@ def decode_run_record(line: bytes) -> RunJournalRecord:
     """
     try:
         document = json.loads(line)
-        if document["version"] != RUN_JOURNAL_VERSION:
+        if document["version"] not in READABLE_VERSIONS:
             raise CheckpointError(f"run journal version {document['version']} is unknown")
         return from_plain(_KINDS[document["kind"]], document["record"])
     except (ValueError, KeyError, TypeError, RemoteProtocolError) as error:

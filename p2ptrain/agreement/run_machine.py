@@ -31,7 +31,6 @@ from p2ptrain.agreement.run_events import (
 )
 from p2ptrain.agreement.run_journal import (
     AcceptanceRecord,
-    IdentityRecord,
     PromiseRecord,
     RunJournalRecord,
     StepsRecord,
@@ -49,6 +48,7 @@ from p2ptrain.agreement.run_messages import (
 )
 from p2ptrain.agreement.run_outbox import Outbox
 from p2ptrain.agreement.run_proposer import Proposer
+from p2ptrain.agreement.run_recall import Recall
 from p2ptrain.agreement.run_rules import Rules
 from p2ptrain.agreement.view import View
 from p2ptrain.errors import LocalProtocolError, RemoteProtocolError
@@ -81,17 +81,18 @@ class RunMachine:
         self._inventory = inventory
         self._abstains = False
         self._acceptor = Acceptor()
-        self._journal = 1 + rng.getrandbits(61)
-        self._is_named = False
         self._out = Outbox(device, loopback=self.receive)
         self._rules = Rules() if rules is None else rules
-        self._commits = Commits(self._out, rng, self._rules, may_record=self._may_record)
+        self._recall = Recall(self._out, rng, self._rules)
+        self._commits = Commits(
+            self._out, rng, self._rules, may_record=self._may_record, memory=self._recall.memory
+        )
         self._steps = self._commits.ledger
         self._proposer = Proposer(
-            self._out, rng, self._rules, present=self._present, decided=self._install
-        )
+            self._out, rng, self._rules, self._recall.heard,
+            present=self._present, decided=self._install,
+        )  # fmt: skip
         self._wishes = self._proposer.wishes
-        self._proposer.journals[device] = self._journal
         self._reachable: frozenset[DeviceId] | None = None
         self._paused = ""
         self._heads_at_s: float | None = None
@@ -157,17 +158,14 @@ class RunMachine:
         if self._out.view is None:
             return ()
         view, promised = self._out.view, self._acceptor.promised
-        found: list[RunJournalRecord] = [
-            IdentityRecord(journal=self._journal),
-            ViewRecord(view=view, abstains=self._abstains),
-        ]
+        found: list[RunJournalRecord] = [ViewRecord(view=view, abstains=self._abstains)]
         if self._steps.records:
             found.append(self._commits.journal_record(self._steps.records))
         if promised is not None:
             found.append(PromiseRecord(lineage=view.lineage, view=view.number, ballot=promised))
         if (held := self._acceptor.accepted) is not None:
             found.append(AcceptanceRecord(ballot=held.ballot, value=held.value))
-        return tuple(found)
+        return (*found, self._recall.identity())  # last: it says how many records there were
 
     # Inputs.
 
@@ -175,10 +173,13 @@ class RunMachine:
         """Take back what was durable before a restart, oldest first, before any other input.
 
         A machine whose journal is gone names a new one. It has no vote in a view that names the
-        old one, so losing the disk costs its vote until the next view, not safety.
+        old one, so losing the disk costs its vote until the next view, not safety. One that has
+        its journal votes as soon as the others have said what they heard from it.
         """
         for record in records:
+            self._recall.read(record)
             self._restore(record)
+        self._recall.restarted(now)
         if self._acceptor.promised is not None:
             self._wishes.promised(now)
         if self._out.view is not None:
@@ -237,13 +238,14 @@ class RunMachine:
         before, self._reachable = self._reachable, frozenset(devices) - {self._device}
         if self._reachable == before:
             return
+        self._recall.judge(self._reachable or (), now)
         self._wishes.reachable_changed(now)
         self._proposer.reachable_changed(now)
         if before is not None and not self._reachable <= before:
             self._wishes.somebody_returned(now)
         for device in sorted(self._reachable - (before or frozenset())):
             if self._out.view is not None:
-                self._out.send(device, self._head(), now)
+                self._tell_head(device, now)
         self._judge()
 
     def want(self, reason: str, now: float, *, after_s: float) -> None:
@@ -282,6 +284,8 @@ class RunMachine:
             RemoteProtocolError: an impossible message; the caller drops the link.
             LocalProtocolError: not a message of a run's machine; the caller's dispatch is wrong.
         """
+        if isinstance(message, ViewHead | ViewPromise | ViewAccepted | StepRecorded):
+            self._recall.heard.note(sender, message.memory)
         match message:
             case DecidedView():
                 self._take_decided(message, sender, now)
@@ -293,9 +297,9 @@ class RunMachine:
             case ViewPrepare() | ViewAccept():
                 if not self._is_about_present(message, sender, now):
                     return
-                if not self._abstains:
+                if self._has_vote and self._recall.may_answer(sender):
                     self._take_ballot(message, sender, now)
-                elif isinstance(message, ViewPrepare):
+                elif self._abstains and isinstance(message, ViewPrepare):
                     self._out.send(sender, self._promise(message.ballot), now)
             case ViewPromise() | ViewRefusal() | ViewAccepted():
                 if self._is_about_present(message, sender, now):
@@ -305,6 +309,7 @@ class RunMachine:
 
     def tick(self, now: float) -> None:
         """Repeat what is unanswered, end phases, open a ballot when it is time."""
+        self._recall.judge(self._reachable or (), now)
         self._proposer.tick(now)
         propose_at_s = self._propose_at_s()
         if propose_at_s is not None and now >= propose_at_s:
@@ -313,7 +318,7 @@ class RunMachine:
             self._plan_heads(now)
             others = {*self._out.present.members, *(self._reachable or ())} - {self._device}
             for device in sorted(others):
-                self._out.send(device, self._head(), now)
+                self._tell_head(device, now)
         self._commits.tick(now)
 
     # Outputs.
@@ -322,17 +327,14 @@ class RunMachine:
         """The next repetition, end of a phase, or moment to propose."""
         times = (
             self._proposer.deadline_s(), self._propose_at_s(), self._heads_at_s,
-            self._commits.deadline_s,
+            self._commits.deadline_s, self._recall.deadline_s,
         )  # fmt: skip
         return min((at_s for at_s in times if at_s is not None), default=None)
 
     def writes(self) -> list[RunJournalRecord]:
         """Drain the records that must be durable before `outgoing` is sent."""
         drained, self._out.writes = self._out.writes, []
-        if drained and not self._is_named:
-            self._is_named = True
-            drained.insert(0, IdentityRecord(journal=self._journal))
-        return drained
+        return self._recall.drained(drained)
 
     def outgoing(self) -> list[Outgoing]:
         """Drain the messages to send."""
@@ -364,7 +366,8 @@ class RunMachine:
     def _install(self, view: View, now: float, *, founds: bool = False) -> None:
         """Go by a decided view from now on; with a vote if it names this journal."""
         is_member = self._device in view.members
-        abstains = is_member and not founds and view.journal_of(self._device) != self._journal
+        named = view.journal_of(self._device)
+        abstains = is_member and not founds and named != self._recall.journal
         self._out.writes.append(ViewRecord(view=view, abstains=abstains))
         self._adopt(view, abstains)
         self._wishes.settle()
@@ -380,10 +383,10 @@ class RunMachine:
         self._commits.begin(view)
 
     def _take_head(self, message: ViewHead, sender: DeviceId, now: float) -> None:
-        self._proposer.journals[sender] = message.journal
+        self._take_reminders(message, sender, now)
         theirs, ours = (message.lineage, message.view), self._out.position
         if theirs > ours:
-            self._out.send(sender, self._own_head(message.run), now)
+            self._ask_head(message.run, sender, now)
         elif theirs < ours:
             self._out.send(sender, DecidedView(value=self._out.present), now)
         elif self._out.view is not None and message.plan != self._out.place()["plan"]:
@@ -404,7 +407,7 @@ class RunMachine:
         """Whether it goes by the view known here; whoever is behind is told or asks first."""
         theirs, ours = (message.lineage, message.view), self._out.position
         if theirs > ours:
-            self._out.send(sender, self._own_head(message.run), now)
+            self._ask_head(message.run, sender, now)
         elif theirs < ours:
             self._out.send(sender, DecidedView(value=self._out.present), now)
         if theirs != ours or self._out.view is None:
@@ -414,6 +417,25 @@ class RunMachine:
         if not self._is_member(sender):
             raise RemoteProtocolError("the sender is not a member of the view it talks about")
         return self._is_member(self._device)
+
+    # What the journal remembers.
+
+    def _take_reminders(self, message: ViewHead, sender: DeviceId, now: float) -> None:
+        """The sender tells what it heard from this device, in this start or an earlier one."""
+        if not self._recall.take(message.reminders, sender):
+            self._forget(now)
+        self._recall.judge(self._reachable or (), now)
+
+    def _forget(self, now: float) -> None:
+        """The journal lacks what it may have promised: begin another, without a vote as yet."""
+        self._recall.renew()
+        view = self._out.view
+        if view is not None:
+            abstains = self._is_member(self._device)
+            self._out.writes.append(ViewRecord(view=view, abstains=abstains))
+            self._adopt(view, abstains)
+            self._heads_at_s = now
+            self._judge()
 
     # The acceptor's side.
 
@@ -437,7 +459,9 @@ class RunMachine:
             if accepted is None or accepted.ballot != message.ballot:
                 record = AcceptanceRecord(ballot=message.ballot, value=message.value)
                 self._out.writes.append(record)
-            accepted_now = ViewAccepted(**self._out.place(), ballot=message.ballot)
+            accepted_now = ViewAccepted(
+                **self._out.place(), ballot=message.ballot, memory=self._recall.memory()
+            )
             self._out.send(sender, accepted_now, now)
         else:
             self._proposer.hindrance = message.hindrance
@@ -459,15 +483,20 @@ class RunMachine:
 
     def _may_record(self) -> bool:
         """Whether this peer may record and commit steps of the present view."""
-        has_say = self._is_member(self._device) and not self._abstains
-        return has_say and self._rules.may_record(promised=self.promised)
+        return self._has_vote and self._rules.may_record(promised=self.promised)
+
+    @property
+    def _has_vote(self) -> bool:
+        """Whether this peer's word counts in the present view now."""
+        is_member = self._is_member(self._device)
+        return is_member and not self._abstains and not self._recall.waits
 
     def _is_member(self, device: DeviceId) -> bool:
         return self._out.view is not None and device in self._out.view.members
 
     def _propose_at_s(self) -> float | None:
         """When to open a ballot; only who has a vote opens one."""
-        if self._abstains or not self._is_member(self._device):
+        if not self._has_vote:
             return None
         return self._proposer.propose_at_s(promised=self.promised)
 
@@ -476,25 +505,30 @@ class RunMachine:
     def _plan_heads(self, now: float) -> None:
         self._heads_at_s = now + limits.HEAD_INTERVAL_S * self._rng.uniform(0.8, 1.2)
 
-    def _head(self) -> ViewHead:
-        votes = self._is_member(self._device) and not self._abstains
-        return ViewHead(
-            **self._out.place(), newest_step=self._steps.newest, journal=self._journal, votes=votes
-        )
-
-    def _own_head(self, run: RunId) -> ViewHead:
-        """What asks others for the newest view, also where none is known."""
-        if self._out.view is not None:
-            return self._head()
-        return ViewHead(
-            run=run, lineage=Lineage(0), view=ViewNumber(0), plan=Digest(""), newest_step=0,
-            journal=self._journal, votes=False,
+    def _tell_head(self, to: DeviceId, now: float) -> None:
+        """Where this peer stands, and what it has heard from the other one."""
+        head = ViewHead(
+            **self._out.place(), newest_step=self._steps.newest, memory=self._recall.memory(),
+            votes=self._is_member(self._device) and not self._abstains,
+            reminders=self._recall.heard.from_device(to),
         )  # fmt: skip
+        self._out.send(to, head, now)
+
+    def _ask_head(self, run: RunId, of: DeviceId, now: float) -> None:
+        """Ask a device that is ahead for the newest view, also where none is known here."""
+        if self._out.view is not None:
+            self._tell_head(of, now)
+            return
+        head = ViewHead(
+            run=run, lineage=Lineage(0), view=ViewNumber(0), plan=Digest(""), newest_step=0,
+            memory=self._recall.memory(), votes=False, reminders=self._recall.heard.from_device(of),
+        )  # fmt: skip
+        self._out.send(of, head, now)
 
     def _promise(self, ballot: Ballot) -> ViewPromise:
         return ViewPromise(
             **self._out.place(), ballot=ballot, accepted=self._acceptor.accepted,
-            journal=self._journal, votes=not self._abstains,
+            memory=self._recall.memory(), votes=not self._abstains,
             records=() if self._abstains else self._steps.records[-limits.STEP_RECORDS_MAX :],
             inventory=self._inventory(),
         )  # fmt: skip
@@ -517,9 +551,6 @@ class RunMachine:
 
     def _restore(self, record: RunJournalRecord) -> None:
         match record:
-            case IdentityRecord():
-                self._journal, self._is_named = record.journal, True
-                self._proposer.journals[self._device] = record.journal
             case ViewRecord():
                 if (record.view.lineage, record.view.number) > self._out.position:
                     self._adopt(record.view, record.abstains)

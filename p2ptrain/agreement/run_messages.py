@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from p2ptrain import limits
 from p2ptrain.agreement.ballot import Ballot
+from p2ptrain.agreement.run_memory import Memory
 from p2ptrain.agreement.view import View
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
 from p2ptrain.recovery.inventory import Inventory
@@ -57,8 +58,8 @@ class ViewPromise:
     plan: Digest
     ballot: Ballot
     accepted: AcceptedView | None
-    journal: int
-    """Names the memory this promise is kept in; the next view gives it a vote."""
+    memory: Memory
+    """The one this promise is kept in; the next view gives its journal a vote."""
     votes: bool
     """Whether it counts for a quorum; if not, nothing is accepted and no record is told."""
     records: tuple[StepRecord, ...]
@@ -109,6 +110,8 @@ class ViewAccepted:
     view: ViewNumber
     plan: Digest
     ballot: Ballot
+    memory: Memory
+    """The one it is kept in."""
 
 
 @message("view.decided")
@@ -132,10 +135,16 @@ class ViewHead:
     view: ViewNumber
     plan: Digest
     newest_step: int
-    journal: int
-    """Names the sender's memory of the run; another than before: it was lost in between."""
+    memory: Memory
+    """The sender's, of the run; another journal than before: it was lost in between."""
     votes: bool
     """Whether the sender has a vote in the view."""
+    reminders: tuple[Memory, ...] = ()
+    """From which memories the receiver has spoken to the sender: it must know them all."""
+
+    def __post_init__(self) -> None:
+        if len(self.reminders) > limits.HEARD_STARTS_MAX:
+            raise ValueError("too many reminders in one message")
 
 
 @message("step.recorded")
@@ -153,6 +162,8 @@ class StepRecorded:
     """The oldest step of which the sender still has the record; earlier ones are replicated."""
     after: int | None
     """Answer with your records after this step; None: no answer is wanted."""
+    memory: Memory
+    """The one they are kept in."""
 
     def __post_init__(self) -> None:
         _check_records(self.records)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from p2ptrain import limits
 from p2ptrain.agreement.ballot import Ballot
 from p2ptrain.agreement.run_events import PromisedInventory, ProposalWanted
+from p2ptrain.agreement.run_memory import Heard
 from p2ptrain.agreement.run_messages import (
     DecidedView,
     RunMessage,
@@ -41,6 +42,7 @@ class Proposer:
         out: Outbox,
         rng: random.Random,
         rules: Rules,
+        heard: Heard,
         *,
         present: Callable[[View], frozenset[DeviceId]],
         decided: Callable[[View, float], None],
@@ -51,10 +53,8 @@ class Proposer:
         self.round_seen = 0
         """The highest round of any ballot of this instance."""
         self.ballot_count = 0
-        self.journals: dict[DeviceId, int] = {}
-        """The last journal that each device named."""
         self._out = out
-        self._rules = rules
+        self._rules, self._heard = rules, heard
         self._present = present
         self._decided = decided
         self._round: Round | None = None
@@ -126,7 +126,6 @@ class Proposer:
                 if message.promised > round_.ballot:
                     self._give_up(now, limits.DUEL_BACKOFF_S)
             case ViewPromise():
-                self.journals[sender] = message.journal
                 if round_.phase in (Phase.PREPARING, Phase.GATHERING):
                     round_.add_promise(message, sender)
                     self._weigh(round_, now)
@@ -154,7 +153,7 @@ class Proposer:
 
     def with_journals(self, view: View) -> View:
         """The view with the memories that have a vote in it, as far as they are known here."""
-        journals = tuple(self.journals.get(member, 0) for member in view.members)
+        journals = tuple(map(self._heard.journal_of, view.members))
         return replace(view, journals=journals)
 
     def cannot_propose(self, reason: str, ballot: Ballot, now: float) -> None:

@@ -30,6 +30,10 @@ class Rules:
         """Whether a member that has promised the next view or not may record and commit steps."""
         return not promised
 
+    def trusts_disk(self) -> bool:
+        """Whether a journal that is read counts for whole, whatever others have heard from it."""
+        return False
+
     def follows(self, base: View, value: View) -> str | None:
         """Why a view cannot be the one after `base`; None: it can."""
         if value.run != base.run or value.lineage != base.lineage:

@@ -69,6 +69,7 @@ def _summary_of_runs(outcomes: Sequence[RunOutcome]) -> str:
     return (
         f"{total('steps')} steps in {total('views')} views, {total('replays')} replays, "
         f"{total('checked_claims')} of {total('claims')} claims of protection tried, "
+        f"{total('returns')} disks gone back, "
         f"{total('forced')} runs forced after losses beyond one, {total('ended')} of them ended "
         f"without data, {total('messages')} messages"
     )

@@ -1,7 +1,7 @@
 """Production rules and shells with one rule broken each: a simulator that misses one is worthless.
 
-The first four are those of the protocol that single-decree Paxos and the fence stand on; the other
-four are rules of recovery.
+The first four are those of the protocol that single-decree Paxos and the fence stand on, the fifth
+is of their memory; the other four are rules of recovery.
 """
 
 from __future__ import annotations
@@ -44,6 +44,13 @@ class NoFence(Rules):
         return True
 
 
+class TrustDisk(Rules):
+    """A device whose disk went back votes on, whatever others heard from it."""
+
+    def trusts_disk(self) -> bool:
+        return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mutation:
     """What is broken, and what some seed's violation must say of it."""
@@ -53,6 +60,8 @@ class Mutation:
     flaws: Flaws = field(default_factory=Flaws)
     first_seed: int = 0
     """Where to begin, for what few seeds notice."""
+    fault: str = ""
+    """The only one that happens; empty: all do."""
 
 
 MUTATIONS: dict[str, Mutation] = {
@@ -66,6 +75,11 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "resume not read from promises": Mutation(rules=ResumeAtBase(), says=("lost step",)),
     "commit not fenced by promise": Mutation(rules=NoFence(), says=("lost step", "fenced by")),
+    "old disk trusted": Mutation(
+        rules=TrustDisk(),
+        fault="old disk",
+        says=("two views are decided", "lost step", "fenced by"),
+    ),
     "log released too early": Mutation(
         flaws=Flaws(release_early=True), says=("was protected, but cannot be restored",)
     ),

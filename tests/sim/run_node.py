@@ -52,7 +52,8 @@ class RunNode:
         """Others that can be talked to, and in which life."""
         self.hindrance = ""
         self._clock = (1.0, 0.0)
-        self._backlog: list[tuple[object, DeviceId]] = []
+        self._backlog: list[tuple[object, DeviceId, int]] = []
+        self._heard_lives: dict[DeviceId, int] = {}
         self._view_lives: dict[DeviceId, int] = {}
         self._complaints: set[DeviceId] = set()
         self._dones: dict[tuple[Position, int], dict[DeviceId, dict[int, Value]]] = {}
@@ -68,6 +69,7 @@ class RunNode:
         self.life, self.up, self.frozen = self.life + 1, True, False
         self._clock = (rng.uniform(0.98, 1.02), rng.uniform(-1000.0, 1000.0))
         self.seen, self._backlog, self._wake_at = {}, [], None
+        self._heard_lives = {}
         self._view_lives, self._complaints, self._dones = {}, set(), {}
         self.stage = SimStage(self)
         self.machine = RunMachine(
@@ -100,8 +102,8 @@ class RunNode:
     def thaw(self) -> None:
         self.frozen = False
         backlog, self._backlog = self._backlog, []
-        for message, sender in backlog:
-            self.hear(message, sender, self.life)
+        for message, sender, spoken_in in backlog:
+            self.hear(message, sender, spoken_in, self.life)
         self.settle()
 
     def clock(self) -> float:
@@ -113,13 +115,17 @@ class RunNode:
 
     # The driver's part.
 
-    def hear(self, message: object, sender: DeviceId, life: int) -> None:
-        """A control message arrives, unless the process it was for is gone."""
-        if not self.up or self.life != life:
+    def hear(self, message: object, sender: DeviceId, spoken_in: int, life: int) -> None:
+        """A control message arrives, unless the process it was for is gone.
+
+        With the first link to a later life of its sender the links to earlier ones are closed.
+        """
+        if not self.up or self.life != life or spoken_in < self._heard_lives.get(sender, 0):
             return
         if self.frozen:
-            self._backlog.append((message, sender))
+            self._backlog.append((message, sender, spoken_in))
             return
+        self._heard_lives[sender] = spoken_in
         try:
             self.machine.receive(message, sender, self.clock())
         except RemoteProtocolError as error:

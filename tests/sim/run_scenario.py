@@ -25,6 +25,7 @@ from tests.sim.run_world import RunWorld, Shape
 CHAOS_S = 30.0
 HEAL_BOUND_S = 40.0
 STEPS_AFTER_HEALING = 3
+RECALL_S = 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +40,23 @@ class RunOutcome:
     claims: int
     checked_claims: int
     messages: int
+    returns: int
+    """Disks that came back as they once were."""
     forced: bool
     """More was lost than can be restored: a person went back to the last whole set."""
     ended: bool
     """The data itself was lost with the disks that had it."""
 
 
-def run_story(seed: int, *, rules: Rules | None = None, flaws: Flaws | None = None) -> RunOutcome:
-    """Run the whole story for one seed; Violation when a rule is broken."""
+def run_story(
+    seed: int, *, rules: Rules | None = None, flaws: Flaws | None = None, fault: str = ""
+) -> RunOutcome:
+    """Run the whole story for one seed; Violation when a rule is broken.
+
+    `fault`: the only one that happens besides what happens to messages; empty: all do.
+    """
     world = RunWorld(seed=seed, shape=shape_of(seed), rules=rules, flaws=flaws)
-    chaos(world)
+    chaos(world, fault)
     world.heal()
     forced, ended = False, world.newest_view() is None
     if not ended and not goes_on(world):
@@ -60,8 +68,8 @@ def run_story(seed: int, *, rules: Rules | None = None, flaws: Flaws | None = No
     return RunOutcome(
         seed=seed, commits=checker.commit_count, steps=checker.reference.newest,
         views=len(checker.views), replays=world.replay_count, claims=checker.claim_count,
-        checked_claims=checker.checked_count, messages=world.message_count, forced=forced,
-        ended=ended,
+        checked_claims=checker.checked_count, messages=world.message_count,
+        returns=world.return_count, forced=forced, ended=ended,
     )  # fmt: skip
 
 
@@ -80,8 +88,9 @@ def shape_of(seed: int) -> Shape:
     )
 
 
-def chaos(world: RunWorld) -> None:
+def chaos(world: RunWorld, fault: str) -> None:
     """Lossy links and a fault every few seconds."""
+    faults = {name: FAULTS[name] for name in FAULTS if fault in (name, "")}
     rng = world.rng
     world.loss, world.doubling, world.delay_s = 0.1, 0.05, 0.03
     world.corruption, world.crash_after_write = 0.05, 0.002
@@ -89,9 +98,8 @@ def chaos(world: RunWorld) -> None:
     end = world.now + CHAOS_S
     while world.now < end:
         node = rng.choice(list(world.nodes.values()))
-        rng.choices([fault for fault, _ in FAULTS], [weight for _, weight in FAULTS])[0](
-            world, node
-        )
+        acts, weights = zip(*faults.values(), strict=True)
+        rng.choices(acts, weights)[0](world, node)
         world.run(rng.uniform(0.5, 6.0))
 
 
@@ -135,6 +143,31 @@ def _slow(world: RunWorld, node: RunNode) -> None:
     node.slowness_s = world.rng.choice((0.0, 0.05, 0.3))
 
 
+def _go_back(world: RunWorld, node: RunNode) -> None:
+    """A disk comes back as it was some seconds ago, perhaps of the one that links two camps.
+
+    Everybody who has heard what it forgets stays there and can say so: where nobody can, nothing
+    helps.
+    """
+    rng = world.rng
+    if world.leaving or not all(each.up and not each.frozen for each in world.nodes.values()):
+        return
+    chance, world.crash_after_write = world.crash_after_write, 0.0
+    _join_up(world, node)
+    others = [each for each in world.nodes if each != node.device]
+    camps = {each: rng.randrange(2) for each in others}
+    if rng.random() < 0.7:
+        world.deaf = {(a, b) for a in others for b in others if camps[a] != camps[b]}
+        world.refresh()
+    image = node.disk.copy()
+    world.run(rng.uniform(0.2, 6.0))
+    world.crash_to(node, image)
+    world.run(rng.uniform(0.05, 1.5))
+    _start(world, node)
+    world.run(RECALL_S)
+    world.crash_after_write = chance
+
+
 def _leave(world: RunWorld, node: RunNode) -> None:
     if node.up and len(world.leaving) < len(world.nodes) - 1:
         world.leave(node)
@@ -146,10 +179,12 @@ def _return(world: RunWorld, node: RunNode) -> None:
     _start(world, node)
 
 
-FAULTS: list[tuple[Callable[[RunWorld, RunNode], None], float]] = [
-    (_crash, 5.0), (_split, 1.5), (_isolate, 2.0), (_join_up, 5.0), (_deafen, 1.0), (_freeze, 2.0),
-    (_slow, 1.0), (_leave, 1.5),
-]  # fmt: skip
+FAULTS: dict[str, tuple[Callable[[RunWorld, RunNode], None], float]] = {
+    "crash": (_crash, 5.0), "split": (_split, 1.5), "isolate": (_isolate, 2.0),
+    "join up": (_join_up, 5.0), "deafen": (_deafen, 1.0), "freeze": (_freeze, 2.0),
+    "slow": (_slow, 1.0), "leave": (_leave, 1.5), "old disk": (_go_back, 3.0),
+}  # fmt: skip
+"""What happens, and how often."""
 
 
 def goes_on(world: RunWorld) -> bool:

@@ -76,6 +76,10 @@ class Disk:
     """(segment, step) -> state"""
     has_data: bool = False
 
+    def copy(self) -> Disk:
+        """An image, as a backup or a snapshot of a machine takes it."""
+        return Disk(list(self.journal), dict(self.replicas), self.has_data)
+
 
 def digest(state: Value) -> Digest:
     return Digest(hashlib.sha256(state).hexdigest())

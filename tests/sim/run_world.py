@@ -22,7 +22,7 @@ from tests.sim.plans import device, make_plan
 from tests.sim.run_checkers import RunChecker
 from tests.sim.run_model import Model
 from tests.sim.run_node import RunNode
-from tests.sim.run_shell import Flaws
+from tests.sim.run_shell import Disk, Flaws
 from tests.sim.run_views import CONTRACT, make_profile, staged_plan
 
 
@@ -53,7 +53,7 @@ class RunWorld:
         self.loss, self.doubling, self.delay_s = 0.0, 0.0, 0.01
         self.corruption = self.crash_after_write = 0.0
         self.whole_codec = seed % 8 == 0
-        self.message_count = self.replay_count = 0
+        self.message_count = self.replay_count = self.return_count = 0
         self.leaving: set[DeviceId] = set()
         self.last_step = 1 << 30
         self.step_s = 0.15
@@ -128,7 +128,7 @@ class RunWorld:
                 continue
             hear, life = self.nodes[to].hear, self.nodes[to].life
             delay_s = self.delay_s * (0.2 + self.rng.expovariate(1.0)) + sender.slowness_s
-            self.at(delay_s, partial(hear, message, sender.device, life))
+            self.at(delay_s, partial(hear, message, sender.device, sender.life, life))
 
     def ship(
         self, sender: RunNode, to: DeviceId, message: object, still: Callable[[], bool]
@@ -192,6 +192,12 @@ class RunWorld:
     def start(self, node: RunNode) -> None:
         node.start()
         self.refresh()
+
+    def crash_to(self, node: RunNode, image: Disk) -> None:
+        """The device stops, and finds its disk as it was when the image was taken."""
+        self.crash(node)
+        node.disk = image
+        self.return_count += 1
 
     def freeze(self, node: RunNode, seconds: float) -> None:
         """SIGSTOP for a while."""

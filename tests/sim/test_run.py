@@ -33,7 +33,7 @@ def test_broken_rule_is_noticed(name: str) -> None:
     mutation = MUTATIONS[name]
     for seed in range(mutation.first_seed, mutation.first_seed + MUTATION_SEEDS):
         try:
-            run_story(seed, rules=mutation.rules, flaws=mutation.flaws)
+            run_story(seed, rules=mutation.rules, flaws=mutation.flaws, fault=mutation.fault)
         except Violation as violation:
             if any(words in str(violation) for words in mutation.says):
                 return

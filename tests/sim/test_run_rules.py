@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 
 from p2ptrain.agreement.run_events import Stance
+from p2ptrain.agreement.run_rules import Rules
 from p2ptrain.agreement.view import View
 from p2ptrain.ids import DeviceId
 from p2ptrain.recovery.protection import Protected, Provisional
 from p2ptrain.recovery.restoration import Replay
+from tests.sim.checkers import Violation
 from tests.sim.plans import device
+from tests.sim.run_mutations import TrustDisk
 from tests.sim.run_node import RunNode
 from tests.sim.run_scenario import check_stuck, force
 from tests.sim.run_world import RunWorld, Shape
@@ -17,8 +20,8 @@ from tests.sim.run_world import RunWorld, Shape
 A, B, C, D, E = (device(index) for index in range(5))
 
 
-def world_of(*stages: int, seed: int = 1, **shape: object) -> RunWorld:
-    world = RunWorld(seed=seed, shape=Shape(stages=stages, **shape))  # type: ignore[arg-type]
+def world_of(*stages: int, seed: int = 1, rules: Rules | None = None, **shape: object) -> RunWorld:
+    world = RunWorld(seed=seed, rules=rules, shape=Shape(stages=stages, **shape))  # type: ignore[arg-type]
     world.checker.check_every_claim = True
     return world
 
@@ -300,3 +303,36 @@ def test_data_that_stays_pauses_the_run_until_its_home_returns() -> None:
     world.start(world.nodes[A])
     commits(world, 4)
     assert world.newest_view().plan.home == A  # type: ignore[union-attr]
+
+
+def disk_goes_back(world: RunWorld) -> None:
+    """C accepts what A or B decides, then forgets it. Whoever decided is slow to say so, and the
+    other one asks C for its vote."""
+    commits(world, 3)
+    image = world.nodes[C].disk.copy()
+    world.deaf = {(A, B), (B, A)}
+    world.refresh()
+    ahead = [world.nodes[A], world.nodes[B]]
+    assert world.run(20.0, until=lambda: any(n.machine.statistics().view == 2 for n in ahead))
+    ahead.sort(key=lambda node: node.machine.statistics().view)
+    assert ahead[0].machine.statistics().view == 1
+    ahead[1].slowness_s = 2.5
+    world.crash_to(world.nodes[C], image)
+    world.start(world.nodes[C])
+    world.run(12.0)
+    ahead[1].slowness_s = 0.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_old_disk_has_no_vote_where_it_had_voted(seed: int) -> None:
+    world = world_of(1, 1, 1, seed=seed)
+    disk_goes_back(world)
+    world.heal()
+    commits(world, 5)
+    assert world.run(20.0, until=world.agreed)
+    assert {node.machine.standing.stance for node in world.nodes.values()} == {Stance.MEMBER}
+
+
+def test_old_disk_that_is_trusted_decides_another_view() -> None:
+    with pytest.raises(Violation, match="two views are decided"):
+        disk_goes_back(world_of(1, 1, 1, rules=TrustDisk()))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from p2ptrain import limits
+from p2ptrain.agreement.run_memory import Memory
 from p2ptrain.agreement.run_messages import ViewHead
 from p2ptrain.errors import CheckpointError
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
@@ -26,7 +27,7 @@ def ended(lineage: int = 1, run: RunId = RUN) -> Ended:
 def head(lineage: int, run: RunId = RUN) -> ViewHead:
     return ViewHead(
         run=run, lineage=Lineage(lineage), view=ViewNumber(1), plan=Digest("0" * 64),
-        newest_step=0, journal=1, votes=True,
+        newest_step=0, memory=Memory(journal=1, start=1, count=0), votes=True,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import pytest
 from p2ptrain import limits
 from p2ptrain.agreement.ballot import Ballot
 from p2ptrain.agreement.run_journal import decode_run_record
+from p2ptrain.agreement.run_memory import Memory
 from p2ptrain.agreement.run_messages import ViewPromise
 from p2ptrain.errors import CheckpointError
 from p2ptrain.wire.codec import decode, encode
@@ -28,7 +29,7 @@ def test_promise_of_a_long_history_fits_in_a_message() -> None:
     place = {"run": RUN, "lineage": 0, "view": 1, "plan": first_view(A).plan.digest}
     promise = ViewPromise(
         **place, ballot=Ballot(round=1, device=A), accepted=None, records=records,  # type: ignore[arg-type]
-        inventory=NOTHING, journal=1 << 61, votes=True,
+        inventory=NOTHING, memory=Memory(journal=1 << 61, start=1, count=9), votes=True,
     )  # fmt: skip
     room = limits.CONTROL_BODY_BYTES_MAX - limits.VIEW_BYTES_MAX
     assert len(encode(promise)) < room - limits.HOLDINGS_MAX * 80
