@@ -44,6 +44,13 @@ _RATE = click.FloatRange(min=0.0)
     "--plan", "plan_file", metavar="FILE", help="Begin with this plan instead of searching one."
 )
 @click.option(
+    "--parallelism",
+    type=click.Choice(["pipeline", "auto", "data", "tensor", "sequence", "hybrid"]),
+    default="pipeline",
+    show_default=True,
+    help="Pipelines have the bits of one peer; under the others several peers may share a stage.",
+)
+@click.option(
     "--microbatches", type=_COUNT, default=8, show_default=True, help="Microbatches per step."
 )
 @click.option(

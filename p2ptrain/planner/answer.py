@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from p2ptrain.planner.explore import Candidate, Explorer, Found
+from p2ptrain.planner.kinds import KINDS, RUNTIME_KINDS
 from p2ptrain.planner.pricing import Pricing, spans
-from p2ptrain.planner.question import KINDS, RUNTIME_KINDS
 from p2ptrain.schedule.simulator import Span
 from p2ptrain.units import (
     NS_PER_S,

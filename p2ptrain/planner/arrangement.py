@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from p2ptrain.planner.question import Kind
+from p2ptrain.planner.kinds import Kind
 from p2ptrain.schedule.actions import Action, Held
 from p2ptrain.schedule.replicated import Owners
 

@@ -12,9 +12,9 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups
 from p2ptrain.planner.cutting import bottleneck_cuts
 from p2ptrain.planner.explore import Candidate, Explorer
+from p2ptrain.planner.kinds import Kind
 from p2ptrain.planner.plan_file import AskedPlan, AskedStage
 from p2ptrain.planner.pricing import Pricing, spans
-from p2ptrain.planner.question import Kind
 from p2ptrain.planner.sharded import Sharded, ShardedPricing, objection
 from p2ptrain.units import format_bytes
 
@@ -161,11 +161,6 @@ def _sharded(
         )
     sharded = Sharded(kind=kind, devices=devices, weights=stage.weights)
     candidate = explorer.sharded_candidate(sharded)
-    if candidate is None:
-        raise PlanInfeasible(
-            f"{asked.file}: a device gets nothing of a segment under these weights",
-            hint="leave weights out, or make them more equal",
-        )
     for index, needs in zip(devices, candidate.memory_bytes, strict=True):
         has = pricing.devices[index].profile.memory_bytes
         if needs > has:
@@ -188,8 +183,7 @@ def _smaller_part(sharded: Sharded, pricing: Pricing) -> str:
     unit = max(1, min(rooms))
     weights = tuple(max(1, room // unit) for room in rooms)
     other = Sharded(kind=sharded.kind, devices=sharded.devices, weights=weights)
-    pricer = ShardedPricing(pricing)
-    fits = all(m <= room for m, room in zip(pricer.memory_bytes(other), rooms, strict=True))
-    if fits and pricer.price(other) is not None:
+    needs = ShardedPricing(pricing).memory_bytes(other)
+    if all(need <= room for need, room in zip(needs, rooms, strict=True)):
         return f"weights = {list(weights)} would fit"
     return "use smaller microbatches, or add a device"

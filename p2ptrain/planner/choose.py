@@ -1,203 +1,134 @@
-"""Choose the plan of a view: which peers, which segments where, and why.
+"""Choose the plan of a run's view: which peers, which segments where, and why.
 
-Pure and deterministic: costs are integers, ties are broken by device id, the search is bounded
-by counts. Whoever plans with equal input proposes an equal plan. This version pipelines whole
-stages and minimises the time of a step; the data the home peer sends to the first and the last
-stage is small beside the boundaries and not counted.
+Pure and deterministic: costs are integers, ties are broken by device id, the search is bounded by
+counts. Whoever plans with equal input proposes an equal plan. It is the search of what-if
+questions (`planner.explore`), on what members have measured.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections import Counter
+import dataclasses
+from typing import Final
 
-from p2ptrain.errors import InvariantBroken
 from p2ptrain.ids import short
-from p2ptrain.planner.costs import CostModel
+from p2ptrain.planner.asked import Known, asked_candidate
+from p2ptrain.planner.drafting import Drafting
+from p2ptrain.planner.explore import Candidate, Explorer, Found
 from p2ptrain.planner.infeasible import infeasible
-from p2ptrain.planner.input import (
-    OTHER_HOST_BYTES_PER_S,
-    SAME_HOST_BYTES_PER_S,
-    LeftOut,
-    PlanChoice,
-    PlanningInput,
-    stage_shares,
-)
-from p2ptrain.planner.keepers import data_holders, replica_keepers
-from p2ptrain.planner.plan import Plan, StagePlan
+from p2ptrain.planner.input import LeftOut, PlanChoice, PlanningInput
+from p2ptrain.planner.kinds import refuse_what_if
+from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.plan_file import AskedPlan
+from p2ptrain.planner.pricing import Pricing
 from p2ptrain.planner.profile import PeerProfile
-from p2ptrain.planner.replica_interval import StageCosts, replica_interval
-from p2ptrain.planner.search import Candidate, Search, SearchResult
-from p2ptrain.schedule.simulator import ceiling
-from p2ptrain.training.segment_state import residual_shapes
+from p2ptrain.planner.question import Device, Power, Question
 from p2ptrain.units import NS_PER_S, format_bytes, format_seconds
 
-FLOAT32_BYTES = 4
+EQUAL_PER_MILLE: Final = 5
+"""Predicted steps that differ by less are equal: fewer peers, then the home peer first."""
+GAIN_PERCENT: Final = 10
+"""By how much a step under another kind of parallelism must be shorter to be worth a word."""
+UNKNOWN_POWER: Final = Power(idle_uw=0, busy_uw=0, pj_per_byte=0)
+
+
+def run_question(planning: PlanningInput) -> Question:
+    """The question of a run: who of those that have measured the whole model runs what."""
+    return Question(
+        manifest=planning.manifest,
+        contract=planning.contract,
+        devices=tuple(
+            Device(profile=profile, power=UNKNOWN_POWER)
+            for profile in planning.profiles
+            if _has_measured(planning, profile)
+        ),
+        stage_memory=planning.stage_memory,
+        links=planning.links,
+        schedules=(planning.schedule,),
+        kinds=planning.kinds,
+        stages=planning.stages,
+        home=planning.home,
+        for_run=True,
+        replica_every=planning.replica_every,
+        equal_per_mille=EQUAL_PER_MILLE,
+    )
 
 
 def choose_plan(planning: PlanningInput) -> PlanChoice:
-    """The placement with the shortest predicted step that every peer's memory holds.
+    """The best plan that every peer's memory holds.
 
     Raises:
         PlanInfeasible: nothing fits; the message says what is short, the hint the nearest change.
         ConfigError: the schedule is unknown.
     """
-    model = CostModel(planning)
-    usable = tuple(profile for profile in planning.profiles if _measured(planning, profile))
-    search = Search(
-        model=model,
-        profiles=usable,
-        home=planning.home,
-        stages=planning.stages,
-        microbatches=planning.contract.microbatches,
-    )
-    found = search.run()
+    pricing = Pricing(run_question(planning))
+    found = Explorer(pricing).run()
     if found.best is None:
-        raise infeasible(planning, model, usable)
-    return _Chosen(planning, model, found, found.best).choice()
+        raise infeasible(planning, pricing, found)
+    refuse_what_if(found.best.kind)
+    chosen = _Chosen(planning, pricing, found, found.best)
+    return PlanChoice(plan=chosen.plan(), left_out=chosen.left_out())
+
+
+def asked_plan(planning: PlanningInput, asked: AskedPlan, known: Known) -> PlanChoice:
+    """The plan that a person asks for, on what its devices have measured.
+
+    Raises:
+        ConfigError: it does not match the devices that are there, or the model.
+        PlanInfeasible: it does not fit the memory, the bundle cannot be divided that way, or this
+            version cannot run such plans.
+    """
+    pricing = Pricing(run_question(planning))
+    explorer = Explorer(pricing)
+    candidate = asked_candidate(asked, explorer=explorer, pricing=pricing, known=known)
+    refuse_what_if(candidate.kind)
+    draft = Drafting(planning, pricing, candidate)
+    step = format_seconds(candidate.price.step_ns / NS_PER_S)
+    count, everyone = len(candidate.devices), len(planning.profiles)
+    headline = f"{count} of {everyone} peers compute as asked: a step is predicted to take {step}"
+    taken = {pricing.devices[i].id for i in candidate.devices}
+    left_out = tuple(
+        LeftOut(device=device, reason="the plan that was asked for does without it")
+        for device in sorted(p.device for p in planning.profiles if p.device not in taken)
+    )
+    return PlanChoice(plan=draft.plan([headline, *draft.stage_reasons()]), left_out=left_out)
 
 
 class _Chosen:
-    """The chosen candidate on its way to a plan with reasons."""
+    """The best candidate, what to say of it, and of those that it does without."""
 
     def __init__(
-        self, planning: PlanningInput, model: CostModel, found: SearchResult, best: Candidate
+        self, planning: PlanningInput, pricing: Pricing, found: Found, best: Candidate
     ) -> None:
-        self._planning = planning
-        self._model = model
-        self._found = found
-        self._best = best
-        self._interval = replica_interval(
-            [self._stage_costs(index) for index in range(len(best.cuts))], step_ns=best.step_ns
-        )
+        self._planning, self._pricing, self._found, self._best = planning, pricing, found, best
+        self._draft = Drafting(planning, pricing, best)
 
-    def choice(self) -> PlanChoice:
-        timeline = self._model.play(self._best.costs, self._best.cuts)
-        if timeline.step_ns != self._best.step_ns:
-            raise InvariantBroken("the simulator gave two times for one placement")
-        bare = self._plan(reasons=())
-        stage_reasons = self._stage_reasons(bare)
-        left_out = self._left_out()
-        reasons = [self._headline(), *stage_reasons]
-        reasons += [f"{short(one.device)} left out: {one.reason}" for one in left_out]
-        if len(bare.members) > 1 and self._planning.replica_every is None:
-            reasons.append(self._replica_reason())
-        reasons += self._assumptions()
-        return PlanChoice(
-            plan=self._plan(reasons=tuple(reasons)),
-            stage_reasons=stage_reasons,
-            left_out=left_out,
-            timeline=timeline,
-            ceiling=self._ceiling(),
-            one_peer_ns=self._found.one_peer_ns,
-            simulated_count=self._found.simulated_count,
-        )
-
-    def _plan(self, *, reasons: tuple[str, ...]) -> Plan:
-        planning = self._planning
-        stages = tuple(self._stage(index) for index in range(len(self._best.cuts)))
-        members = tuple(sorted({*(p.device for p in planning.profiles), planning.home}))
-        return Plan(
-            run=planning.run,
-            lineage=planning.lineage,
-            view=planning.view,
-            members=members,
-            home=planning.home,
-            holders=data_holders(
-                planning.home,
-                stages,
-                members,
-                keep_data_here=planning.keep_data_here,
-                holding=planning.holding,
-            ),
-            keep_data_here=planning.keep_data_here,
-            replica_every=planning.replica_every or self._interval.steps,
-            contract=planning.contract.digest,
-            schedule=planning.schedule,
-            stages=stages,
-            replicas=replica_keepers(stages, members),
-            step_ns=self._best.step_ns,
-            reasons=reasons,
-        )
-
-    def _stage(self, index: int) -> StagePlan:
-        first, end = self._bounds(index)
-        return self._model.stage_plan(self._best.costs, index, first, end)
-
-    def _stage_costs(self, index: int) -> StageCosts:
-        """What replicating and recovering one stage costs."""
-        planning, costs = self._planning, self._best.costs
-        manifest, contract = planning.manifest, planning.contract
-        first, end = self._bounds(index)
-        tensors = [t for i in range(first, end) for t in manifest.segment_tensors(i)]
-        trained = sum(t.elements for t in tensors if t.binding == "trainable")
-        rule = manifest.updates.get(contract.optimizer.name)
-        vectors = 1 + (0 if rule is None else len(rule.state))
-        kept = [residual_shapes(manifest, contract, i).values() for i in range(first, end)]
-        lost = sum(math.prod(shape) for shapes in kept for shape in shapes)
-        inner = [b for b in (first, end) if 0 < b < len(manifest.segments)]
-        crossing = [self._model.sent_bytes(b - 1) for b in inner]
-        others = [p for p in planning.profiles if p.device != costs.peers[index].device]
-        links = [self._model.link(costs.peers[index], other) for other in others]
-        return StageCosts(
-            state_bytes=FLOAT32_BYTES * (vectors * trained + lost),
-            log_bytes=sum(crossing) * contract.microbatches,
-            compute_ns=costs.compute_ns(index, first, end) * contract.microbatches,
-            bytes_per_s=min((link.bytes_per_s for link in links), default=SAME_HOST_BYTES_PER_S),
-        )
-
-    def _replica_reason(self) -> str:
-        interval = self._interval
-        recovery = format_seconds(interval.replay_ns / NS_PER_S)
-        return (
-            f"replica sets every {interval.steps} steps, {interval.reason}: "
-            f"a lost stage is predicted to be back within {recovery}"
-        )
-
-    def _bounds(self, index: int) -> tuple[int, int]:
-        cuts = self._best.cuts
-        return (cuts[index - 1] if index else 0, cuts[index])
-
-    def _ceiling(self) -> float:
-        costs = self._best.costs
-        spans = [self._bounds(index) for index in range(len(self._best.cuts))]
-        return ceiling(
-            self._model.actions(len(spans)),
-            forward_ns=[t[e] - t[f] for t, (f, e) in zip(costs.forward_ns, spans, strict=True)],
-            backward_ns=[t[e] - t[f] for t, (f, e) in zip(costs.backward_ns, spans, strict=True)],
-            parts=[costs.parts(stage, f, e) for stage, (f, e) in enumerate(spans)],
-        )
+    def plan(self) -> Plan:
+        """The plan with everything that is said of it."""
+        left_out = [f"{short(one.device)} left out: {one.reason}" for one in self.left_out()]
+        reasons = [self._headline(), *self._draft.stage_reasons(), *left_out, *self._other_kind()]
+        return self._draft.plan(reasons)
 
     def _headline(self) -> str:
-        used, known = len(self._best.cuts), len(self._planning.profiles)
-        step = format_seconds(self._best.step_ns / NS_PER_S)
+        price, known = self._best.price, len(self._planning.profiles)
+        step = format_seconds(price.step_ns / NS_PER_S)
         asked = " as asked" if self._planning.stages is not None else ""
-        text = f"{used} of {known} peers compute{asked}: a step is predicted to take {step}"
-        if used == 1:
+        text = (
+            f"{len(price.shares)} of {known} peers compute{asked}: "
+            f"a step is predicted to take {step}"
+        )
+        if len(price.shares) == 1:
             return text
-        if self._found.one_peer_ns is not None:
-            ratio = self._found.one_peer_ns / max(self._best.step_ns, 1)
+        alone = self._found.by_kind.get("one device")
+        if alone is not None:
+            ratio = alone.price.step_ns / max(price.step_ns, 1)
             return f"{text}, {ratio:.2f} times the speed of the best single peer"
-        if self._planning.stages is None:
+        if self._planning.stages is None and "one device" in self._planning.kinds:
             return f"{text}; the model fits no single peer"
         return text
 
-    def _stage_reasons(self, plan: Plan) -> tuple[str, ...]:
-        shares = stage_shares(plan)
-        sentences = []
-        for index, (stage, share) in enumerate(zip(plan.stages, shares, strict=True)):
-            room = format_bytes(self._best.costs.peers[index].memory_bytes)
-            home = ", owns the data" if stage.device == plan.home else ""
-            sentences.append(
-                f"stage {index} on {short(stage.device)}: segments {stage.first_segment} to "
-                f"{stage.segments[-1]}, {100 * share:.0f} % of the compute, "
-                f"{format_bytes(stage.memory_bytes)} of {room}{home}"
-            )
-        return tuple(sentences)
-
-    def _left_out(self) -> tuple[LeftOut, ...]:
-        chosen = set(self._best.devices)
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Peers without a part, and why."""
+        chosen = {self._pricing.devices[i].id for i in self._best.devices}
         profiles = sorted(self._planning.profiles, key=lambda profile: profile.device)
         return tuple(
             LeftOut(device=profile.device, reason=self._reason_against(profile))
@@ -206,64 +137,39 @@ class _Chosen:
         )
 
     def _reason_against(self, profile: PeerProfile) -> str:
-        if not _measured(self._planning, profile):
+        if not _has_measured(self._planning, profile):
             return "it has not measured this model"
-        with_it_ns = self._found.with_device_ns.get(profile.device)
-        if with_it_ns is None:
+        index = next(i for i, d in enumerate(self._pricing.devices) if d.id == profile.device)
+        with_it = self._found.with_device.get(index)
+        if with_it is None:
             return f"no placement fits its {format_bytes(profile.memory_bytes)}"
-        step = format_seconds(with_it_ns / NS_PER_S)
-        shared = self._shares_cores(profile)
-        return f"the best step found with it takes {step}{shared}"
+        step = format_seconds(with_it.price.step_ns / NS_PER_S)
+        return f"the best step found with it takes {step}{self._shares_cores(profile)}"
 
     def _shares_cores(self, profile: PeerProfile) -> str:
-        same = sum(peer.host == profile.host for peer in self._best.costs.peers)
+        peers = [self._pricing.devices[i].profile for i in self._best.devices]
+        same = sum(peer.host == profile.host for peer in peers)
         needed = (same + 1) * self._planning.contract.threads
         if same and needed > profile.cores:
             return f", its host would need {needed} threads on {profile.cores} cores"
         return ""
 
-    def _assumptions(self) -> list[str]:
-        peers = self._best.costs.peers
-        sentences = []
-        used = Counter(peer.host for peer in peers)
-        for peer in sorted(peers, key=lambda p: p.device):
-            needed = used.pop(peer.host, 0) * self._planning.contract.threads
-            if needed > peer.cores:
-                sentences.append(
-                    f"{needed} threads share the {peer.cores} cores of one host: "
-                    f"times there are stretched {needed / peer.cores:.1f} times"
-                )
-        unknown = [
-            (a, b)
-            for a, b in itertools.pairwise(peers)
-            if not self._model.is_measured(a.device, b.device)
+    def _other_kind(self) -> list[str]:
+        """Another kind of parallelism that is clearly faster and that nobody has asked for."""
+        kinds = self._planning.compared
+        if not kinds or self._planning.stages is not None:
+            return []
+        question = dataclasses.replace(self._pricing.question, kinds=kinds)
+        other = Explorer(Pricing(question)).run().best
+        own_ns = self._best.price.step_ns
+        if other is None or other.price.step_ns * 100 > own_ns * (100 - GAIN_PERCENT):
+            return []
+        step = format_seconds(other.price.step_ns / NS_PER_S)
+        return [
+            f"{other.kind} parallelism would take {step} a step, and give other bits than one "
+            "peer: --parallelism auto allows it"
         ]
-        if any(a.host == b.host for a, b in unknown):
-            rate = format_bytes(SAME_HOST_BYTES_PER_S)
-            sentences.append(f"links on one host are assumed to carry {rate} per second")
-        if any(a.host != b.host for a, b in unknown):
-            rate = format_bytes(OTHER_HOST_BYTES_PER_S)
-            sentences.append(f"links between hosts are assumed to carry {rate} per second")
-        return [*sentences, *self._measurements()]
-
-    def _measurements(self) -> list[str]:
-        """What was measured of the links that the pipeline uses, and what of them is shared."""
-        sentences = []
-        links = [self._model.link(a, b) for a, b in itertools.pairwise(self._best.costs.peers)]
-        for link in links:
-            known = []
-            if link.rate_measured:
-                known.append(f"{format_bytes(link.bytes_per_s)} per second")
-            if link.latency_measured:
-                known.append(f"round trip {2e-6 * link.latency_ns:.1f} ms")
-            if known:
-                ends = f"{short(link.first)} to {short(link.second)}"
-                sentences.append(f"link {ends}: {', '.join(known)}, measured")
-        for medium, count in sorted(Counter(each.medium for each in links if each.medium).items()):
-            if count > 1:
-                sentences.append(f"{count} links share the air of {medium}")
-        return sentences
 
 
-def _measured(planning: PlanningInput, profile: PeerProfile) -> bool:
+def _has_measured(planning: PlanningInput, profile: PeerProfile) -> bool:
     return all(segment.kind in profile.kinds for segment in planning.manifest.segments)

@@ -16,8 +16,9 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.planner.arrangement import Arrangement, Cuts
 from p2ptrain.planner.cutting import bottleneck_cuts, cuts_around
 from p2ptrain.planner.groupings import groupings, subsets
+from p2ptrain.planner.kinds import KINDS, Kind
 from p2ptrain.planner.pricing import Price, Pricing, spans
-from p2ptrain.planner.question import KINDS, Kind, Objective
+from p2ptrain.planner.question import Objective
 from p2ptrain.planner.sharded import Sharded, ShardedPricing, objection
 
 CUTS_MAX: Final = 4_000
@@ -30,6 +31,9 @@ ACTIONS_MAX: Final = 200_000
 microbatches have 175,000."""
 
 
+UNLIMITED: Final = 1 << 62
+
+_Preference = tuple[int, int, bool, int, int, tuple[int, ...], Cuts]
 _Bounded = tuple[int, int, Cuts, Arrangement]
 """Lower bound of the value, number of the arrangement, cuts."""
 
@@ -75,6 +79,7 @@ class Explorer:
         self._objective = pricing.question.objective
         self._found = Found()
         self._sharding = ShardedPricing(pricing)
+        self._near: list[Candidate] = []
 
     def run(self) -> Found:
         """Search once."""
@@ -86,8 +91,23 @@ class Explorer:
             for schedule in question.schedules if kind != "one device" else question.schedules[:1]:
                 self._arranged(kind, schedule)
         found = self._found
-        found.best = min(found.by_kind.values(), key=self._order, default=None)
+        near = [one for one in self._near if self.value(one.price) <= self._limit()]
+        found.best = min(near, key=self._preference, default=None)
         return found
+
+    def feasible(self) -> bool:
+        """Whether memory holds any plan of these kinds, without looking for the best."""
+        for kind in self._pricing.question.kinds:
+            if kind in ("tensor", "sequence"):
+                self._sharded(kind)
+                if kind in self._found.by_kind:
+                    return True
+                continue
+            for groups in groupings(self._pricing, kind):
+                arrangement = self._pricing.arrange(groups, self._pricing.question.schedules[0])
+                if arrangement and bottleneck_cuts(self._pricing, arrangement) is not None:
+                    return True
+        return False
 
     def value(self, price: Price) -> int:
         """What the objective minimises."""
@@ -117,9 +137,7 @@ class Explorer:
         bounded.sort(key=lambda each: each[:3])
         actions = 0
         for bound, _, cuts, arrangement in bounded:
-            best = self._found.by_kind.get(kind)
-            beaten = best is not None and bound > self.value(best.price)
-            if beaten or actions > ACTIONS_MAX:
+            if bound > self._limit(kind) or actions > ACTIONS_MAX:
                 break
             actions += arrangement.action_count
             self._consider(self.candidate(arrangement, cuts))
@@ -152,15 +170,12 @@ class Explorer:
             cuts=cuts,
         )
 
-    def sharded_candidate(self, sharded: Sharded) -> Candidate | None:
-        """The priced candidate of devices that share all segments; None: one would get nothing."""
-        price = self._sharding.price(sharded)
-        if price is None:
-            return None
+    def sharded_candidate(self, sharded: Sharded) -> Candidate:
+        """The priced candidate of devices that share all segments, where nothing is against it."""
         return Candidate(
             kind=sharded.kind,
             schedule="",
-            price=price,
+            price=self._sharding.price(sharded),
             memory_bytes=self._sharding.memory_bytes(sharded),
             weights=self._sharding.weights(sharded),
         )
@@ -170,6 +185,8 @@ class Explorer:
         against = objection(pricing, kind, 2)
         if len(pricing.devices) < 2:
             against = "it takes two devices"
+        if pricing.question.stages not in (None, 1):
+            against = "it has one stage"
         if against is not None:
             self._found.objections[kind] = against
             return
@@ -179,7 +196,7 @@ class Explorer:
                 continue
             candidate = self.sharded_candidate(Sharded(kind=kind, devices=devices))
             rooms = [pricing.devices[i].profile.memory_bytes for i in devices]
-            if candidate is None or any(map(int.__gt__, candidate.memory_bytes, rooms)):
+            if any(map(int.__gt__, candidate.memory_bytes, rooms)):
                 continue
             fitting = True
             self._consider(candidate)
@@ -191,6 +208,8 @@ class Explorer:
         found.priced_count += 1
         if not self.admits(price):
             return
+        if self.value(price) <= self._limit():
+            self._near.append(candidate)
         known = found.by_kind.get(candidate.kind)
         if known is None or self._order(candidate) < self._order(known):
             found.by_kind[candidate.kind] = candidate
@@ -198,6 +217,14 @@ class Explorer:
             other = found.with_device.get(device)
             if other is None or self._order(candidate) < self._order(other):
                 found.with_device[device] = candidate
+
+    def _limit(self, kind: Kind | None = None) -> int:
+        """Values up to this count as equal to the best found so far, of a kind or of all."""
+        best = [self._found.by_kind.get(each) for each in (KINDS if kind is None else (kind,))]
+        values = [self.value(each.price) for each in best if each is not None]
+        if not values:
+            return UNLIMITED
+        return min(values) + min(values) * self._pricing.question.equal_per_mille // 1000
 
     def _bound(self, arrangement: Arrangement, cuts: Cuts) -> int:
         """No candidate of these cuts has a lower value."""
@@ -207,13 +234,17 @@ class Explorer:
             return step_ns
         return pricing.total(step_ns, pricing.shares(arrangement, cuts)).total_uj
 
-    def _order(self, one: Candidate) -> tuple[int, int, int, bool, int, tuple[int, ...], Cuts]:
-        """The lowest value; among equals fewer devices, what runs today, the home peer first."""
+    def _order(self, one: Candidate) -> tuple[int, _Preference]:
+        """The lowest value; among equals what is preferred."""
+        return self.value(one.price), self._preference(one)
+
+    def _preference(self, one: Candidate) -> _Preference:
+        """Fewer devices, the simpler kind, the home peer first, the lower value."""
         price, home = one.price, self._pricing.question.home
         other = price.total_uj if self._objective.goal == "time" else price.step_ns
         away = home is not None and self._pricing.devices[one.devices[0]].id != home
         return (
-            self.value(price), len(price.shares), KINDS.index(one.kind), away, other,
+            len(price.shares), KINDS.index(one.kind), away, self.value(price), other,
             one.devices, one.cuts,
         )  # fmt: skip
 
@@ -226,6 +257,9 @@ class Explorer:
             return "it takes two devices"
         if kind in ("pipeline", "hybrid") and self._pricing.segment_count < 2:
             return "the model has one segment"
+        stages = self._pricing.question.stages
+        if stages is not None and stages > 1 and kind in ("one device", "data"):
+            return "it has one stage"
         return "none fits the memory"
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from p2ptrain.planner.arrangement import Groups, kind_of
+from p2ptrain.planner.kinds import Kind
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.question import Kind
 
 EVERY_WAY_MAX: Final = 330
 """Ways of one kind that are all tried: every pipeline of five devices, every hybrid of four."""
@@ -21,13 +21,15 @@ HYBRID_STAGES: Final = (2, 3, 4, 8)
 
 def groupings(pricing: Pricing, kind: Kind) -> Iterator[Groups]:
     """Groups of one kind, each once, in a fixed order."""
-    most = min(len(pricing.devices), 64)
+    most, stages = min(len(pricing.devices), 64), pricing.question.stages
+    longest = pricing.segment_count if stages is None else min(stages, pricing.segment_count)
     source = _likely(pricing, kind)
-    if _count(kind, most, pricing.segment_count) <= EVERY_WAY_MAX:
-        source = _every(kind, most, pricing.segment_count)
+    if _count(kind, most, longest) <= EVERY_WAY_MAX:
+        source = _every(kind, most, longest)
     seen = set()
     for groups in source:
-        if groups not in seen and len(groups) <= pricing.segment_count and kind_of(groups) == kind:
+        as_asked = stages in (None, len(groups)) and len(groups) <= pricing.segment_count
+        if groups not in seen and as_asked and kind_of(groups) == kind:
             seen.add(groups)
             yield groups
 
@@ -111,9 +113,12 @@ def _rankings(pricing: Pricing) -> list[list[int]]:
 
 
 def _likely(pricing: Pricing, kind: Kind) -> Iterator[Groups]:
-    home = pricing.question.home
+    home, stages = pricing.question.home, pricing.question.stages
     for ranking in _rankings(pricing):
-        for count in thinned(len(ranking)):
+        counts = thinned(len(ranking))
+        if kind == "pipeline" and stages is not None:
+            counts = [stages] if stages <= len(ranking) else []
+        for count in counts:
             chosen = ranking[:count]
             if kind in ("one device", "data"):
                 yield (tuple(sorted(chosen)),)
@@ -129,7 +134,8 @@ def _likely(pricing: Pricing, kind: Kind) -> Iterator[Groups]:
 
 def _hybrids(pricing: Pricing, chosen: Sequence[int]) -> Iterator[Groups]:
     """The fastest first: neighbours in the ranking together, or groups of equal speed."""
-    for stages in HYBRID_STAGES:
+    asked = pricing.question.stages
+    for stages in HYBRID_STAGES if asked is None else (asked,):
         if stages >= len(chosen):
             return
         size = -(-len(chosen) // stages)

@@ -7,9 +7,9 @@ from typing import Final, Protocol
 
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.ids import DeviceId, Lineage, RunId, ViewNumber
+from p2ptrain.planner.kinds import EXACT_KINDS, Kind
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
-from p2ptrain.schedule.simulator import Timeline
 from p2ptrain.training.contract import Contract
 from p2ptrain.units import NS_PER_S
 
@@ -67,6 +67,10 @@ class PlanningInput:
     schedule: str = "1f1b"
     stages: int | None = None
     """Exact number of stages; None: the planner chooses."""
+    kinds: tuple[Kind, ...] = EXACT_KINDS
+    """Kinds of plan that may be chosen."""
+    compared: tuple[Kind, ...] = ()
+    """Further kinds of which the reasons say so when they would be clearly faster."""
     keep_data_here: bool = False
     """The home peer's data has no second copy."""
     holding: tuple[DeviceId, ...] = ()
@@ -92,20 +96,10 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanChoice:
-    """A plan with what a person may want to know about how it was found."""
+    """A plan, and who has no part in it."""
 
     plan: Plan
-    stage_reasons: tuple[str, ...]
-    """One sentence per stage."""
     left_out: tuple[LeftOut, ...]
-    timeline: Timeline
-    """The simulated step."""
-    ceiling: float
-    """Speed-up over one peer that the stage balance allows when links are free."""
-    one_peer_ns: int | None
-    """Predicted step on the best single peer; None when the model fits no single peer."""
-    simulated_count: int
-    """Candidates that were simulated exactly."""
 
 
 def stage_shares(plan: Plan) -> tuple[float, ...]:

@@ -12,8 +12,10 @@ from p2ptrain.planner.input import (
     OTHER_HOST_BYTES_PER_S,
     OTHER_HOST_LATENCY_NS,
     SAME_HOST_BYTES_PER_S,
+    SAME_HOST_LATENCY_NS,
     LinkEstimate,
 )
+from p2ptrain.planner.profile import PeerProfile
 
 MEDIUM_CHARACTERS_MAX: Final = 64
 LOOPBACK_BYTES_PER_S_MIN: Final = SAME_HOST_BYTES_PER_S // 4
@@ -40,6 +42,28 @@ class LinkFigure:
             raise ValueError("a link carries at least 1 byte per second")
         if len(self.medium) > MEDIUM_CHARACTERS_MAX:
             raise ValueError("a medium's name is too long")
+
+
+class LinkTable:
+    """Links between peers: as estimated, else as assumed for their kind."""
+
+    def __init__(self, estimates: Iterable[LinkEstimate]) -> None:
+        self._known = {frozenset((each.first, each.second)): each for each in estimates}
+
+    def between(self, one: PeerProfile, other: PeerProfile) -> LinkEstimate:
+        """The link of two peers."""
+        known = self._known.get(frozenset((one.device, other.device)))
+        if known is not None:
+            return known
+        near = one.host == other.host
+        return LinkEstimate(
+            first=one.device,
+            second=other.device,
+            latency_ns=SAME_HOST_LATENCY_NS if near else OTHER_HOST_LATENCY_NS,
+            bytes_per_s=SAME_HOST_BYTES_PER_S if near else OTHER_HOST_BYTES_PER_S,
+            rate_measured=False,
+            latency_measured=False,
+        )
 
 
 def link_estimates(

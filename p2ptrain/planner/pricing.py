@@ -15,13 +15,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups, Hop, Replica, kind_of
-from p2ptrain.planner.input import (
-    OTHER_HOST_BYTES_PER_S,
-    OTHER_HOST_LATENCY_NS,
-    SAME_HOST_BYTES_PER_S,
-    SAME_HOST_LATENCY_NS,
-    LinkEstimate,
-)
+from p2ptrain.planner.input import SAME_HOST_BYTES_PER_S, LinkEstimate
+from p2ptrain.planner.links import LinkTable
 from p2ptrain.planner.question import Question
 from p2ptrain.planner.replica_interval import (
     SET_NS_PER_BYTE,
@@ -90,7 +85,7 @@ class Pricing:
         self.segment_count = len(question.manifest.segments)
         self.microbatches = question.contract.microbatches
         self._kinds = tuple(segment.kind for segment in question.manifest.segments)
-        self._links = {frozenset((link.first, link.second)): link for link in question.links}
+        self._links = LinkTable(question.links)
         self._memory: dict[tuple[int, int, Held], int] = {}
         self._longest: dict[tuple[int, Held, int], int] = {}
         self._times: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {}
@@ -100,19 +95,7 @@ class Pricing:
 
     def link(self, first: int, second: int) -> LinkEstimate:
         """The link of two devices, or the assumption for its kind."""
-        one, other = self.devices[first].profile, self.devices[second].profile
-        known = self._links.get(frozenset((one.device, other.device)))
-        if known is not None:
-            return known
-        near = one.host == other.host
-        return LinkEstimate(
-            first=one.device,
-            second=other.device,
-            latency_ns=SAME_HOST_LATENCY_NS if near else OTHER_HOST_LATENCY_NS,
-            bytes_per_s=SAME_HOST_BYTES_PER_S if near else OTHER_HOST_BYTES_PER_S,
-            rate_measured=False,
-            latency_measured=False,
-        )
+        return self._links.between(self.devices[first].profile, self.devices[second].profile)
 
     def memory_bytes(self, first: int, end: int, holds: Held) -> int:
         """Peak memory of segments first..end-1 with room for this many microbatches."""

@@ -11,16 +11,11 @@ from typing import Final, Literal
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.input import LinkEstimate, StageMemory
+from p2ptrain.planner.kinds import KINDS, Kind
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.training.contract import Contract
 from p2ptrain.units import NS_PER_S
 
-Kind = Literal["one device", "data", "pipeline", "hybrid", "tensor", "sequence"]
-KINDS: Final[tuple[Kind, ...]] = (
-    "one device", "pipeline", "data", "hybrid", "tensor", "sequence",
-)  # fmt: skip
-RUNTIME_KINDS: Final[tuple[Kind, ...]] = ("one device", "pipeline")
-"""What this version can run; the others are what-if."""
 Goal = Literal["time", "energy"]
 GOALS: Final[tuple[Goal, ...]] = ("time", "energy")
 
@@ -96,6 +91,11 @@ class Question:
     are kept by whoever is there."""
     replica_every: int | None = None
     """Steps between replica sets; None: as they cost least."""
+    stages: int | None = None
+    """Exact number of stages; None: any."""
+    equal_per_mille: int = 0
+    """Values that differ by less are equal: then fewer devices, the simpler kind, the home peer
+    first."""
 
     def __post_init__(self) -> None:
         names = [device.id for device in self.devices]

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from p2ptrain.bundle.shard_units import units_by_weight
+from p2ptrain.planner.kinds import Kind
 from p2ptrain.planner.pricing import Price, Pricing, Share
-from p2ptrain.planner.question import Kind
 from p2ptrain.planner.segment_costs import FLOAT32_BYTES, SegmentCosts
 from p2ptrain.planner.traffic import all_reduce_bytes, gather_bytes
 from p2ptrain.schedule.actions import Held
+from p2ptrain.training.shard_cuts import unit_counts
 
 ONE: Final = Held(in_flight=1, delayed=0)
 TWO: Final = Held(in_flight=2, delayed=0)
@@ -109,33 +109,31 @@ class ShardedPricing:
         weights = self.weights(sharded)
         if sharded.kind == "sequence":
             units = pricing.costs.sequence
-            parts = units_by_weight(units, weights)
+            parts = unit_counts(units, weights)
             divisible = pricing.memory_bytes(0, count, TWO) - whole
             return tuple(whole - divisible * (units - part) // units for part in parts)
         found = [whole] * len(weights)
         for segment in pricing.costs.segments:
             if segment.shard_units:
                 state = self._state_bytes(segment)
-                for i, part in enumerate(units_by_weight(segment.shard_units, weights)):
+                for i, part in enumerate(unit_counts(segment.shard_units, weights)):
                     found[i] -= state * (segment.shard_units - part) // segment.shard_units
         return tuple(found)
 
-    def price(self, sharded: Sharded) -> Price | None:
-        """Time, joules and bytes of a step; None when a device would get nothing."""
+    def price(self, sharded: Sharded) -> Price:
+        """Time, joules and bytes of a step."""
         if sharded.kind == "tensor":
             return self._tensor(sharded)
         return self._sequence(sharded)
 
-    def _tensor(self, sharded: Sharded) -> Price | None:
+    def _tensor(self, sharded: Sharded) -> Price:
         pricing, devices = self._pricing, sharded.devices
         weights = self.weights(sharded)
         step_ns, sent = 0, 0
         own_ns, gradients = [0] * len(devices), [0] * len(devices)
         for index, segment in enumerate(pricing.costs.segments):
             units = segment.shard_units
-            parts = units_by_weight(units, weights) if units else (1,) * len(devices)
-            if 0 in parts:
-                return None
+            parts = unit_counts(units, weights) if units else (1,) * len(devices)
             step_ns += self._slowest(devices, index, parts, max(units, 1), own_ns)
             for size in (segment.reduced_forward_bytes, segment.reduced_backward_bytes):
                 step_ns += pricing.reduce_ns(devices, size)
@@ -147,12 +145,10 @@ class ShardedPricing:
         count = pricing.microbatches
         return self._price(devices, step_ns * count, sent * count, own_ns, tuple(gradients))
 
-    def _sequence(self, sharded: Sharded) -> Price | None:
+    def _sequence(self, sharded: Sharded) -> Price:
         pricing, devices = self._pricing, sharded.devices
         units = pricing.costs.sequence
-        parts = units_by_weight(units, self.weights(sharded))
-        if 0 in parts:
-            return None
+        parts = unit_counts(units, self.weights(sharded))
         step_ns, sent, gradients = 0, 0, 0
         own_ns = [0] * len(devices)
         for index, segment in enumerate(pricing.costs.segments):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from p2ptrain.ids import DeviceId
-from p2ptrain.planner.costs import CostModel
+from p2ptrain.planner.choose import run_question
+from p2ptrain.planner.drafting import Drafting
+from p2ptrain.planner.explore import Explorer
 from p2ptrain.planner.input import PlanningInput
+from p2ptrain.planner.pricing import Pricing
 from p2ptrain.recovery.successor import Place, Placement
 
 
@@ -15,21 +18,24 @@ def placing(planning: PlanningInput) -> Place:
 
     Of `planning` it takes manifest, contract, profiles, memory model, schedule and links.
     """
-    model = CostModel(planning)
-    kinds = {segment.kind for segment in planning.manifest.segments}
-    known = {each.device: each for each in planning.profiles if kinds <= each.kinds.keys()}
+    pricing = Pricing(run_question(planning))
+    explorer = Explorer(pricing)
+    known = {device.id: index for index, device in enumerate(pricing.devices)}
 
     def place(spans: Sequence[tuple[DeviceId, range]]) -> Placement | None:
         if any(device not in known for device, _ in spans):
             return None
-        costs = model.order(tuple(known[device] for device, _ in spans))
-        bounds = [(index, span.start, span.stop) for index, (_, span) in enumerate(spans)]
-        if not all(model.fits(costs, *bound) for bound in bounds):
+        groups = tuple((known[device],) for device, _ in spans)
+        arrangement = pricing.arrange(groups, planning.schedule)
+        if arrangement is None:
             return None
-        cuts = tuple(end for _, _, end in bounds)
+        for (replica,), (_, span) in zip(arrangement.stages, spans, strict=True):
+            if span.stop > pricing.longest_fit(replica, span.start):
+                return None
+        candidate = explorer.candidate(arrangement, tuple(span.stop for _, span in spans))
         return Placement(
-            stages=tuple(model.stage_plan(costs, *bound) for bound in bounds),
-            step_ns=model.play(costs, cuts).step_ns,
+            stages=Drafting(planning, pricing, candidate).stages(),
+            step_ns=candidate.price.step_ns,
         )
 
     return place

@@ -249,6 +249,7 @@ def _new_contract(
             heldout_microbatches=request.heldout_microbatches,
             builds=(),
             rematerialise=request.rematerialise,
+            parallelism=request.parallelism,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -10,12 +10,12 @@ from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.asked import Known
-from p2ptrain.planner.choose import choose_plan
+from p2ptrain.planner.choose import asked_plan, choose_plan
 from p2ptrain.planner.input import LeftOut, PlanningInput, StageMemory
+from p2ptrain.planner.kinds import EXACT_KINDS, RUNTIME_KINDS, Kind, kinds_at_start
 from p2ptrain.planner.links import LinkFigure, link_estimates
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import KindCost, PeerProfile
-from p2ptrain.planner.run_plan import asked_plan
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.schedule.actions import delays_gradients
@@ -73,24 +73,43 @@ def place(request: TrainRequest, job: Job, group: Group) -> Placement:
         view=job.view,
         schedule=schedule,
         stages=request.stages,
+        kinds=kinds_at_start(contract.parallelism),
+        compared=_compared(contract),
         keep_data_here=request.keep_data_here,
         replica_every=request.replicate_every,
         links=link_estimates(group.links, {p.device: p.host for p in able}),
     )
     if job.asked is None:
         choice = choose_plan(planning)
-        chosen, left_out = choice.plan, choice.left_out
     else:
         absent = {**group.known.absent, **{out.device: out.reason for out in outsiders}}
         known = dataclasses.replace(group.known, absent=absent)
         asked = dataclasses.replace(job.asked, schedule=schedule)
-        chosen, left_out = asked_plan(planning, asked, known)
+        choice = asked_plan(planning, asked, known)
+    chosen, left_out = choice.plan, choice.left_out
     if not job.resumed:
+        contract = dataclasses.replace(contract, parallelism=_parallelism(contract, chosen))
         taking_part = {device for stage in chosen.stages for device in stage.devices}
         contract = with_builds(contract, (p.build for p in able if p.device in taking_part))
     reasons = (*chosen.reasons, *notes)
     plan = dataclasses.replace(chosen, contract=contract.digest, reasons=reasons)
     return Placement(plan=plan, contract=contract, left_out=(*outsiders, *left_out))
+
+
+def _compared(contract: Contract) -> tuple[Kind, ...]:
+    """Kinds that this version runs and that nobody has asked for."""
+    asked = kinds_at_start(contract.parallelism)
+    return tuple(kind for kind in RUNTIME_KINDS if kind not in asked and asked == EXACT_KINDS)
+
+
+def _parallelism(contract: Contract, plan: Plan) -> str:
+    """What was asked for; what a plan of one's own shows where nothing was."""
+    splits = {stage.split for stage in plan.stages} - {"none"}
+    if contract.parallelism != "pipeline" or not splits:
+        return contract.parallelism
+    if splits == {"replicas"}:
+        return "data" if len(plan.stages) == 1 else "hybrid"
+    return splits.pop()
 
 
 def predicted_memory(manifest: Manifest, contract: Contract) -> StageMemory:

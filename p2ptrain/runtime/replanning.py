@@ -15,9 +15,9 @@ from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.ids import DeviceId, Lineage, short
 from p2ptrain.planner.choose import choose_plan
-from p2ptrain.planner.costs import CostModel
 from p2ptrain.planner.input import PlanningInput
-from p2ptrain.planner.links import link_estimates
+from p2ptrain.planner.kinds import kinds_later
+from p2ptrain.planner.links import LinkTable, link_estimates
 from p2ptrain.planner.moves import moving_ns, pays
 from p2ptrain.planner.pace import AS_PLANNED, at_pace
 from p2ptrain.planner.plan import Plan
@@ -197,13 +197,13 @@ class _Planner:
         """Whether a step gets enough shorter, and all that are left save more than moving costs."""
         if choice.step_ns * 100 > like.step_ns * (100 - GAIN_PERCENT):
             return False
-        contract, model = self._base.contract, CostModel(self._planning(choice.home))
+        contract, links = self._base.contract, LinkTable(self._planning(choice.home).links)
         moves_ns = moving_ns(
             like.stages,
             choice.stages,
             manifest=self._given.manifest,
             optimizer=contract.optimizer.name,
-            link=lambda a, b: model.link(self._profiles[a], self._profiles[b]),
+            link=lambda a, b: links.between(self._profiles[a], self._profiles[b]),
         )
         return pays(
             before_ns=like.step_ns,
@@ -226,6 +226,7 @@ class _Planner:
             lineage=plan.lineage,
             view=self._wanted.number,
             schedule=plan.schedule,
+            kinds=kinds_later(contract.parallelism),
             keep_data_here=plan.keep_data_here,
             holding=tuple(sorted(holding)),
             replica_every=plan.replica_every,

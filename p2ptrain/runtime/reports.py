@@ -39,6 +39,9 @@ class TrainRequest:
     plan: str | None = None
     """Text of a file with the plan to begin with (`planner.plan_file`); None: the planner finds
     one."""
+    parallelism: str = "pipeline"
+    """Which plans the run may have: pipeline (the bits of one peer), auto, data, tensor, sequence
+    or hybrid."""
     microbatches: int = 8
     microbatch_size: int = 4
     seed: int = 0

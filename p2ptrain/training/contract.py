@@ -19,6 +19,8 @@ from p2ptrain.wire.codec import to_plain
 CONTRACT_VERSION: Final = 2
 CODECS_OF_RUNS: Final = ("fp32", "bf16", "int8")
 """How boundary tensors go between peers (PROTOCOL.md section 6.7)."""
+PARALLELISMS: Final = ("pipeline", "auto", "data", "tensor", "sequence", "hybrid")
+"""Pipelines have the bits of one peer; under the others the order of sums follows from the plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,8 @@ class Contract:
     """The set of runtime builds that take part, sorted."""
     rematerialise: bool = False
     """Keep only each segment's inputs for the backward, which runs the forward again."""
+    parallelism: str = "pipeline"
+    """One of PARALLELISMS: which plans the run may have."""
     version: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
@@ -96,6 +100,11 @@ class Contract:
         """`exact` or `within tolerance`, and why, in one phrase."""
         if len(self.builds) > 1:
             return f"within tolerance: {len(self.builds)} different runtime builds take part"
+        if self.parallelism != "pipeline":
+            return (
+                "within tolerance: several peers may share a stage "
+                f"(--parallelism {self.parallelism}), so sums follow the plan"
+            )
         if self.codec != "fp32":
             return (
                 f"exact for one placement: {self.codec} rounds what crosses between peers, so "
@@ -105,7 +114,10 @@ class Contract:
 
     @property
     def digest(self) -> Digest:
-        document = json.dumps(to_plain(self), sort_keys=True, separators=(",", ":"))
+        plain = to_plain(self)
+        if self.parallelism == "pipeline":
+            del plain["parallelism"]  # runs from before there was a choice keep their digests
+        document = json.dumps(plain, sort_keys=True, separators=(",", ":"))
         return Digest(hashlib.sha256(document.encode()).hexdigest())
 
 
@@ -126,6 +138,8 @@ def _problem(contract: Contract) -> str | None:
         return f"unknown graph form {contract.form!r}"
     if contract.codec not in CODECS_OF_RUNS:
         return f"unknown codec {contract.codec!r}"
+    if contract.parallelism not in PARALLELISMS:
+        return f"unknown parallelism {contract.parallelism!r}"
     if contract.optimizer.name not in ("adamw", "sgd"):
         return f"unknown optimizer {contract.optimizer.name!r}"
     if contract.seed < 0 or contract.seed >= 1 << 63:

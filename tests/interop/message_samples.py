@@ -146,7 +146,11 @@ SPECIAL: Final[dict[str, dict[str, Any]]] = {  # Any: what makes a field's value
     "Wanted": {"what": lambda: "state"},
     "HeldLog": {"last_step": lambda: 20},
     "View": {"journals": lambda: (7, 8, 0), "resume_step": lambda: sample(StepRecord).step},
-    "Contract": {"dropout": lambda: 0.1, "optimizer": OptimizerChoice},
+    "Contract": {
+        "dropout": lambda: 0.1,
+        "optimizer": OptimizerChoice,
+        "parallelism": lambda: "data",
+    },
     "Amounts": {"phases": lambda: {phase: sample(PhaseAmount) for phase in PHASES}},
     "Known": {
         "revocations": _fingerprints,

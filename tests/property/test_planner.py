@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2ptrain.errors import PlanInfeasible
-from p2ptrain.planner.choose import choose_plan
-from p2ptrain.planner.costs import CostModel
+from p2ptrain.planner.choose import choose_plan, run_question
 from p2ptrain.planner.input import LinkEstimate, PlanningInput
+from p2ptrain.planner.pricing import Pricing, spans
 from p2ptrain.schedule.actions import SCHEDULES, all_actions, held
 from tests.planning_cases import device, planning_input, profile
 
@@ -55,16 +55,17 @@ def _inputs(draw: st.DrawFn, *, segments_max: int = 10, peers_max: int = 4) -> P
 
 def _best_by_exhaustion(planning: PlanningInput) -> int | None:
     """Simulate every subset, order and cut that fits."""
-    model, best = CostModel(planning), None
-    count = model.segment_count
-    for stages in range(1, min(count, len(planning.profiles)) + 1):
-        for peers in itertools.permutations(planning.profiles, stages):
-            costs = model.order(peers)
+    pricing, best = Pricing(run_question(planning)), None
+    count = pricing.segment_count
+    for stages in range(1, min(count, len(pricing.devices)) + 1):
+        for order in itertools.permutations(range(len(pricing.devices)), stages):
+            arrangement = pricing.arrange(tuple((i,) for i in order), planning.schedule)
+            assert arrangement is not None
             for inner in itertools.combinations(range(1, count), stages - 1):
                 cuts = (*inner, count)
-                bounds = zip((0, *inner), cuts, strict=True)
-                if all(model.fits(costs, i, f, e) for i, (f, e) in enumerate(bounds)):
-                    step_ns = model.play(costs, cuts).step_ns
+                own = zip(arrangement.stages, spans(cuts), strict=True)
+                if all(end <= pricing.longest_fit(r, first) for (r,), (first, end) in own):
+                    step_ns = pricing.price(arrangement, cuts).step_ns
                     best = step_ns if best is None else min(best, step_ns)
     return best
 

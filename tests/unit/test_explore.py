@@ -10,8 +10,9 @@ import pytest
 
 from p2ptrain.planner.explore import Explorer, Found
 from p2ptrain.planner.input import LinkEstimate
+from p2ptrain.planner.kinds import RUNTIME_KINDS, Kind
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.question import RUNTIME_KINDS, Kind, Objective, Power, Question
+from p2ptrain.planner.question import Objective, Power, Question
 from p2ptrain.planner.sharded import weights_by_speed
 from p2ptrain.schedule.actions import stage_actions
 from p2ptrain.schedule.replicated import replicated_actions, shared_out

@@ -14,7 +14,6 @@ from p2ptrain.membership.states import State
 from p2ptrain.net.addresses import wifi_medium
 from p2ptrain.net.link_reports import PeerLinkStatistics
 from p2ptrain.planner.choose import choose_plan
-from p2ptrain.planner.costs import CostModel
 from p2ptrain.planner.input import OTHER_HOST_BYTES_PER_S, OTHER_HOST_LATENCY_NS, LinkEstimate
 from p2ptrain.planner.links import LinkFigure, link_estimates
 from p2ptrain.runtime.link_figures import link_figures
@@ -79,20 +78,6 @@ def test_plan_says_what_was_measured_and_shares_the_air() -> None:
     assert "link bbbbbbbb to cccccccc: round trip 2.0 ms, measured" in reasons
     assert f"links between hosts are assumed to carry {assumed} per second" in reasons
     assert "2 links share the air of wifi 10.0.0.0/24" in reasons
-
-
-def test_air_that_two_links_share_carries_each_at_half_its_rate() -> None:
-    wide = dataclasses.replace(figure("b"), bytes_per_s=1_000, round_trip_ns=0)
-    told = {A: [wide], B: [dataclasses.replace(wide, peer=C)]}
-    airy = {d: [dataclasses.replace(f, medium="wifi")] for d, (f,) in told.items()}
-    peers = tuple(profile(letter, EQUAL, host=f"host-{letter}") for letter in "abc")
-    apart, shared = (
-        CostModel(planning_input(list(peers), segment_count=8, links=link_estimates(t, APART)))
-        .order(peers)
-        .transfer_ns[0][4]
-        for t in (told, airy)
-    )
-    assert shared == 2 * apart > 0
 
 
 @pytest.mark.parametrize(

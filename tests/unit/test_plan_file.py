@@ -159,20 +159,19 @@ def test_a_whole_model_is_shared_by_weights(split: str) -> None:
     assert slower.compute_ns < faster.compute_ns
 
 
-@pytest.mark.parametrize(
-    ("text", "for_run", "message", "hint"),
-    [
-        (_shared([A, B], 26, 'split = "tensor"'), True,
-         "no tensor sharding because the bundle does not say how", "2 stages of one device"),
-        (_shared([A, B], 26, 'split = "tensor"\nweights = [1, 99]'), False,
-         "gets nothing of a segment", "leave weights out"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_shared_says_why(text: str, for_run: bool, message: str, hint: str) -> None:
-    with pytest.raises(PlanInfeasible) as refused:
-        _bert(text, for_run=for_run)
-    assert message in refused.value.message
-    assert hint in refused.value.hint
+def test_a_run_shares_nothing_that_its_bundle_does_not_describe() -> None:
+    text = _shared([A, B], 26, 'split = "tensor"')
+    with pytest.raises(PlanInfeasible, match="no tensor sharding because the bundle does") as no:
+        _bert(text, for_run=True)
+    assert "2 stages of one device" in no.value.hint
+    assert _bert(text).kind == "tensor", "what-if takes it for what its parameters look like"
+
+
+def test_more_devices_than_units_are_refused() -> None:
+    asked = bert_question("abcdefghijklm", "tensor")
+    names = [device(letter) for letter in "abcdefghijklm"]
+    with pytest.raises(PlanInfeasible, match="12 heads or columns for 13 devices"):
+        _forced(_shared(names, 26, 'split = "tensor"'), asked)
 
 
 def test_a_bundle_says_itself_why_it_cannot_be_shared() -> None:

@@ -7,9 +7,11 @@ import dataclasses
 import pytest
 
 from p2ptrain.errors import ConfigError, PlanInfeasible
-from p2ptrain.planner.choose import choose_plan
-from p2ptrain.planner.costs import CostModel
+from p2ptrain.planner import kinds
+from p2ptrain.planner.choose import choose_plan, run_question
 from p2ptrain.planner.input import LinkEstimate, stage_shares
+from p2ptrain.planner.kinds import KINDS, Kind
+from p2ptrain.planner.pricing import Pricing
 from tests.planning_cases import device, fast_links, planning_input, profile
 
 EQUAL = [(1_000_000, 2_000_000)] * 8
@@ -22,10 +24,9 @@ def test_two_equal_peers_split_in_half_and_home_comes_first() -> None:
     assert [stage.device for stage in plan.stages] == [device("b"), device("a")]
     assert [stage.segment_count for stage in plan.stages] == [4, 4]
     assert [stage.in_flight_max for stage in plan.stages] == [2, 1]
-    assert 0 <= plan.step_ns - 9 * 12_000_000 <= 16  # a tensor takes at least 1 ns
+    assert 0 <= plan.step_ns - 9 * 12_000_000 <= 500  # tensors, and a replica set of 256 bytes
     assert stage_shares(plan) == (0.5, 0.5)
-    assert choice.ceiling == pytest.approx(16 / 9)
-    assert choice.one_peer_ns == 8 * 24_000_000
+    assert "1.78 times the speed of the best single peer" in plan.reasons[0]
     assert plan.stages[0].parameter_count == 4 * 16
 
 
@@ -33,8 +34,8 @@ def test_two_equal_peers_split_in_half_and_home_comes_first() -> None:
 def test_links_are_charged_for_encoded_bytes(codec: str, size: int) -> None:
     planning = planning_input([profile("a", EQUAL), profile("b", EQUAL)], segment_count=8)
     contract = dataclasses.replace(planning.contract, codec=codec)
-    model = CostModel(dataclasses.replace(planning, contract=contract))
-    assert model.sent_bytes(3) == size  # 4 samples of 16 values
+    question = run_question(dataclasses.replace(planning, contract=contract))
+    assert Pricing(question).costs.segments[3].sent_bytes == size  # 4 samples of 16 values
 
 
 def test_reasons_name_every_peer() -> None:
@@ -45,7 +46,7 @@ def test_reasons_name_every_peer() -> None:
     assert [one.device for one in choice.left_out] == [device("c")]
     assert any(reason.startswith("cccccccc left out: the best step found with it takes")
                for reason in choice.plan.reasons)  # fmt: skip
-    assert "owns the data" in choice.stage_reasons[0]
+    assert "owns the data" in choice.plan.reasons[1]
     assert choice.plan.members == (device("a"), device("b"), device("c"))  # c is in reserve
 
 
@@ -171,10 +172,56 @@ def test_many_peers_are_planned_within_the_candidate_bounds() -> None:
         planning_input(peers, segment_count=40, links=fast_links(peers), microbatches=16)
     )
     assert len(choice.plan.stages) > 8
-    assert choice.one_peer_ns is not None
-    assert choice.plan.step_ns < choice.one_peer_ns // 5
+    alone = choose_plan(planning_input(peers[:1], segment_count=40, microbatches=16))
+    assert choice.plan.step_ns < alone.plan.step_ns // 5
 
 
 def test_a_device_cannot_have_two_profiles() -> None:
     with pytest.raises(ValueError, match="two profiles"):
         planning_input([profile("a", EQUAL)] * 2, segment_count=8, links=())
+
+
+ALL: tuple[Kind, ...] = ("one device", "pipeline", "data", "hybrid")
+
+
+def test_replicas_are_chosen_where_they_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "RUNTIME_KINDS", KINDS)
+    planning = planning_input([profile("a", EQUAL), profile("b", EQUAL)], segment_count=8)
+    plan = choose_plan(dataclasses.replace(planning, kinds=ALL)).plan
+    assert [(s.split, s.weights) for s in plan.stages] == [("replicas", (4, 4))]
+    assert plan.replicas == (None,), "each replica has the state"
+    assert "4 of 8 parts of the microbatches" in plan.reasons[1]
+    assert plan.step_ns == 4 * 8 * 3_000_000 + plan.step_ns % 10_000, "gradients are 512 bytes"
+
+
+def test_a_faster_kind_that_nobody_asked_for_is_named() -> None:
+    planning = planning_input([profile("a", EQUAL), profile("b", EQUAL)], segment_count=8)
+    plan = choose_plan(dataclasses.replace(planning, compared=("data",))).plan
+    assert [stage.split for stage in plan.stages] == ["none", "none"]
+    assert any(
+        reason.startswith("data parallelism would take 96.0 ms a step")
+        and reason.endswith("--parallelism auto allows it")
+        for reason in plan.reasons
+    )
+    many = dataclasses.replace(planning.contract, microbatches=64)
+    plan = choose_plan(dataclasses.replace(planning, compared=("data",), contract=many)).plan
+    assert not any("parallelism" in reason for reason in plan.reasons), "1 or 2 % are not worth it"
+
+
+def test_a_kind_that_cannot_be_had_says_why() -> None:
+    planning = planning_input([profile("a", EQUAL)], segment_count=8)
+    with pytest.raises(PlanInfeasible, match="data parallelism because it takes two devices"):
+        choose_plan(dataclasses.replace(planning, kinds=("data",)))
+    pair = planning_input([profile("a", EQUAL), profile("b", EQUAL)], segment_count=8)
+    with pytest.raises(PlanInfeasible, match="tensor parallelism because the bundle does not"):
+        choose_plan(dataclasses.replace(pair, kinds=("tensor",)))
+
+
+def test_a_lone_peer_is_charged_for_its_keeper() -> None:
+    alone = choose_plan(planning_input([profile("a", EQUAL)], segment_count=8)).plan
+    slow = profile("b", [(10**9, 10**9)] * 8)
+    kept = choose_plan(planning_input([profile("a", EQUAL), slow], segment_count=8)).plan
+    assert kept.replicas == (device("b"),)
+    assert alone.step_ns < kept.step_ns < alone.step_ns + 1000
+    assert "replica sets every" in " ".join(kept.reasons)
+    assert "replica sets every" not in " ".join(alone.reasons)

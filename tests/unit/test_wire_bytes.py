@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from p2ptrain.planner.explore import Explorer
+from p2ptrain.planner.kinds import Kind
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.question import Kind
 from p2ptrain.planner.segment_costs import model_costs
 from p2ptrain.planner.sharded import Sharded, ShardedPricing
 from p2ptrain.planner.traffic import all_reduce_bytes, gather_bytes
@@ -41,9 +41,7 @@ def test_bytes_per_peer_and_step(kind: Kind, megabytes: float, seconds: float) -
         assert arrangement is not None
         price = pricing.price(arrangement, (26,))
     else:
-        found = ShardedPricing(pricing).price(Sharded(kind=kind, devices=(0, 1, 2, 3)))
-        assert found is not None
-        price = found
+        price = ShardedPricing(pricing).price(Sharded(kind=kind, devices=(0, 1, 2, 3)))
     for share in price.shares:
         assert share.sent_bytes == pytest.approx(megabytes * 1e6, rel=0.01)
     compute_ns = max(share.compute_ns for share in price.shares)

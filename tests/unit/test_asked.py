@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 
 from p2ptrain.errors import ConfigError, PlanInfeasible
-from p2ptrain.planner import run_plan
+from p2ptrain.planner import kinds
 from p2ptrain.planner.asked import Known
+from p2ptrain.planner.choose import asked_plan
 from p2ptrain.planner.input import LeftOut, LinkEstimate
+from p2ptrain.planner.kinds import KINDS
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.plan_file import read_plan
-from p2ptrain.planner.question import KINDS
-from p2ptrain.planner.run_plan import asked_plan
 from tests.planning_cases import device, planning_input, profile
 
 A, B, C = (device(letter) for letter in "abc")
@@ -25,7 +25,8 @@ def _asked(text: str, **changes: object) -> tuple[Plan, tuple[LeftOut, ...]]:
     peers = [profile(letter, EQUAL) for letter in "abc"]
     planning = planning_input(peers, segment_count=8)
     planning = dataclasses.replace(planning, **changes)  # type: ignore[arg-type]  # by name
-    return asked_plan(planning, read_plan(text, file="--plan"), KNOWN)
+    choice = asked_plan(planning, read_plan(text, file="--plan"), KNOWN)
+    return choice.plan, choice.left_out
 
 
 def _stage(devices: list[str], segments: int, *lines: str) -> str:
@@ -48,14 +49,14 @@ def test_a_pipeline_as_asked() -> None:
 
 
 def test_what_this_version_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_plan, "RUNTIME_KINDS", ("one device", "pipeline"))
-    with pytest.raises(PlanInfeasible, match="does not run data parallelism yet") as refused:
+    monkeypatch.setattr(kinds, "RUNTIME_KINDS", ("one device", "pipeline"))
+    with pytest.raises(PlanInfeasible, match="does not run plans of the kind data yet") as refused:
         _asked(_stage(["laptop", "cellar"], 8))
     assert "pipeline" in refused.value.hint
 
 
 def test_replicas_get_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_plan, "RUNTIME_KINDS", KINDS)
+    monkeypatch.setattr(kinds, "RUNTIME_KINDS", KINDS)
     text = _stage(["loft", "cellar"], 6, "weights = [3, 1]") + _stage(["laptop"], 2)
     plan, _ = _asked(text)
     shared, single = plan.stages
@@ -69,7 +70,7 @@ def test_replicas_get_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_replicated_stage_delays_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_plan, "RUNTIME_KINDS", KINDS)
+    monkeypatch.setattr(kinds, "RUNTIME_KINDS", KINDS)
     plan, _ = _asked(_stage(["loft", "cellar"], 8), schedule="zb-h1")
     assert plan.schedule == "1f1b"
 

@@ -1,82 +1,24 @@
-"""From a priced candidate to the plan of a run's view, with its reasons in words.
-
-`run_question` makes the question that is explored for a run out of what its members have measured.
-"""
+"""From a priced candidate to the plan of a run's view, with its reasons in words."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from typing import Final
 
-from p2ptrain.errors import PlanInfeasible
 from p2ptrain.ids import short
-from p2ptrain.planner.asked import Known, asked_candidate
-from p2ptrain.planner.explore import Candidate, Explorer
+from p2ptrain.planner.explore import Candidate
 from p2ptrain.planner.input import (
     OTHER_HOST_BYTES_PER_S,
     SAME_HOST_BYTES_PER_S,
-    LeftOut,
     PlanningInput,
     stage_shares,
 )
 from p2ptrain.planner.keepers import data_holders, replica_keepers
 from p2ptrain.planner.plan import Plan, Split, StagePlan, StageShare
-from p2ptrain.planner.plan_file import AskedPlan
 from p2ptrain.planner.pricing import Pricing, spans
-from p2ptrain.planner.question import RUNTIME_KINDS, Device, Power, Question
 from p2ptrain.planner.replica_interval import REPLICA_EVERY_MIN
 from p2ptrain.units import NS_PER_S, format_bytes, format_seconds
-
-UNKNOWN_POWER: Final = Power(idle_uw=0, busy_uw=0, pj_per_byte=0)
-
-
-def run_question(planning: PlanningInput) -> Question:
-    """The question of a run: who of those that have measured the whole model runs what."""
-    kinds = {segment.kind for segment in planning.manifest.segments}
-    measured = [p for p in planning.profiles if kinds <= p.kinds.keys()]
-    return Question(
-        manifest=planning.manifest,
-        contract=planning.contract,
-        devices=tuple(Device(profile=profile, power=UNKNOWN_POWER) for profile in measured),
-        stage_memory=planning.stage_memory,
-        links=planning.links,
-        schedules=(planning.schedule,),
-        home=planning.home,
-        for_run=True,
-        replica_every=planning.replica_every,
-    )
-
-
-def asked_plan(
-    planning: PlanningInput, asked: AskedPlan, known: Known
-) -> tuple[Plan, tuple[LeftOut, ...]]:
-    """The plan that a person asks for, on what its devices have measured.
-
-    Raises:
-        ConfigError: it does not match the devices that are there, or the model.
-        PlanInfeasible: it does not fit the memory, the bundle cannot be divided that way, or this
-            version cannot run such plans.
-    """
-    pricing = Pricing(run_question(planning))
-    explorer = Explorer(pricing)
-    candidate = asked_candidate(asked, explorer=explorer, pricing=pricing, known=known)
-    if candidate.kind not in RUNTIME_KINDS:
-        raise PlanInfeasible(
-            f"{asked.file}: this version does not run {candidate.kind} parallelism yet",
-            hint=f"it runs: {', '.join(RUNTIME_KINDS)}; p2ptrain plan --plan prices all kinds",
-        )
-    draft = Drafting(planning, pricing, candidate)
-    step = format_seconds(candidate.price.step_ns / NS_PER_S)
-    count, everyone = len(candidate.devices), len(planning.profiles)
-    headline = f"{count} of {everyone} peers compute as asked: a step is predicted to take {step}"
-    taken = {pricing.devices[i].id for i in candidate.devices}
-    left_out = tuple(
-        LeftOut(device=device, reason="the plan that was asked for does without it")
-        for device in sorted(p.device for p in planning.profiles if p.device not in taken)
-    )
-    return draft.plan([headline, *draft.stage_reasons()]), left_out
 
 
 class Drafting:
@@ -87,7 +29,7 @@ class Drafting:
         self._names = {i: each.id for i, each in enumerate(pricing.devices)}
 
     def plan(self, reasons: Sequence[str] = ()) -> Plan:
-        """The plan, whose reasons are these and how long replica sets are apart."""
+        """The plan; its reasons are these, how far replica sets are apart, and what was assumed."""
         planning, stages = self._planning, self.stages()
         members = tuple(sorted({*(p.device for p in planning.profiles), planning.home}))
         every, why = self._replica_every(len(members))
@@ -111,7 +53,7 @@ class Drafting:
             stages=stages,
             replicas=replica_keepers(stages, members),
             step_ns=self._candidate.price.step_ns,
-            reasons=(*reasons, *why, *self.assumptions()),
+            reasons=(*reasons, *why, *self.assumptions()) if reasons else (),
         )
 
     def stages(self) -> tuple[StagePlan, ...]:
