@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from p2ptrain.bundle.shard_traffic import CollectiveCost
+from p2ptrain.ids import DeviceId
 from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups, Hop, Replica, kind_of
 from p2ptrain.planner.input import SAME_HOST_BYTES_PER_S, LinkEstimate
 from p2ptrain.planner.links import LinkTable
@@ -25,7 +27,7 @@ from p2ptrain.planner.replica_interval import (
     replica_interval,
 )
 from p2ptrain.planner.segment_costs import model_costs
-from p2ptrain.planner.traffic import all_reduce_bytes, rounds_ns
+from p2ptrain.planner.traffic import all_reduce_bytes, collective_ns
 from p2ptrain.schedule.actions import Action, Held, delayed_microbatches, delays_gradients, held
 from p2ptrain.schedule.replicated import (
     Passage,
@@ -340,24 +342,31 @@ class Pricing:
         return 0 if rate is None else gradient_bytes * UPDATE_PASSES * NS_PER_S // rate
 
     def reduce_ns(self, devices: tuple[int, ...], whole_bytes: int) -> int:
-        """Time of a ring all-reduce among devices, over their slowest link."""
-        part = -(-whole_bytes // len(devices))
-        return self.ring_ns(devices, part, 2 * (len(devices) - 1))
+        """Time in which devices add up so many bytes, over their slowest link."""
+        reduce = CollectiveCost(kind="reduce", whole_bytes=whole_bytes)
+        return self.collective_ns(devices, reduce)
 
-    def ring_ns(self, devices: tuple[int, ...], part_bytes: int, rounds: int) -> int:
-        """Time of so many rounds in which each device sends a part to the next."""
-        if len(devices) < 2 or part_bytes == 0:
+    def collective_ns(self, devices: tuple[int, ...], collective: CollectiveCost) -> int:
+        """Time of one collective: everybody sends parts to everybody, then sums, each on a line
+        of its own; on a medium all take turns."""
+        count, size = len(devices), collective.whole_bytes
+        if count < 2 or size == 0:
             return 0
-        pairs = zip(devices, (*devices[1:], devices[0]), strict=True)
-        links = [self.link(a, b) for a, b in pairs]
-        shared = Counter(link.medium for link in links if link.medium)
+        links = [self.link(a, b) for a, b in itertools.combinations(devices, 2)]
+        ends = {link.medium: set[DeviceId]() for link in links if link.medium}
+        for link in links:
+            if link.medium:
+                ends[link.medium].update((link.first, link.second))
         return max(
-            rounds_ns(
-                part_bytes, rounds, latency_ns=link.latency_ns, bytes_per_s=link.bytes_per_s,
-                sharing=shared[link.medium] if link.medium else 1,
+            collective_ns(
+                collective.ring_bytes(count),
+                hops=2 if collective.kind == "reduce" else 1,
+                latency_ns=link.latency_ns,
+                bytes_per_s=link.bytes_per_s,
+                sharing=len(ends[link.medium]) if link.medium else 1,
             )
             for link in links
-        )  # fmt: skip
+        )
 
     def _reduced_ns(
         self, arrangement: Arrangement, cuts: Cuts, timeline: ReplicatedTimeline

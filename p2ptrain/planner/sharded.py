@@ -1,22 +1,22 @@
 """Tensor and sequence parallelism as pure degrees: all devices work on every microbatch together.
 
-Tensor: heads and MLP columns are divided; each sharded segment ends in an all-reduce, forward and
-backward; the rest is computed whole by everybody. Sequence: positions are divided; attention
-gathers keys and values, scatters their gradients, and the parameters' gradients are added up once
-per step. Collectives wait for everybody and do not overlap here.
+Segments that are not divided are computed whole by everybody. Collectives wait for everybody and do
+not overlap.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from p2ptrain.bundle.shard_traffic import CollectiveCost, SegmentTraffic
 from p2ptrain.planner.kinds import Kind
 from p2ptrain.planner.pricing import Price, Pricing, Share
 from p2ptrain.planner.segment_costs import FLOAT32_BYTES, SegmentCosts
-from p2ptrain.planner.traffic import all_reduce_bytes, gather_bytes
+from p2ptrain.planner.shard_costs import shard_costs
 from p2ptrain.schedule.actions import Held
 from p2ptrain.training.shard_cuts import unit_counts
 
@@ -96,6 +96,7 @@ class ShardedPricing:
 
     def __init__(self, pricing: Pricing) -> None:
         self._pricing = pricing
+        self._costs: dict[Kind, tuple[SegmentTraffic, ...]] = {}
 
     def memory_bytes(self, sharded: Sharded) -> tuple[int, ...]:
         """Predicted peak by device: the whole model with one microbatch, less what is divided.
@@ -103,96 +104,45 @@ class ShardedPricing:
         Under tensor parallelism that is state alone (activations count whole), under sequence
         parallelism activations alone.
         """
-        pricing = self._pricing
+        pricing, weights = self._pricing, self.weights(sharded)
         count = pricing.segment_count
         whole = pricing.memory_bytes(0, count, ONE)
-        weights = self.weights(sharded)
         if sharded.kind == "sequence":
-            units = pricing.costs.sequence
-            parts = unit_counts(units, weights)
+            units = max(segment.units for segment in self.costs(sharded.kind))
             divisible = pricing.memory_bytes(0, count, TWO) - whole
+            parts = unit_counts(units, weights)
             return tuple(whole - divisible * (units - part) // units for part in parts)
         found = [whole] * len(weights)
-        for segment in pricing.costs.segments:
-            if segment.shard_units:
-                state = self._state_bytes(segment)
-                for i, part in enumerate(unit_counts(segment.shard_units, weights)):
-                    found[i] -= state * (segment.shard_units - part) // segment.shard_units
+        for own, segment in zip(self.costs(sharded.kind), pricing.costs.segments, strict=True):
+            if own.units:
+                state = _state_bytes(segment, own)
+                for i, part in enumerate(unit_counts(own.units, weights)):
+                    found[i] -= state * (own.units - part) // own.units
         return tuple(found)
 
     def price(self, sharded: Sharded) -> Price:
         """Time, joules and bytes of a step."""
-        if sharded.kind == "tensor":
-            return self._tensor(sharded)
-        return self._sequence(sharded)
-
-    def _tensor(self, sharded: Sharded) -> Price:
         pricing, devices = self._pricing, sharded.devices
-        weights = self.weights(sharded)
-        step_ns, sent = 0, 0
-        own_ns, gradients = [0] * len(devices), [0] * len(devices)
-        for index, segment in enumerate(pricing.costs.segments):
-            units = segment.shard_units
-            parts = unit_counts(units, weights) if units else (1,) * len(devices)
-            step_ns += self._slowest(devices, index, parts, max(units, 1), own_ns)
-            for size in (segment.reduced_forward_bytes, segment.reduced_backward_bytes):
-                step_ns += pricing.reduce_ns(devices, size)
-                sent += all_reduce_bytes(size, len(devices))
-            rest = segment.parameter_count - segment.sharded_parameters
-            for i, part in enumerate(parts):
-                shared = segment.sharded_parameters * part // units if units else 0
-                gradients[i] += FLOAT32_BYTES * (rest + shared)
-        count = pricing.microbatches
-        return self._price(devices, step_ns * count, sent * count, own_ns, tuple(gradients))
+        step = _Step(pricing, devices)
+        for index, (own, segment) in enumerate(
+            zip(self.costs(sharded.kind), pricing.costs.segments, strict=True)
+        ):
+            parts = unit_counts(own.units, self.weights(sharded)) if own.units else None
+            step.compute(index, parts)
+            for collective in (*own.forward, *own.backward):
+                step.exchange(collective, parts)
+            step.update(segment, own, parts)
+        return step.price(sum(own.step_bytes for own in self.costs(sharded.kind)))
 
-    def _sequence(self, sharded: Sharded) -> Price:
-        pricing, devices = self._pricing, sharded.devices
-        units = pricing.costs.sequence
-        parts = unit_counts(units, self.weights(sharded))
-        step_ns, sent, gradients = 0, 0, 0
-        own_ns = [0] * len(devices)
-        for index, segment in enumerate(pricing.costs.segments):
-            step_ns += self._slowest(devices, index, parts, units, own_ns)
-            part = -(-segment.gathered_bytes // len(devices))
-            step_ns += 2 * pricing.ring_ns(devices, part, len(devices) - 1)
-            sent += 2 * gather_bytes(segment.gathered_bytes, len(devices))
-            gradients += segment.gradient_bytes
-        step_ns = step_ns * pricing.microbatches + pricing.reduce_ns(devices, gradients)
-        sent = sent * pricing.microbatches + all_reduce_bytes(gradients, len(devices))
-        return self._price(devices, step_ns, sent, own_ns, (gradients,) * len(devices))
-
-    def _slowest(
-        self, devices: tuple[int, ...], index: int, parts: tuple[int, ...], units: int,
-        own_ns: list[int],
-    ) -> int:  # fmt: skip
-        """Time of one microbatch through a segment, forward and backward; adds each one's own."""
-        slowest = 0
-        for i, (device, part) in enumerate(zip(devices, parts, strict=True)):
-            time = 0
-            for sums in self._pricing.times(device, 1)[:2]:
-                time -= -(sums[index + 1] - sums[index]) * part // units
-            own_ns[i] += time
-            slowest = max(slowest, time)
-        return slowest
-
-    def _price(
-        self, devices: tuple[int, ...], step_ns: int, sent: int, own_ns: list[int],
-        gradients: tuple[int, ...],
-    ) -> Price:  # fmt: skip
-        pricing = self._pricing
-        updates = [pricing.update_ns(d, g) for d, g in zip(devices, gradients, strict=True)]
-        shares = tuple(
-            Share(
-                device=device,
-                stage=0,
-                microbatches=pricing.microbatches,
-                compute_ns=pricing.microbatches * own + update,
-                sent_bytes=sent,
-                moved_bytes=2 * sent,
-            )
-            for device, own, update in zip(devices, own_ns, updates, strict=True)
-        )
-        return pricing.total(step_ns + max(updates), shares)
+    def costs(self, kind: Kind) -> tuple[SegmentTraffic, ...]:
+        """By segment."""
+        if kind not in self._costs:
+            question = self._pricing.question
+            self._costs[kind] = shard_costs(
+                question.manifest, self._pricing.costs, kind,
+                batch=question.contract.microbatch_size,
+            )  # fmt: skip
+        return self._costs[kind]
 
     def weights(self, sharded: Sharded) -> tuple[int, ...]:
         """Parts of every axis, by rank."""
@@ -200,7 +150,75 @@ class ShardedPricing:
             return sharded.weights
         return weights_by_speed([max(1, self._pricing.pass_ns(d)) for d in sharded.devices])
 
-    def _state_bytes(self, segment: SegmentCosts) -> int:
-        """Parameters, gradients and optimizer state that are divided."""
-        whole = segment.gradient_bytes + segment.state_bytes
-        return whole * segment.sharded_parameters // max(segment.parameter_count, 1)
+
+class _Step:
+    """Adds up one microbatch, then a step of them."""
+
+    def __init__(self, pricing: Pricing, devices: tuple[int, ...]) -> None:
+        self._pricing, self._devices = pricing, devices
+        hosts = Counter(pricing.devices[i].profile.host for i in devices)
+        self._on_host = [hosts[pricing.devices[i].profile.host] for i in devices]
+        self._time_ns = 0
+        self._own_ns = [0] * len(devices)
+        self._sent = [0] * len(devices)
+        self._gradients = [0] * len(devices)
+
+    def compute(self, index: int, parts: tuple[int, ...] | None) -> None:
+        """One segment forward and backward; everybody waits for the slowest. None: all of it."""
+        slowest = 0
+        for i, (device, on_host) in enumerate(zip(self._devices, self._on_host, strict=True)):
+            time = 0
+            for sums in self._pricing.times(device, on_host)[:2]:
+                whole = sums[index + 1] - sums[index]
+                time += whole if parts is None else -(-whole * parts[i] // sum(parts))
+            self._own_ns[i] += time
+            slowest = max(slowest, time)
+        self._time_ns += slowest
+
+    def exchange(self, collective: CollectiveCost, parts: tuple[int, ...] | None) -> None:
+        """One collective: sums are shared evenly, slices are as large as their owners' parts."""
+        count, whole = len(self._devices), collective.whole_bytes
+        self._time_ns += self._pricing.collective_ns(self._devices, collective)
+        for i in range(count):
+            if collective.kind == "reduce" or parts is None:
+                self._sent[i] += collective.ring_bytes(count)
+            elif collective.kind == "gather":
+                self._sent[i] += (count - 1) * whole * parts[i] // sum(parts)
+            else:
+                self._sent[i] += whole * (sum(parts) - parts[i]) // sum(parts)
+
+    def update(
+        self, segment: SegmentCosts, own: SegmentTraffic, parts: tuple[int, ...] | None
+    ) -> None:
+        """What each updates of a segment's parameters."""
+        rest = segment.parameter_count - own.sharded_parameters
+        for i in range(len(self._devices)):
+            mine = 0 if parts is None else own.sharded_parameters * parts[i] // sum(parts)
+            self._gradients[i] += FLOAT32_BYTES * (rest + mine)
+
+    def price(self, step_bytes: int) -> Price:
+        """A whole step; `step_bytes` of gradients are added up at its end."""
+        pricing, devices, count = self._pricing, self._devices, self._pricing.microbatches
+        reduce = CollectiveCost(kind="reduce", whole_bytes=step_bytes)
+        updates = [pricing.update_ns(*each) for each in zip(devices, self._gradients, strict=True)]
+        shares = []
+        for i, device in enumerate(devices):
+            sent = self._sent[i] * count + reduce.ring_bytes(len(devices))
+            shares.append(
+                Share(
+                    device=device,
+                    stage=0,
+                    microbatches=count,
+                    compute_ns=count * self._own_ns[i] + updates[i],
+                    sent_bytes=sent,
+                    moved_bytes=2 * sent,
+                )
+            )
+        step_ns = self._time_ns * count + pricing.collective_ns(devices, reduce)
+        return pricing.total(step_ns + max(updates), tuple(shares))
+
+
+def _state_bytes(segment: SegmentCosts, own: SegmentTraffic) -> int:
+    """Parameters, gradients and optimizer state that are divided."""
+    whole = segment.gradient_bytes + segment.state_bytes
+    return whole * own.sharded_parameters // max(segment.parameter_count, 1)

@@ -1,7 +1,7 @@
 """Bytes that one peer sends in a step, by kind of parallelism: integers, rounded up.
 
-Collectives are rings: an all-reduce of G bytes among n peers has each of them send G / n bytes
-2 (n - 1) times, a gather or a scatter n - 1 times.
+Collectives are direct (PROTOCOL.md section 6.10): an all-reduce of G bytes among n peers has each
+of them send G / n bytes to each other one twice, a part and a sum; a gather or a scatter once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ def gather_bytes(whole_bytes: int, peers: int) -> int:
     return -(-(peers - 1) * whole_bytes // peers)
 
 
-def rounds_ns(
-    part_bytes: int, rounds: int, *, latency_ns: int, bytes_per_s: int, sharing: int
+def collective_ns(
+    sent_bytes: int, *, hops: int, latency_ns: int, bytes_per_s: int, sharing: int
 ) -> int:
-    """Time of a ring's rounds, in each of which every peer sends a part.
+    """Time of one collective.
 
     Args:
-        part_bytes: Of one peer in one round.
+        sent_bytes: By each peer, over its own line.
+        hops: 2 where sums come back after the parts, else 1.
         sharing: How many peers send at once over the same medium; 1: each has its own line.
     """
-    return rounds * (latency_ns - (-part_bytes * sharing * NS_PER_S // bytes_per_s))
+    return hops * latency_ns - (-sent_bytes * sharing * NS_PER_S // bytes_per_s)

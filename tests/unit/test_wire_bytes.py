@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from p2ptrain.bundle.shard_traffic import shard_traffic
 from p2ptrain.planner.explore import Explorer
 from p2ptrain.planner.kinds import Kind
 from p2ptrain.planner.pricing import Pricing
+from p2ptrain.planner.profile import KindCost
 from p2ptrain.planner.segment_costs import model_costs
 from p2ptrain.planner.sharded import Sharded, ShardedPricing
 from p2ptrain.planner.traffic import all_reduce_bytes, gather_bytes
-from tests.planning_questions import bert_base, bert_question
+from p2ptrain.store.bundles import find_bundle, load_bundle
+from tests.planning_cases import profile
+from tests.planning_questions import bert_base, bert_question, devices
 
 
 def test_description_has_the_parameters_of_bert_base() -> None:
@@ -62,3 +68,32 @@ def test_rings_send_what_they_should() -> None:
     assert all_reduce_bytes(400, 4) == 600
     assert all_reduce_bytes(400, 1) == 0
     assert gather_bytes(401, 4) == 301
+
+
+@pytest.mark.parametrize("kind", ["tensor", "sequence"])
+@pytest.mark.parametrize("weights", [(1, 1), (2, 1)])
+def test_a_bundle_that_tells_how_it_is_divided_is_taken_at_its_word(
+    kind: Kind, weights: tuple[int, int]
+) -> None:
+    bundle = load_bundle(find_bundle("gpt-nano"))
+    peers = [
+        dataclasses.replace(
+            profile(letter, []),
+            kinds=dict.fromkeys(
+                bundle.manifest.kinds, KindCost(forward_ns=10**6, backward_ns=10**6)
+            ),
+        )
+        for letter in "ab"
+    ]
+    asked = dataclasses.replace(
+        bert_question("ab", kind), manifest=bundle.manifest, devices=devices(peers)
+    )
+    price = ShardedPricing(Pricing(asked)).price(
+        Sharded(kind=kind, devices=(0, 1), weights=weights)
+    )
+    told = shard_traffic(bundle.manifest, kind, batch=4)
+    each = [cost for own in told for cost in (*own.forward, *own.backward)]
+    whole = 4 * sum(cost.ring_bytes(2) for cost in each)
+    whole += all_reduce_bytes(sum(own.step_bytes for own in told), 2)
+    sent = [share.sent_bytes for share in price.shares]
+    assert sum(sent) == pytest.approx(2 * whole, rel=1e-3)
