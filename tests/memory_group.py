@@ -98,6 +98,7 @@ class Member:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     clock_ns: Callable[[], int] = time.perf_counter_ns
     link_figures: tuple[LinkFigure, ...] = ()
+    steps_in_memory: bool = False
     lives: bool = True
     leaves: bool = False
 
@@ -129,6 +130,7 @@ class Member:
                 threads_max=self.threads_max,
                 drop_link=lambda peer, error: self.group.break_link(self.device, peer),
                 say_activity=self.activities.append,
+                steps_in_memory=lambda: self.steps_in_memory,
             ),
             proposals=Ballots(lambda: self.agreement),
             default_threads=lambda: 1,
@@ -348,7 +350,10 @@ class MemoryGroup:
 
     async def restart(self, member: Member) -> Member:
         """A new process on the same device, with what the old one left on the disk."""
-        fresh = Member(self, member.device, member.name, member.runs_path)
+        fresh = Member(
+            self, member.device, member.name, member.runs_path,
+            steps_in_memory=member.steps_in_memory,
+        )  # fmt: skip
         self.members[member.device] = fresh
         assert self.nursery is not None
         await self.nursery.start(fresh.run)

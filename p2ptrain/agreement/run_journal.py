@@ -35,6 +35,8 @@ class IdentityRecord:
     """Records up to here since the journal was named, whether they are still there or not."""
     past: tuple[PastStart, ...] = ()
     """Process starts before that one."""
+    volatile: bool = False
+    """Its steps are only in memory: after this process nothing may be voted from it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,6 +66,8 @@ class RunMachine:
         rng: For back-off, and to name a new journal: seeded anew in every process.
         inventory: What this peer holds of the run, asked at the moment of each promise.
         rules: What safety hangs on; only tests give another than the default.
+        volatile: The shell keeps records of steps in memory alone, since its disk is slow: after
+            this process the device begins another journal, as if it had lost this one.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class RunMachine:
         rng: random.Random,
         inventory: Callable[[], Inventory],
         rules: Rules | None = None,
+        volatile: bool = False,
     ) -> None:
         self._device = device
         self._rng = rng
@@ -83,7 +86,7 @@ class RunMachine:
         self._acceptor = Acceptor()
         self._out = Outbox(device, loopback=self.receive)
         self._rules = Rules() if rules is None else rules
-        self._recall = Recall(self._out, rng, self._rules)
+        self._recall = Recall(self._out, rng, self._rules, volatile=volatile)
         self._commits = Commits(
             self._out, rng, self._rules, may_record=self._may_record, memory=self._recall.memory
         )
@@ -179,7 +182,8 @@ class RunMachine:
         for record in records:
             self._recall.read(record)
             self._restore(record)
-        self._recall.restarted(now)
+        if not self._recall.restarted(now):
+            self._forget(now)
         if self._acceptor.promised is not None:
             self._wishes.promised(now)
         if self._out.view is not None:

@@ -20,8 +20,12 @@ from p2ptrain.ids import DeviceId
 class Recall:
     """What one machine remembers, and what it has heard of others' memories."""
 
-    def __init__(self, out: Outbox, rng: random.Random, rules: Rules) -> None:
+    def __init__(
+        self, out: Outbox, rng: random.Random, rules: Rules, *, volatile: bool = False
+    ) -> None:
+        """`volatile`: records of steps are in memory alone: the journal dies with the process."""
         self._out, self._rng, self._rules = out, rng, rules
+        self._volatile, self._was_volatile = volatile, False
         self._own, self.heard = OwnMemory(rng), Heard()
         self._is_named = False
         self._told: set[DeviceId] = set()
@@ -46,7 +50,7 @@ class Recall:
         """The line that names the journal, behind all that was counted so far."""
         return IdentityRecord(
             journal=self._own.journal, start=self._own.start, count=self.memory().count,
-            past=self._own.past,
+            past=self._own.past, volatile=self._volatile,
         )  # fmt: skip
 
     def drained(self, writes: list[RunJournalRecord]) -> list[RunJournalRecord]:
@@ -62,24 +66,27 @@ class Recall:
     def read(self, record: RunJournalRecord) -> None:
         """One record of the journal on disk, oldest first."""
         if isinstance(record, IdentityRecord):
-            self._is_named = True
+            self._is_named, self._was_volatile = True, record.volatile
             self._own.read_name(record.journal, record.start, record.count, record.past)
         else:
             if isinstance(record, StartRecord):
                 self._own.read_start(record.start)
             self._own.count += 1
 
-    def restarted(self, now: float) -> None:
-        """All has been read; where there was a journal, others may have heard more of it."""
-        if not self._is_named:
-            return
+    def restarted(self, now: float) -> bool:
+        """All has been read; where there was a journal, others may have heard more of it.
+
+        False: they certainly have, since it was never whole; another must be begun.
+        """
+        if not self._is_named or self._was_volatile:
+            return not self._is_named
         self._own.read_start(self._own.start)
         self._out.writes.append(StartRecord(start=self._own.start))
         self.heard.note(self._out.device, self.memory())
-        if self._rules.trusts_disk():
-            return
-        self._restarted = self.waits = True
-        self._due_s = self.deadline_s = now + limits.RECALL_WAIT_S
+        if not self._rules.trusts_disk():
+            self._restarted = self.waits = True
+            self._due_s = self.deadline_s = now + limits.RECALL_WAIT_S
+        return True
 
     def renew(self) -> None:
         """The journal lacks what others heard from it: begin another."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from p2ptrain import limits
 from p2ptrain.errors import ConfigError
 from p2ptrain.membership.record import MemberRecord
 from p2ptrain.power.model import PowerConfig, parse_power_config
+
+StepSetting = Literal["disk", "memory", "auto"]
+"""Where records of steps are kept; `auto`: on the disk unless writing there is slow."""
+TABLES: Final = frozenset({"power", "journal"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,17 +37,42 @@ class PeerConfig:
 
 
 def power_settings(settings: Mapping[str, object]) -> PowerConfig:
-    """The `[power]` table of config.toml, the only one there is.
+    """The `[power]` table of config.toml.
 
     Raises:
         ConfigError: an unknown table or key, or a value out of its range; nothing is used.
     """
-    unknown = sorted(set(settings) - {"power"})
-    table = settings.get("power", {})
-    if unknown or not isinstance(table, Mapping):
-        what = f"an unknown entry {unknown[0]!r:.60}" if unknown else "a [power] that is no table"
-        raise ConfigError(f"config.toml has {what}", hint="README.md lists what it may hold")
-    return parse_power_config(table)
+    return parse_power_config(_table(settings, "power"))
+
+
+def step_setting(settings: Mapping[str, object]) -> StepSetting:
+    """Where records of steps are kept, by the `[journal]` table of config.toml.
+
+    Raises:
+        ConfigError: an unknown table or key, or another value than there is; nothing is used.
+    """
+    table = _table(settings, "journal")
+    unknown = sorted(set(table) - {"steps"})
+    if unknown:
+        raise _wrong(f"an unknown key {unknown[0]!r:.60} in [journal]")
+    chosen = table.get("steps", "disk")
+    if chosen == "disk" or chosen == "memory" or chosen == "auto":  # narrows as `in` does not
+        return chosen
+    raise _wrong(f"steps = {chosen!r:.60} in [journal], which is none of disk, memory, auto")
+
+
+def _table(settings: Mapping[str, object], name: str) -> Mapping[str, object]:
+    unknown = sorted(set(settings) - TABLES)
+    if unknown:
+        raise _wrong(f"an unknown entry {unknown[0]!r:.60}")
+    table = settings.get(name, {})
+    if not isinstance(table, Mapping):
+        raise _wrong(f"a [{name}] that is no table")
+    return table
+
+
+def _wrong(what: str) -> ConfigError:
+    return ConfigError(f"config.toml has {what}", hint="README.md lists what it may hold")
 
 
 def default_threads(records: Sequence[MemberRecord]) -> int:

@@ -18,11 +18,14 @@ from p2ptrain.agreement.journal import (
 )
 from p2ptrain.agreement.run_journal import (
     RunJournalRecord,
+    StepsRecord,
     decode_run_record,
     encode_run_record,
 )
 from p2ptrain.errors import CheckpointError
+from p2ptrain.runtime.config import StepSetting
 from p2ptrain.store.atomic import write_atomic
+from p2ptrain.store.disk_speed import fsync_s
 
 KEPT_RECORDS = 256
 """On opening, older records are dropped: their runs' views are long over."""
@@ -55,11 +58,34 @@ class Journal:
         await trio.to_thread.run_sync(_append_durably, self._path, content)
 
 
-class RunJournal:
-    """The journal of one run's machine; replaced by what the machine remembers when it is long."""
+def steps_in_memory(setting: StepSetting, folder: Path) -> bool:
+    """Whether records of steps stay in memory: as set, or because this disk is slow. Blocking."""
+    if setting != "auto":
+        return setting == "memory"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return fsync_s(folder) > limits.FSYNC_SLOW_S
+    except OSError:
+        return False
 
-    def __init__(self, path: Path, snapshot: Callable[[], Sequence[RunJournalRecord]]) -> None:
-        self._path, self._snapshot = path, snapshot
+
+class RunJournal:
+    """The journal of one run's machine; replaced by what the machine remembers when it is long.
+
+    Args:
+        path: Of the file.
+        snapshot: What the machine remembers.
+        volatile: Records of steps are not written: the machine must be told the same.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        snapshot: Callable[[], Sequence[RunJournalRecord]],
+        *,
+        volatile: bool = False,
+    ) -> None:
+        self._path, self._snapshot, self._volatile = path, snapshot, volatile
         self._bytes = 0
 
     def read(self) -> list[RunJournalRecord]:
@@ -81,11 +107,14 @@ class RunJournal:
         Raises:
             CheckpointError: the disk refuses; this peer must not answer for what it cannot keep.
         """
-        content = [encode_run_record(cast(RunJournalRecord, record)) for record in records]
+        content = self._encoded(cast(Sequence[RunJournalRecord], records))
+        if not content:
+            await trio.lowlevel.checkpoint()
+            return
         self._bytes += sum(map(len, content))
         is_long = self._bytes > limits.RUN_JOURNAL_BYTES_MAX
         if is_long:
-            content = [encode_run_record(record) for record in self._snapshot()]
+            content = self._encoded(self._snapshot())
             self._bytes = sum(map(len, content))
         try:
             await trio.to_thread.run_sync(self._write, content, is_long)
@@ -94,6 +123,10 @@ class RunJournal:
                 f"the run's journal cannot be written: {error.strerror or error}",
                 hint="make room on the disk, then join the run again",
             ) from error
+
+    def _encoded(self, records: Sequence[RunJournalRecord]) -> list[bytes]:
+        kept = (r for r in records if not (self._volatile and isinstance(r, StepsRecord)))
+        return [encode_run_record(record) for record in kept]
 
     def _write(self, content: list[bytes], replace: bool) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

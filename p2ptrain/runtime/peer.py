@@ -7,7 +7,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
@@ -39,11 +39,11 @@ from p2ptrain.runtime.ballots import Ballots, follow_ballot
 from p2ptrain.runtime.battery_watch import spare_battery
 from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.runtime.bodies import BodyReader
-from p2ptrain.runtime.config import PeerConfig, default_threads, power_settings
+from p2ptrain.runtime.config import PeerConfig, default_threads, power_settings, step_setting
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.energy_report import energy_report
 from p2ptrain.runtime.job import CACHE_FOLDER
-from p2ptrain.runtime.journal import Journal
+from p2ptrain.runtime.journal import Journal, steps_in_memory
 from p2ptrain.runtime.link_figures import link_figures
 from p2ptrain.runtime.link_watch import LOOK_EVERY_S, LinkWatch
 from p2ptrain.runtime.own_record import keep_own_record, read_own_state
@@ -80,8 +80,7 @@ class Peer:
         self.discovery = DiscoveryState()
         self._rng = random.Random()
         self._build = runtime_build()
-        self._host = host_identity()
-        self._cores = os.cpu_count() or 1
+        self._host, self._cores = host_identity(), os.cpu_count() or 1
         self._threads_max = config.threads or self._cores
         self._to_self, self._from_self = trio.open_memory_channel[object](SELF_QUEUE_MAX)
         self._addresses = load_addresses(group)
@@ -130,6 +129,7 @@ class Peer:
                 threads_max=self._threads_max,
                 drop_link=self._violation,
                 say_activity=self._say_activity,
+                steps_in_memory=_step_place(home),
             ),
             proposals=Ballots(lambda: self.agreement),
             default_threads=lambda: default_threads(self.alive()),
@@ -525,3 +525,9 @@ class Peer:
             return self.config.memory_bytes
         available = available_memory_bytes()
         return MEMORY_UNKNOWN_BYTES if available is None else available // 2
+
+
+def _step_place(home: Home) -> Callable[[], bool]:
+    """Whether records of steps stay in memory, as config.toml says or the disk's speed."""
+    is_slow = steps_in_memory(step_setting(read_config(home)), home.runs)
+    return lambda: is_slow

@@ -157,12 +157,18 @@ class RunOpener:
         )
 
     def _open_driver(self, member: RunMember) -> Driver[RunMachine]:
+        volatile = self._services.steps_in_memory()
         machine = RunMachine(
             device=self._services.device,
             rng=random.Random(),
             inventory=member.state.inventory,
+            volatile=volatile,
         )
-        journal = RunJournal(member.state.path / JOURNAL_FILE, machine.snapshot)
+        journal = RunJournal(
+            member.state.path / JOURNAL_FILE,
+            machine.snapshot,
+            volatile=volatile,
+        )
         return Driver(
             machine,
             send=self._send_or_drop,

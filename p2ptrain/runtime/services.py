@@ -82,5 +82,7 @@ class Services:
     """A device broke the protocol: close the link with it."""
     say_activity: Callable[[str], None]
     """Tell the group what this peer is doing now."""
+    steps_in_memory: Callable[[], bool] = lambda: False
+    """Whether records of steps are not written to disk, because that would hold the run up."""
     cpu_quota: Callable[[], CpuQuota | None] = lambda: None
     """What holds back this process now."""

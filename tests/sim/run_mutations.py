@@ -1,7 +1,7 @@
 """Production rules and shells with one rule broken each: a simulator that misses one is worthless.
 
 The first four are those of the protocol that single-decree Paxos and the fence stand on, the fifth
-is of their memory; the other four are rules of recovery.
+and sixth of their memory; the other four are rules of recovery.
 """
 
 from __future__ import annotations
@@ -79,6 +79,12 @@ MUTATIONS: dict[str, Mutation] = {
         rules=TrustDisk(),
         fault="old disk",
         says=("two views are decided", "lost step", "fenced by"),
+    ),
+    "records in memory counted as durable": Mutation(
+        rules=TrustDisk(),
+        flaws=Flaws(count_memory=True),
+        fault="crash",
+        says=("lost step", "fenced by", "was protected, but only"),
     ),
     "log released too early": Mutation(
         flaws=Flaws(release_early=True), says=("was protected, but cannot be restored",)

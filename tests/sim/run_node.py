@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from p2ptrain.agreement.run_events import (
 from p2ptrain.agreement.run_journal import (
     AcceptanceRecord,
     RunJournalRecord,
+    StepsRecord,
     ViewRecord,
     decode_run_record,
     encode_run_record,
@@ -48,6 +50,7 @@ class RunNode:
         self.life = 0
         self.up = self.frozen = False
         self.slowness_s = 0.0
+        self.has_slow_disk = False
         self.seen: dict[DeviceId, int] = {}
         """Others that can be talked to, and in which life."""
         self.hindrance = ""
@@ -75,6 +78,7 @@ class RunNode:
         self.machine = RunMachine(
             device=self.device, rng=random.Random(rng.getrandbits(32)),
             inventory=self.stage.inventory, rules=self.world.rules,
+            volatile=self.has_slow_disk and not self.world.flaws.count_memory,
         )  # fmt: skip
         self.machine.restore([self._read(line) for line in self.disk.journal], self.clock())
         if self.machine.view is not None:
@@ -142,11 +146,9 @@ class RunNode:
             events = self.machine.events()
             if not (writes or sends or events):
                 break
-            whole = self.world.whole_codec
-            self.disk.journal += [encode_run_record(w) if whole else w for w in writes]
+            self.disk.journal += self._written(writes)
             if len(self.disk.journal) > 60:
-                kept = self.machine.snapshot()
-                self.disk.journal = [encode_run_record(w) if whole else w for w in kept]
+                self.disk.journal = self._written(self.machine.snapshot())
             # Votes are few beside steps, and more depends on their being durable.
             votes = any(isinstance(write, AcceptanceRecord | ViewRecord) for write in writes)
             chance = self.world.crash_after_write * (20.0 if votes else 1.0)
@@ -159,6 +161,12 @@ class RunNode:
                 self._on_event(event)
         if self.up:
             self._schedule()
+
+    def _written(self, records: Sequence[RunJournalRecord]) -> list[object]:
+        """What is on disk of them: with a slow one, not the steps."""
+        whole, slow = self.world.whole_codec, self.has_slow_disk
+        kept = [each for each in records if not (slow and isinstance(each, StepsRecord))]
+        return [encode_run_record(each) if whole else each for each in kept]
 
     def _schedule(self) -> None:
         due = self.machine.deadline()

@@ -77,7 +77,7 @@ def shape_of(seed: int) -> Shape:
     """Two to four stages, up to two in reserve, perhaps one that joins later."""
     rng = random.Random(f"shape {seed}")
     stages = tuple(rng.choice((1, 2)) for _ in range(rng.choice((2, 2, 3, 3, 4))))
-    return Shape(
+    shape = Shape(
         stages=stages,
         reserves=rng.choice((0, 0, 1, 2)),
         outsiders=rng.choice((0, 0, 1)),
@@ -86,6 +86,8 @@ def shape_of(seed: int) -> Shape:
         keep_data_here=rng.random() < 0.15,
         log_bytes_max=rng.choice((1 << 20, 1 << 20, 400)),
     )
+    count = len(stages) + shape.reserves + shape.outsiders
+    return replace(shape, slow_disks=frozenset(i for i in range(count) if rng.random() < 0.15))
 
 
 def chaos(world: RunWorld, fault: str) -> None:

@@ -25,6 +25,8 @@ class Flaws:
     """A keeper does not check what it received."""
     guess_clip_scale: bool = False
     """A replay takes another clip scale than the record's."""
+    count_memory: bool = False
+    """Records that were only in memory count as if they were remembered."""
     assume_copies: bool = False
     """Second copies count as soon as they are planned."""
 

@@ -38,6 +38,8 @@ class Shape:
     replica_every: int = 4
     keep_data_here: bool = False
     log_bytes_max: int = 1 << 20
+    slow_disks: frozenset[int] = frozenset()
+    """Devices that keep records of steps in memory."""
 
 
 class RunWorld:
@@ -68,7 +70,8 @@ class RunWorld:
         self.nodes = {device(i): RunNode(device(i), self) for i in range(count + shape.outsiders)}
         self.island = dict.fromkeys(self.nodes, 0)
         self.first = self._first_view(tuple(self.nodes)[:count])
-        for node in self.nodes.values():
+        for index, node in enumerate(self.nodes.values()):
+            node.has_slow_disk = index in shape.slow_disks
             node.start()
             if node.device in self.first.plan.holders:
                 node.disk.has_data = True

@@ -305,6 +305,22 @@ def test_data_that_stays_pauses_the_run_until_its_home_returns() -> None:
     assert world.newest_view().plan.home == A  # type: ignore[union-attr]
 
 
+def test_rule_1_who_kept_records_in_memory_returns_as_a_new_member() -> None:
+    world = world_of(1, 1, 1, reserves=1, slow_disks=frozenset({3}))
+    commits(world, 5)
+    journal = world.nodes[D].machine.view
+    world.crash(world.nodes[D])
+    world.start(world.nodes[D])
+    assert world.nodes[D].machine.view == journal  # it knows the run
+    assert world.nodes[D].machine.records == ()
+    assert world.nodes[D].machine.standing.stance is Stance.ABSTAINING
+    view = reaches(world, 2)
+    assert D in view.members
+    commits(world, 3)
+    assert world.nodes[D].machine.standing.stance is Stance.MEMBER
+    assert world.nodes[D].machine.records[-1].step >= view.resume_step
+
+
 def disk_goes_back(world: RunWorld) -> None:
     """C accepts what A or B decides, then forgets it. Whoever decided is slow to say so, and the
     other one asks C for its vote."""

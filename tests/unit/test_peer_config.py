@@ -9,7 +9,7 @@ import pytest
 from p2ptrain.errors import ConfigError
 from p2ptrain.ids import DeviceId
 from p2ptrain.power.model import PowerConfig
-from p2ptrain.runtime.config import default_threads, power_settings
+from p2ptrain.runtime.config import default_threads, power_settings, step_setting
 from tests.sim.plans import make_record
 
 
@@ -36,6 +36,25 @@ def test_power_table_is_read() -> None:
 def test_anything_else_is_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         power_settings(settings)
+
+
+@pytest.mark.parametrize("setting", ["disk", "memory", "auto"])
+def test_step_setting_is_read(setting: str) -> None:
+    assert step_setting({"journal": {"steps": setting}, "power": {"idle_watts": 3}}) == setting
+    assert step_setting({"journal": {}}) == step_setting({}) == "disk"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"journal": {"steps": "tape"}}, "none of disk, memory, auto"),
+        ({"journal": {"fsync": True}}, "unknown key 'fsync'"),
+        ({"journal": 3}, "no table"),
+    ],
+)
+def test_other_step_settings_are_refused(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        step_setting(settings)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,23 @@ def test_compacted_journal_remembers_as_much_and_no_more() -> None:
     assert not recall(2, short).take((more,), B)
 
 
+def test_volatile_journal_is_never_voted_from_again() -> None:
+    made = Recall(
+        Outbox(A, loopback=lambda message, sender, now: None), random.Random(1), Rules(),
+        volatile=True,
+    )  # fmt: skip
+    disk: list[RunJournalRecord] = []
+    said = says(made, disk, VIEW)
+    again = Recall(Outbox(A, loopback=lambda message, sender, now: None), random.Random(2), Rules())
+    for record in disk:
+        again.read(decode_run_record(encode_run_record(record)))
+    assert not again.restarted(10.0)
+    again.renew()
+    assert again.journal != said.journal
+    assert again.take((said,), B)
+    assert not again.waits  # a journal that is begun anew has promised nothing
+
+
 def test_journal_of_version_1_is_read() -> None:
     line = encode_run_record(IdentityRecord(journal=5)).replace(b'"version":2', b'"version":1')
     old = [decode_run_record(line), VIEW]
