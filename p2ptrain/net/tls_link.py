@@ -19,9 +19,10 @@ import trio
 from p2ptrain import limits
 from p2ptrain.errors import InvariantBroken, TrustError
 from p2ptrain.ids import DeviceId
+from p2ptrain.net.delivery_rate import delivery
 from p2ptrain.trust.certificates import peer_identity
 from p2ptrain.trust.credentials import Credentials
-from p2ptrain.wire.throughput import Throughput
+from p2ptrain.wire.throughput import DELIVERED_BYTES_MIN, Throughput
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -228,7 +229,7 @@ class TlsLink:
     def local_host(self) -> str:
         """Our own address on this link; empty where the socket cannot say."""
         with contextlib.suppress(OSError):
-            return str(self._sock.getsockname()[0])
+            return _host(self._sock.getsockname())
         return ""
 
     @property
@@ -273,6 +274,19 @@ class TlsLink:
             await self._flush(scope)
         if scope.cancelled_caught:
             raise self._break("the peer takes no data")
+        if sum(memoryview(buffer).nbytes for buffer in buffers) >= DELIVERED_BYTES_MIN:
+            self._look_at_delivery()
+
+    def _look_at_delivery(self) -> None:
+        """Between addresses of one host the kernel times how busy the cores are, not a link."""
+        if self._remote_host not in ("", self.local_host) and (told := delivery(self._sock)):
+            self.throughput.delivered(*told, now=trio.current_time())
+
+    @property
+    def _remote_host(self) -> str:
+        with contextlib.suppress(OSError):
+            return _host(self._sock.getpeername())
+        return ""
 
     def _encrypt(self, chunk: memoryview) -> None:
         try:
@@ -395,6 +409,11 @@ class TlsLink:
             self._broken = kind(reason, closed_by_peer=by_peer)
         self._sock.close()
         return self._broken
+
+
+def _host(address: object) -> str:
+    """Of an address as sockets tell it; empty for those of no network."""
+    return str(address[0]) if isinstance(address, tuple) else ""
 
 
 def _stall_deadline() -> float:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from p2ptrain.ids import short
 from p2ptrain.planner.explore import Candidate
 from p2ptrain.planner.input import (
-    OTHER_HOST_BYTES_PER_S,
     SAME_HOST_BYTES_PER_S,
     PlanningInput,
     stage_shares,
@@ -156,12 +155,13 @@ class Drafting:
                 )
         links = [(self._pricing.link(a, b), a, b) for a, b in self._pairs()]
         hosts = [each.profile.host for each in self._pricing.devices]
-        unknown = [hosts[a] == hosts[b] for link, a, b in links if not link.rate_measured]
-        if any(unknown):
+        unknown = [(link, hosts[a] == hosts[b]) for link, a, b in links if not link.rate_measured]
+        if any(together for _, together in unknown):
             rate = format_bytes(SAME_HOST_BYTES_PER_S)
             sentences.append(f"links on one host are assumed to carry {rate} per second")
-        if not all(unknown):
-            rate = format_bytes(OTHER_HOST_BYTES_PER_S)
+        apart = [link.bytes_per_s for link, together in unknown if not together]
+        if apart:
+            rate = format_bytes(min(apart))
             sentences.append(f"links between hosts are assumed to carry {rate} per second")
         return [*sentences, *self._measurements()]
 

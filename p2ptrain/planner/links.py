@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -76,20 +78,35 @@ def link_estimates(
         hosts: Machine of each device that may take part; links with others are left out.
 
     Returns:
-        The slower direction's rate, since tensors go both ways; what no end has measured is
-        assumed. Links between peers of one host only where they are clearly not the loopback.
+        The slower direction's rate, since tensors go both ways. Where no end has measured one it
+        is assumed: no faster than half of the measured ones are, or a plan would flee from every
+        slow link that it knows to those that it does not. Links between peers of one host only
+        where they are clearly not the loopback.
     """
     figures = {(device, figure.peer): figure for device, own in told.items() for figure in own}
+    pairs = list(itertools.combinations(sorted(hosts), 2))
     found = []
-    for first, second in itertools.combinations(sorted(hosts), 2):
+    for first, second in pairs:
         both = [figures.get((first, second)), figures.get((second, first))]
         known = [figure for figure in both if figure is not None]
         estimate = _estimate(first, second, known)
-        if hosts[first] == hosts[second] and not _is_shaped(estimate):
-            continue
-        if estimate.rate_measured or estimate.latency_measured or estimate.medium:
+        if hosts[first] != hosts[second] or _is_shaped(estimate):
             found.append(estimate)
-    return tuple(found)
+    usual = _usual_bytes_per_s(found)
+    return tuple(
+        each if each.rate_measured else dataclasses.replace(each, bytes_per_s=usual)
+        for each in found
+        if each.rate_measured
+        or each.latency_measured
+        or each.medium
+        or usual < OTHER_HOST_BYTES_PER_S
+    )
+
+
+def _usual_bytes_per_s(found: Iterable[LinkEstimate]) -> int:
+    """What to assume of links of which nobody knows the rate."""
+    rates = [each.bytes_per_s for each in found if each.rate_measured]
+    return min([OTHER_HOST_BYTES_PER_S, *([statistics.median_low(rates)] if rates else [])])
 
 
 def _estimate(first: DeviceId, second: DeviceId, known: list[LinkFigure]) -> LinkEstimate:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,20 @@ SPIN = (
     "while time.monotonic() - wall < 1: pass\n"
     "print((time.process_time() - cpu) / (time.monotonic() - wall))\n"
 )
+
+
+RATE_MBIT = 50
+
+
+def said(home: str, group: str, command: str, *options: str) -> dict[str, Any]:  # Any: JSON values
+    """What a command at one of the peers prints."""
+    line = [sys.executable, "-m", "p2ptrain", command, "--group", group, "--json", *options]
+    environment = {**os.environ, "P2PTRAIN_HOME": home}
+    ended = subprocess.run(
+        line, env=environment, check=True, capture_output=True, timeout=120, cwd=ROOT
+    )
+    found: dict[str, Any] = json.loads(ended.stdout)  # Any: JSON values
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +65,23 @@ def test_memory_limit_ends_who_passes_it(where: cgroups.Hierarchy) -> None:
         assert made["one"].out_of_memory
 
 
-def test_peers_see_each_other_below_limits_and_a_signal_ends_everything(
+def test_peers_train_below_limits_measure_their_link_and_leave_nothing_behind(
     where: cgroups.Hierarchy,
 ) -> None:
-    line = [sys.executable, "tools/throttled_peers.py", "--json", "--rate", "100"]
-    line += ["--cores", "0.5", "--cores", "0.5", "--memory", "600MiB"]
+    line = [sys.executable, "tools/throttled_peers.py", "--json", "--rate", str(RATE_MBIT)]
+    line += ["--cores", "0.6", "--cores", "0.6", "--memory", "600MiB"]
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as tool:
         assert tool.stdout is not None
         up = json.loads(tool.stdout.readline())
-        environment = {**os.environ, "P2PTRAIN_HOME": up["homes"]["peer-1"]}
-        asked = subprocess.run(
-            [sys.executable, "-m", "p2ptrain", "status", "--group", up["group"], "--json"],
-            env=environment, check=True, capture_output=True, timeout=60, cwd=ROOT,
-        )  # fmt: skip
-        states = [member["state"] for member in json.loads(asked.stdout)["members"]]
-        assert sorted(states) == ["alive", "self"]
+        home = up["homes"]["peer-1"]
+        ask = ["train", "--model", "onnx_models/gpt-nano", "--data", str(ROOT / "README.md")]
+        ask += ["--steps", "4", "--stages", "2", "--threads", "1"]
+        result = said(home, up["group"], *ask)
+        prediction = result["prediction"]
+        assert prediction["predicted_step_s"] > 0
+        assert prediction["measured_step_s"] > 0
+        (other,) = (m for m in said(home, up["group"], "status")["members"] if m["bytes_per_s"])
+        assert 0.3 < other["bytes_per_s"] / (RATE_MBIT * 1e6 / 8) < 1.5
         tool.send_signal(signal.SIGINT)
         assert tool.wait(60) == 0
     owned = f"-{tool.pid}-"

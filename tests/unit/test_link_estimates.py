@@ -33,7 +33,7 @@ def figure(peer: str, **changes: object) -> LinkFigure:
 
 def test_slower_direction_and_shorter_round_trip_count() -> None:
     told = {A: [figure("b")], B: [figure("a", bytes_per_s=10_000_000, round_trip_ns=8_000_000)]}
-    assert link_estimates(told, APART) == (
+    assert link_estimates(told, {A: "host-a", B: "host-b"}) == (
         LinkEstimate(first=A, second=B, latency_ns=1_000_000, bytes_per_s=10_000_000),
     )
 
@@ -49,6 +49,17 @@ def test_what_no_end_has_measured_is_assumed_and_says_so() -> None:
     assert (rate.bytes_per_s, rate.rate_measured) == (40_000_000, True)
     nothing = {A: [figure("b", bytes_per_s=None, round_trip_ns=None)], B: []}
     assert link_estimates(nothing, APART) == ()
+
+
+def test_unknown_links_are_assumed_to_be_like_the_slow_ones_that_are_known() -> None:
+    slow = {A: [figure("b", bytes_per_s=3_000_000)], C: [figure("b", bytes_per_s=None)]}
+    rates = {(e.first, e.second): e.bytes_per_s for e in link_estimates(slow, APART)}
+    assert rates == {(A, B): 3_000_000, (A, C): 3_000_000, (B, C): 3_000_000}
+    assert [e.rate_measured for e in link_estimates(slow, APART)] == [True, False, False]
+    beside = {**APART, C: "host-b"}  # nothing is assumed of the loopback
+    assert [(e.first, e.second) for e in link_estimates(slow, beside)] == [(A, B), (A, C)]
+    fast = {A: [figure("b")]}
+    assert len(link_estimates(fast, APART)) == 1
 
 
 def test_links_of_one_host_count_only_where_they_are_shaped() -> None:

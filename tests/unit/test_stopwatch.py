@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from p2ptrain.runtime.stopwatch import NO_QUOTA, Stopwatch, Taken
+from p2ptrain.runtime.stopwatch import LOOP_CORES, NO_QUOTA, Stopwatch, Taken
 
 MS = 1_000_000
 
@@ -14,18 +14,27 @@ MS = 1_000_000
     [
         (None, (5, 4, 9), (4, 4, 4), 4),
         (2.0, (5, 4, 9), (4, 4, 4), 4),
-        (0.4, (4, 4, 10), (4, 4, 4), 10),
-        (0.4, (4, 4, 10), (4, 4, 6), 10),
-        (0.4, (12, 13, 14), (4, 4, 4), 12),
-        (0.5, (4,), (8,), 16),
+        (0.4 + LOOP_CORES, (4, 4, 10), (4, 4, 4), 10),
+        (0.4 + LOOP_CORES, (4, 4, 10), (4, 4, 6), 10),
+        (0.4 + LOOP_CORES, (12, 13, 14), (4, 4, 4), 12),
+        (0.5 + LOOP_CORES, (4,), (8,), 16),
+        (LOOP_CORES, (4,), (4,), 400),
     ],
-    ids=["no quota", "ample", "in bursts", "one disturbed", "throttled already", "two threads"],
+    ids=[
+        "no quota",
+        "ample",
+        "in bursts",
+        "one disturbed",
+        "throttled already",
+        "two threads",
+        "a sliver",
+    ],
 )
 def test_calls_last_what_their_processor_time_takes_under_the_quota(
     cores: float | None, walls: tuple[int, ...], cpus: tuple[int, ...], expected: int
 ) -> None:
     taken = [Taken(wall * MS, cpu * MS) for wall, cpu in zip(walls, cpus, strict=True)]
-    assert Stopwatch(cores=cores).lasting_ns(taken) == expected * MS
+    assert Stopwatch(cores=cores).lasting_ns(taken) == pytest.approx(expected * MS)
 
 
 def test_both_clocks_are_read_before_and_after_the_call() -> None:

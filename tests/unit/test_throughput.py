@@ -89,3 +89,25 @@ def test_one_stall_does_not_move_the_figure_and_a_lasting_change_does() -> None:
     kernel.rate = 5e5
     kernel.send(20 * SAMPLE_BYTES_MIN)
     assert kernel.throughput.bytes_per_s(kernel.now) == pytest.approx(5e5, rel=0.15)
+
+
+def test_what_the_kernel_has_timed_counts_where_no_buffer_was_ever_full() -> None:
+    seen = Throughput()
+    told = [(0.1, 9e6), (0.2, 2e6), (0.25, 7e7), (0.3, 3e6), (0.4, 3.1e6)]
+    acked = [70_000, 400_000, 410_000, 800_000, 1_200_000]
+    for (now, rate), bytes_ in zip(told[:2], acked, strict=False):
+        seen.delivered(bytes_, rate, now=now)
+    assert seen.bytes_per_s(0.2) is None  # too few
+    for (now, rate), bytes_ in list(zip(told, acked, strict=True))[2:]:
+        seen.delivered(bytes_, rate, now=now)
+    assert seen.bytes_per_s(0.4) == 3_050_000  # 7e7 was told after too few bytes
+    assert seen.bytes_per_s(0.5 + KEPT_S) is None
+
+
+def test_full_buffers_say_more_than_what_the_kernel_has_timed() -> None:
+    kernel = Kernel(1e6, 64 * KIB, random.Random(1))
+    for number in range(1, 10):
+        kernel.throughput.delivered(number * CHUNK, 5e6, now=kernel.now)
+    for _ in range(20):
+        kernel.send(CHUNK)
+    assert kernel.throughput.bytes_per_s(kernel.now) == pytest.approx(1e6, rel=0.15)
