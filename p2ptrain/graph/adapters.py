@@ -20,6 +20,7 @@ import onnx
 from p2ptrain.bundle.manifest import Adapter, Initialiser
 from p2ptrain.errors import ConfigError
 from p2ptrain.graph.fine_tuning import ALL_TARGETS, Lora
+from p2ptrain.graph.flow import Change
 from p2ptrain.graph.ir import FLOAT, Graph, Type, attribute, make
 from p2ptrain.graph.name_patterns import chosen
 
@@ -33,6 +34,8 @@ class Adapted:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     initialisers: dict[str, Initialiser] = field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
+    """What each linear that reads such a matrix became."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -53,6 +56,7 @@ def add_adapters(graph: Graph, lora: Lora, *, among: Collection[str]) -> Adapted
     targets = _targets(graph, [name for name in graph.inputs if name in among], lora)
     adapters: dict[str, Adapter] = {}
     initialisers: dict[str, Initialiser] = {}
+    changes: list[Change] = []
     readers = graph.readers()
     for weight in targets:
         stem = weight.removesuffix(".weight")
@@ -61,13 +65,12 @@ def add_adapters(graph: Graph, lora: Lora, *, among: Collection[str]) -> Adapted
             down=f"{stem}.{DOWN}", up=f"{stem}.{UP}", scale=lora.scale, transposed=transposed
         )
         _add_inputs(graph, weight, adapter, lora.rank)
-        for gemm in readers[weight]:
-            _add_change(graph, gemm, adapter, lora.rank)
+        changes += [_add_change(graph, gemm, adapter, lora.rank) for gemm in readers[weight]]
         bound = 1.0 / math.sqrt(_width_in(graph, adapter))
         adapters[weight] = adapter
         initialisers[adapter.down] = Initialiser(kind="uniform", scale=round(bound, 9))
         initialisers[adapter.up] = Initialiser(kind="zeros")
-    return Adapted(adapters=adapters, initialisers=initialisers)
+    return Adapted(adapters=adapters, initialisers=initialisers, changes=tuple(changes))
 
 
 def without_adapters(graph: Graph) -> Graph:
@@ -148,7 +151,7 @@ def _width_in(graph: Graph, adapter: Adapter) -> int:
     return width
 
 
-def _add_change(graph: Graph, gemm: onnx.NodeProto, adapter: Adapter, rank: int) -> None:
+def _add_change(graph: Graph, gemm: onnx.NodeProto, adapter: Adapter, rank: int) -> Change:
     """Let the linear's result be its own and the adapter's change."""
     source, result = gemm.input[0], gemm.output[0]
     tokens, width = graph.axes(result)
@@ -164,3 +167,4 @@ def _add_change(graph: Graph, gemm: onnx.NodeProto, adapter: Adapter, rank: int)
         make("Gemm", [scaled, adapter.up], [change], transB=1),
         make("Add", [own, change], [result]),
     ]
+    return Change(own=own, added=(low, scaled, change))

@@ -141,7 +141,7 @@ def _prepare(source: Source, frozen: frozenset[str], lora: Lora | None) -> _Prep
         running=tuple(state),
     )
     return _Prepared(
-        flow=analyse(graph, roles, _sizes(source)),
+        flow=analyse(graph, roles, _sizes(source), adapted.changes),
         evaluating=evaluating if state else None,
         probabilities={site.name: site.probability for site in sites},
         initialisers={**source.initialisers, **adapted.initialisers},

@@ -42,6 +42,17 @@ class Roles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What an adapter adds to one linear: a matrix and its adapter live in the same segments, so
+    that no cut may part what makes these values."""
+
+    own: str
+    """The linear's own result."""
+    added: tuple[str, ...]
+    """From the linear's input to what is added to its result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
     """The main nodes of a graph in order, and what each of them needs.
 
@@ -69,6 +80,21 @@ class Flow:
     """Symbols whose sizes later nodes ask for."""
     parameters: tuple[frozenset[str], ...]
     """Parameters that each node reads, directly or through free values."""
+    changes: tuple[Change, ...] = ()
+    """Of adapters."""
+
+    def added(self) -> frozenset[str]:
+        """Every value that is an adapter's alone."""
+        return frozenset(name for change in self.changes for name in change.added)
+
+    def torn(self) -> frozenset[int]:
+        """Positions where a cut would part a linear from its adapter, or the adapter itself."""
+        at = {name: p for p, node in enumerate(self.order) for name in node.output}
+        found: set[int] = set()
+        for change in self.changes:
+            span = [at[name] for name in (change.own, *change.added) if name in at]
+            found.update(range(min(span), max(span)) if span else ())
+        return frozenset(found)
 
     def bytes_of(self, values: Iterable[str]) -> int:
         """Bytes of these values for one sample."""
@@ -97,7 +123,9 @@ class Flow:
         return len(self.order)
 
 
-def analyse(graph: Graph, roles: Roles, sizes: Mapping[str, int]) -> Flow:
+def analyse(
+    graph: Graph, roles: Roles, sizes: Mapping[str, int], changes: tuple[Change, ...] = ()
+) -> Flow:
     """Sort out the values of a canonical forward graph whose first output is the loss."""
     masks = {name for name in graph.inputs if name.startswith(MASK_PREFIX)}
     carriers = _reached(graph, {*roles.data, *roles.late, *masks})
@@ -121,6 +149,7 @@ def analyse(graph: Graph, roles: Roles, sizes: Mapping[str, int]) -> Flow:
         border=_behind([frozenset(need.border) for need in needs]),
         symbols=_behind([frozenset(need.symbols) for need in needs]),
         parameters=tuple(frozenset(need.inputs) & {*roles.parameters} for need in needs),
+        changes=changes,
     )
 
 

@@ -21,7 +21,8 @@ from p2ptrain.graph.costs import PRODUCTS
 from p2ptrain.graph.flow import Flow, signature
 
 OPENED_PRODUCTS: Final = 12
-"""A stretch with more products than this is opened; an attention block has six to eight."""
+"""A stretch with more products than this is opened; an attention block has six to eight. Those of
+adapters do not count: what they change stays one linear."""
 DEARER: Final = 3
 """A boundary that costs over three times the next one is given up."""
 TINY: Final = 8
@@ -62,13 +63,15 @@ def _reason(flow: Flow, cut: int) -> str:
 
 
 def allowed(flow: Flow) -> tuple[int, ...]:
-    """Positions where a cut is possible at all: labels come later, and every size that later nodes
-    ask for can be read from what crosses."""
+    """Positions where a cut is possible at all: labels come later, every size that later nodes ask
+    for can be read from what crosses, and no adapter is torn."""
     found = []
+    torn = flow.torn()
     for position in range(min(flow.first_late(), len(flow.order)) - 1):
         crossing = flow.alive[position]
         typed = all(name in flow.graph.types for name in crossing)
-        if crossing and typed and flow.symbols[position] <= _symbols(flow, position):
+        whole = position not in torn
+        if crossing and typed and whole and flow.symbols[position] <= _symbols(flow, position):
             found.append(position)
     return tuple(found)
 
@@ -122,10 +125,11 @@ def _stretches(flow: Flow, cuts: Sequence[int]) -> list[_Stretch]:
 
 def _stretch(flow: Flow, start: int, end: int) -> _Stretch:
     nodes = flow.order[start:end]
+    added = flow.added()
     return _Stretch(
         start=start,
         end=end,
-        products=sum(node.op_type in PRODUCTS for node in nodes),
+        products=sum(n.op_type in PRODUCTS and n.output[0] not in added for n in nodes),
         signature=signature(flow, nodes),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from torch import nn
 
 from onnx_models.gpt import gpt
+from onnx_models.llama import llama
 from p2ptrain.bundle.manifest import FORMS, Manifest
 from p2ptrain.errors import ConfigError
 from p2ptrain.graph.export import export
@@ -248,6 +251,41 @@ def test_a_matrix_of_two_blocks_has_one_adapter(tmp_path: Path) -> None:
         wanted = module.eval()(torch.from_numpy(source.example["ids"])).numpy()
     found = logits_of(tmp_path / "trained.onnx", source)
     assert np.abs(found - wanted).max() < 1e-5 * max(1.0, np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("make", [gpt, llama])
+def test_one_block_with_adapters_everywhere_is_cut_as_without(
+    make: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    source, tuning = small(make), FineTuning(lora=Lora(rank=2, alpha=4.0, targets=("all",)))
+    plain = export(source).manifest
+    bundle, rows = tuned_bundle(tmp_path / "bundle", source, tuning)
+    assert [s.name for s in bundle.manifest.segments] == [s.name for s in plain.segments]
+    assert max(row.error for row in rows) < 1e-5
+
+
+@pytest.mark.parametrize("make", [gpt, llama])
+def test_an_adapter_stays_beside_its_matrix_however_fine_the_cuts(
+    make: Callable[..., nn.Module],
+) -> None:
+    source, tuning = small(make), FineTuning(lora=Lora(rank=2, alpha=4.0, targets=("all",)))
+    frozen = frozenset(tuning.frozen(source.training.parameters))
+    bundle = export(source, frozen=frozen, lora=tuning.lora, segments=30)
+    manifest = bundle.manifest
+    assert len(manifest.segments) > 6
+    places = {name: s.name for s in manifest.segments for name in s.parameters.values()}
+    adapted = {t.name: t.adapter for t in manifest.tensors if t.adapter is not None}
+    assert len(adapted) >= 7
+    for name, adapter in adapted.items():
+        assert places[name] == places[adapter.down] == places[adapter.up]
+
+
+def small(make: Callable[..., nn.Module]) -> Source:
+    """A decoder of one block."""
+    more = {"groups": 3, "columns": 32} if make is llama else {"dropout": 0.0}
+    torch.manual_seed(5)
+    module = make(layers=1, width=24, heads=6, vocabulary=40, context=12, **more)
+    return module_source(module, Request(name="small"))
 
 
 def tool(folder: Path, out: Path, *options: str) -> Any:  # Any: click's result

@@ -8,6 +8,8 @@ import pytest
 from p2ptrain.bundle.manifest import Adapter, Initialiser
 from p2ptrain.errors import ConfigError
 from p2ptrain.graph.adapters import add_adapters, without_adapters
+from p2ptrain.graph.flow import Roles, analyse
+from p2ptrain.graph.frontiers import allowed
 from p2ptrain.graph.ir import FLOAT, Type
 from p2ptrain.training.adapters import merged_weight
 from tests.adapter_cases import PARAMETERS, drawn, lora, run, small_graph
@@ -85,6 +87,17 @@ def test_a_target_that_is_no_linear_is_refused(target: str, said: str) -> None:
     graph.types["mixer.lora_down"] = Type(dtype=FLOAT, axes=(1,))
     with pytest.raises(ConfigError, match=said):
         add_adapters(graph, lora(target), among=PARAMETERS)
+
+
+def test_no_cut_parts_a_matrix_from_its_adapter() -> None:
+    graph = small_graph()
+    adapted = add_adapters(graph, lora("all"), among=PARAMETERS)
+    roles = Roles(data=("ids",), late=(), trainable=adapted.parameters, frozen=PARAMETERS)
+    flow = analyse(graph, roles, {"batch": 1}, adapted.changes)
+    made = [flow.order[position].output[0].partition("__")[0] for position in allowed(flow)]
+    assert made == ["x", "change", "a", "change", "b", "change", "q", "change", "m", "scaled"]
+    torn = {flow.order[position].output[0].partition("__")[0] for position in flow.torn()}
+    assert torn == {"own", "low", "scaled"}
 
 
 def test_an_embedding_alone_is_refused() -> None:
