@@ -32,6 +32,8 @@ class Replica:
     """The same of all that it computes in a step."""
     microbatches: int
     holds: Held
+    ranks: int
+    """How many devices share the stage, this one included."""
 
     def busy_ns(self, first: int, end: int) -> int:
         """Its compute of one step, for segments first..end-1."""

@@ -113,6 +113,11 @@ def _arranged(
 ) -> Candidate:
     schedule = asked.schedule or pricing.question.schedules[0]
     weights = tuple(stage.weights for stage in asked.stages)
+    if not pricing.may_share and any(len(group) > 1 for group in groups):
+        raise PlanInfeasible(
+            f"{asked.file}: the model's running statistics are made of all microbatches in order",
+            hint="give each stage one device",
+        )
     arrangement = pricing.arrange(groups, schedule, weights)
     if arrangement is None:
         raise PlanInfeasible(
@@ -130,7 +135,7 @@ def _check_memory(
 ) -> None:
     for stage, (first, end) in enumerate(spans(cuts)):
         for replica in arrangement.stages[stage]:
-            needs = pricing.memory_bytes(first, end, replica.holds)
+            needs = pricing.memory_bytes(first, end, replica.holds, replica.ranks)
             device = pricing.devices[replica.device]
             if needs > device.profile.memory_bytes:
                 raise PlanInfeasible(

@@ -157,7 +157,7 @@ class Explorer:
         """The priced candidate of an arrangement and its cuts."""
         pricing = self._pricing
         memory = tuple(
-            pricing.memory_bytes(first, end, replica.holds)
+            pricing.memory_bytes(first, end, replica.holds, replica.ranks)
             for replicas, (first, end) in zip(arrangement.stages, spans(cuts), strict=True)
             for replica in replicas
         )
@@ -257,6 +257,8 @@ class Explorer:
             return "it takes two devices"
         if kind in ("pipeline", "hybrid") and self._pricing.segment_count < 2:
             return "the model has one segment"
+        if kind in ("data", "hybrid") and not self._pricing.may_share:
+            return "the model's running statistics are made of all microbatches in order"
         stages = self._pricing.question.stages
         if stages is not None and stages > 1 and kind in ("one device", "data"):
             return "it has one stage"

@@ -10,7 +10,7 @@ Kind = Literal["one device", "data", "pipeline", "hybrid", "tensor", "sequence"]
 KINDS: Final[tuple[Kind, ...]] = (
     "one device", "pipeline", "data", "hybrid", "tensor", "sequence",
 )  # fmt: skip
-RUNTIME_KINDS: Final[tuple[Kind, ...]] = ("one device", "pipeline")
+RUNTIME_KINDS: Final[tuple[Kind, ...]] = ("one device", "pipeline", "data", "hybrid")
 """What this version can run; the others are what-if."""
 EXACT_KINDS: Final[tuple[Kind, ...]] = ("one device", "pipeline")
 """Those whose runs have the bits of one peer, wherever their stages are."""

@@ -32,16 +32,20 @@ def moving_ns(
     """
     rule = manifest.updates.get(optimizer)
     vectors = 1 + (0 if rule is None else len(rule.state))
-    owners = {segment: stage.device for stage in before for segment in stage.segments}
+    owners = {segment: stage.devices for stage in before for segment in stage.segments}
+    moved = [
+        (segment, device)
+        for stage in after
+        for segment in stage.segments
+        for device in stage.devices
+        if device not in owners.get(segment, stage.devices)
+    ]
     whole_ns = 0
-    for stage in after:
-        for segment in stage.segments:
-            owner = owners.get(segment, stage.device)
-            if owner != stage.device:
-                tensors = manifest.segment_tensors(segment)
-                trained = sum(t.elements for t in tensors if t.binding == "trainable")
-                size = FLOAT32_BYTES * vectors * trained
-                whole_ns += link(owner, stage.device).transfer_ns(size)
+    for segment, device in moved:
+        tensors = manifest.segment_tensors(segment)
+        trained = sum(t.elements for t in tensors if t.binding == "trainable")
+        size = FLOAT32_BYTES * vectors * trained
+        whole_ns += link(owners[segment][0], device).transfer_ns(size)
     return whole_ns
 
 

@@ -89,7 +89,7 @@ class Pricing:
         self._kinds = tuple(segment.kind for segment in question.manifest.segments)
         self._links = LinkTable(question.links)
         self._memory: dict[tuple[int, int, Held], int] = {}
-        self._longest: dict[tuple[int, Held, int], int] = {}
+        self._longest: dict[tuple[int, Held, int, int], int] = {}
         self._times: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {}
         segments = self.costs.segments
         self._gradients = _sums([s.gradient_bytes for s in segments])
@@ -99,24 +99,36 @@ class Pricing:
         """The link of two devices, or the assumption for its kind."""
         return self._links.between(self.devices[first].profile, self.devices[second].profile)
 
-    def memory_bytes(self, first: int, end: int, holds: Held) -> int:
-        """Peak memory of segments first..end-1 with room for this many microbatches."""
+    @property
+    def may_share(self) -> bool:
+        """Whether replicas may share microbatches out: running statistics are made of all of them,
+        one after the other."""
+        return all(not kind.running for kind in self.question.manifest.kinds.values())
+
+    def memory_bytes(self, first: int, end: int, holds: Held, ranks: int = 1) -> int:
+        """Peak memory of segments first..end-1 with room for this many microbatches.
+
+        With `ranks` > 1, on each of so many replicas: what the others send of gradients may all
+        wait in buffers (`runtime.meeting`).
+        """
         key = (first, end, holds)
         if key not in self._memory:
             self._memory[key] = self.question.stage_memory(
                 range(first, end), holds.in_flight, holds.delayed
             )
-        return self._memory[key]
+        gradients = self._gradients[end] - self._gradients[first]
+        return self._memory[key] + all_reduce_bytes(gradients, ranks)
 
     def longest_fit(self, replica: Replica, first: int) -> int:
         """The last end whose segments fit the replica's memory; `first` when not one does."""
         room = self.devices[replica.device].profile.memory_bytes
-        key = (room, replica.holds, first)
+        key = (room, replica.holds, replica.ranks, first)
         if key not in self._longest:
             low, high = first, self.segment_count
             while low < high:
                 middle = (low + high + 1) // 2
-                if self.memory_bytes(first, middle, replica.holds) <= room:
+                needs = self.memory_bytes(first, middle, replica.holds, replica.ranks)
+                if needs <= room:
                     low = middle
                 else:
                     high = middle - 1
@@ -148,7 +160,8 @@ class Pricing:
     def arrange(
         self, groups: Groups, schedule: str, weights: Sequence[Sequence[int] | None] = ()
     ) -> Arrangement | None:
-        """The arrangement of these groups; None when a replica would get no microbatch.
+        """The arrangement of these groups; None when a replica would get no microbatch, or where
+        microbatches cannot be shared out.
 
         Args:
             groups: By stage.
@@ -166,6 +179,8 @@ class Pricing:
         )
         if any(0 in own for own in parts):
             return None
+        if not self.may_share and any(len(group) > 1 for group in groups):
+            return None
         owners = tuple(owners_by_weight(own, self.microbatches) for own in parts)
         if any(len(set(own)) < len(group) for own, group in zip(owners, groups, strict=True)):
             return None
@@ -174,7 +189,7 @@ class Pricing:
         actions = replicated_actions(schedule, owners, [len(group) for group in groups])
         stages = tuple(
             tuple(
-                _replica(device, sums, listed)
+                _replica(device, sums, listed, len(group))
                 for device, sums, listed in zip(group, own, todo, strict=True)
             )
             for group, own, todo in zip(groups, tables, actions, strict=True)
@@ -442,7 +457,9 @@ def spans(cuts: Cuts) -> list[tuple[int, int]]:
     return list(zip((0, *cuts[:-1]), cuts, strict=True))
 
 
-def _replica(device: int, sums: tuple[tuple[int, ...], ...], listed: Sequence[Action]) -> Replica:
+def _replica(
+    device: int, sums: tuple[tuple[int, ...], ...], listed: Sequence[Action], ranks: int
+) -> Replica:
     """One device with its actions; what it computes in a step follows from them."""
     forward, backward, cotangents, gradients = sums
     holds, delayed = held(listed), len(delayed_microbatches(listed))
@@ -462,6 +479,7 @@ def _replica(device: int, sums: tuple[tuple[int, ...], ...], listed: Sequence[Ac
             for f, b, c, g in zip(forward, backward, cotangents, gradients, strict=True)
         ),
         microbatches=count,
+        ranks=ranks,
         holds=holds,
     )
 

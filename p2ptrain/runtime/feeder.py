@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import trio
 
-from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.outlet import Outlet, send_whole
@@ -15,6 +14,7 @@ from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import stamp_of
 from p2ptrain.training.minibatch import FedKind, read_minibatch
 from p2ptrain.training.program import Item, Program
+from p2ptrain.training.routing import Runners, runners
 from p2ptrain.wire.frames import TensorHeader
 
 ITEMS_AHEAD_MAX = 2
@@ -23,7 +23,8 @@ FED_ITEMS = ("train", "evaluate")
 
 
 class Feeder:
-    """Feeds every item of the program to the first and the last stage, two ahead at most.
+    """Feeds every item of the program to the first and the last stage, two ahead at most: each
+    microbatch to who runs it there.
 
     What a label weighs depends on how many count in the whole minibatch, so an item is read whole
     before its first microbatch goes out. That holds one item in memory, a third of what the first
@@ -77,13 +78,15 @@ class Feeder:
         read = await trio.to_thread.run_sync(
             read_minibatch, job.samples, self._contract, job.bundle.manifest.loss, item
         )
-        first, last = self._plan.stages[0].device, self._plan.stages[-1].device
-        ends: tuple[tuple[FedKind, DeviceId], ...] = (("input", first), ("labels", last))
-        for microbatch in range(len(read.feeds)):
-            for kind, device in ends:
+        count = len(read.feeds)
+        first, last = (runners(self._plan.stages[index], count) for index in (0, -1))
+        ends: tuple[tuple[FedKind, Runners], ...] = (("input", first), ("labels", last))
+        for microbatch in range(count):
+            for kind, taken_by in ends:
                 for index, array in enumerate(read.arrays(kind, microbatch)):
                     header = self._header(item, kind, microbatch, index)
-                    await send_whole(self._outlet, device, header, array)
+                    for device in taken_by[microbatch]:
+                        await send_whole(self._outlet, device, header, array)
 
     def _header(self, item: Item, kind: str, microbatch: int, index: int) -> TensorHeader:
         stamp = stamp_of(self._plan)

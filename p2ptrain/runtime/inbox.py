@@ -50,16 +50,24 @@ class TensorInbox:
         self._fed: dict[tuple[str, int], dict[tuple[str, int], dict[int, Array]]] = {}
         self._item: Item | None = None
         self._targets: Targets | None = None
+        self._has_room: Callable[[int], bool] = lambda _: True
         self._arrived: dict[tuple[str, int], set[int]] = {}
         self._tied: dict[TieKey, Array] = {}
         self._tied_arrived: set[TieKey] = set()
         self._closed = False
 
-    def open(self, item: Item, targets: Targets) -> None:
-        """Accept the tensors of `item`; what belongs to earlier items is forgotten."""
+    def open(
+        self, item: Item, targets: Targets, has_room: Callable[[int], bool] = lambda _: True
+    ) -> None:
+        """Accept the tensors of `item`; what belongs to earlier items is forgotten.
+
+        `has_room`: whether the buffers of a microbatch are free; a boundary tensor waits until
+        they are. What frees them are microbatches before it, whose tensors came before it.
+        """
         if self._item is not None:
             self._fed.pop((self._item.kind, self._item.step), None)
         self._item, self._targets, self._arrived = item, targets, {}
+        self._has_room = has_room
         self._tied_arrived.clear()
         if self._meetings is not None:
             self._meetings.open(item.kind)
@@ -122,6 +130,10 @@ class TensorInbox:
                 raise RemoteProtocolError(f"a {header.kind} for a peer that runs its stage alone")
             await self._meetings.receive(sender, header, length, reader)
             return
+        await self._signal.wait_until(lambda: self._closed or self._has_room(header.microbatch))
+        if self._closed:
+            await discard(reader, length)
+            return
         target = self._target(header, length)
         if target is not None:
             await self._fill(target, length, reader)
@@ -142,8 +154,8 @@ class TensorInbox:
         if ahead or header.index in came:
             raise RemoteProtocolError(f"{header.kind} for step {header.step} came out of turn")
         values = self._arrivals.fed.get(header.kind, ())
-        count = self._arrivals.microbatches[header.phase]
-        if not 0 <= header.index < len(values) or header.microbatch >= count:
+        ours = self._arrivals.microbatches[header.phase]
+        if not 0 <= header.index < len(values) or header.microbatch not in ours:
             raise RemoteProtocolError(f"{header.kind} that this stage does not expect")
         value = values[header.index]
         size = math.prod(value.shape) * np.dtype(value.dtype).itemsize

@@ -131,5 +131,5 @@ def _live(plan: Plan, device: DeviceId, step: int) -> LiveStage | None:
     return LiveStage(span=span, step=step, gradients_complete=False)
 
 
-def _layout(plan: Plan) -> list[tuple[DeviceId, range]]:
-    return [(stage.device, stage.segments) for stage in plan.stages]
+def _layout(plan: Plan) -> list[tuple[tuple[DeviceId, ...], tuple[int, ...], range]]:
+    return [(stage.devices, stage.weights, stage.segments) for stage in plan.stages]

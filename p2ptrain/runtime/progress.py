@@ -58,6 +58,7 @@ class ProgressTracker:
         self._step_began_s: float | None = None
         self._training_s = 0.0
         self._views = 0
+        self._evaluated: dict[DeviceId, Evaluated] = {}
         self._view_steps_s: deque[float] = deque(maxlen=TIMED_STEPS_MAX)
         self.completed_items = 0
         self.evaluated_at: int | None = None
@@ -67,6 +68,7 @@ class ProgressTracker:
         self._plan = plan
         self._views += 1
         self._view_steps_s.clear()
+        self._evaluated.clear()
         self.completed_items, self.evaluated_at = 0, None
 
     def receive(self, device: DeviceId, message: Evaluated | Usage) -> None:
@@ -76,21 +78,29 @@ class ProgressTracker:
             NumericsError: the held-out loss is not finite; the session ends.
         """
         match message:
-            case Evaluated() if device == self._plan.stages[-1].device:
-                self._evaluation_complete(message)
+            case Evaluated() if device in self._plan.stages[-1].devices:
+                self._evaluated[device] = message
+                self._add_up_evaluation(message.step)
             case Usage() if device == message.booking.device:
                 self._usage[device] = message
 
-    def _evaluation_complete(self, message: Evaluated) -> None:
-        if not math.isfinite(message.loss):
-            raise NumericsError(f"the held-out loss after step {message.step} is not finite")
-        again = message.step in self._heldout
-        self.evaluated_at = message.step
-        self._heldout[message.step] = message.loss
+    def _add_up_evaluation(self, step: int) -> None:
+        """Complete one that all peers of the last stage have told of, in the order of ranks."""
+        told = [self._evaluated.get(device) for device in self._plan.stages[-1].devices]
+        losses = [each.loss for each in told if each is not None and each.step == step]
+        if len(losses) == len(told):
+            self._evaluation_complete(step, sum(losses[1:], losses[0]))
+
+    def _evaluation_complete(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise NumericsError(f"the held-out loss after step {step} is not finite")
+        again = step in self._heldout
+        self.evaluated_at = step
+        self._heldout[step] = loss
         self.completed_items += 1
         self._step_began_s = time.monotonic()
         if not again:
-            report = EvaluationReport(step=message.step, heldout_loss=message.loss)
+            report = EvaluationReport(step=step, heldout_loss=loss)
             self._emit("evaluation", report)
 
     def step_committed(self, record: StepRecord, *, live: bool = True) -> None:

@@ -26,9 +26,10 @@ from p2ptrain.runtime.run_state import WEIGHTS_FOLDER, RunState
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.stage_run import apply_update
 from p2ptrain.runtime.stage_weights import StageWeights
-from p2ptrain.schedule.actions import Held, held, stage_actions
+from p2ptrain.schedule.actions import Held
 from p2ptrain.training.messages import Wanted, stamp_of
 from p2ptrain.training.replay_inputs import StepPlace, needed_places, step_inputs
+from p2ptrain.training.routing import Route
 from p2ptrain.training.step_record import StepRecord
 
 
@@ -165,11 +166,7 @@ class Restorer:
 
     def _holds(self) -> Held:
         """How many microbatches our stage has room for."""
-        plan = self._view.plan
-        index, count = plan.stage_of(self._services.device), self._view.contract.microbatches
-        if index is None:
-            raise InvariantBroken("a device without a stage holds no microbatches")
-        return held(stage_actions(plan.schedule, index, len(plan.stages), count))
+        return Route(self._view.plan, self._services.device).held(self._view.contract)
 
     async def _make_worker(
         self, segments: range, holds: Held, cuts: Collection[int] = ()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from p2ptrain.bundle.manifest import Manifest, Tensor, UpdateRule
 from p2ptrain.engine.contract import Array, Engine
-from p2ptrain.errors import CheckpointError, ConfigError, InvariantBroken
+from p2ptrain.errors import ConfigError, InvariantBroken
 from p2ptrain.ids import Digest
 from p2ptrain.runtime.segment_memory import FloatArray, SegmentMemory
 from p2ptrain.runtime.segment_programs import SegmentPrograms, compile_programs
@@ -28,6 +28,7 @@ from p2ptrain.runtime.segment_runner import (
     StageSetting,
 )
 from p2ptrain.runtime.segment_updater import SegmentUpdater, UpdateScalars
+from p2ptrain.runtime.stage_residuals import load_residuals, residuals
 from p2ptrain.runtime.stage_rings import RingMaker, places
 from p2ptrain.runtime.starting_values import starting_value
 from p2ptrain.schedule.actions import Held
@@ -36,11 +37,7 @@ from p2ptrain.training.barrier import stage_tensor_indices
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.layout import flat_layout
 from p2ptrain.training.segment_image import SegmentImage
-from p2ptrain.training.segment_state import (
-    SegmentState,
-    residual_name,
-    residual_shapes,
-)
+from p2ptrain.training.segment_state import SegmentState
 from p2ptrain.training.squares import CHUNK_ELEMENTS
 from p2ptrain.training.tensor_codec import (
     ErrorFeedback,
@@ -122,7 +119,8 @@ class StageWorker:
         self._waiting: set[int] = set()
         self._passed_back = self._accumulated = 0
         self._ties = self._find_ties()
-        self._ties_summed = False
+        self._ties_summed = self._reduced = False
+        self._share, self._has_siblings = contract.microbatches, False
         self._tensor_indices = stage_tensor_indices(manifest, segments)
         self._steps: dict[int, int] = {}
         self._forward_count = self._evaluation_count = self._backward_count = self._update_count = 0
@@ -161,8 +159,10 @@ class StageWorker:
 
     @property
     def gradients_complete(self) -> bool:
-        """Every backward of the step is done and ties are summed: only its update is missing."""
-        whole = self._accumulated == self._contract.microbatches and not self._waiting
+        """Every backward of the step is done, over all replicas, and ties are summed: only its
+        update is missing."""
+        whole = self._accumulated == self._share and not self._waiting
+        whole = whole and (self._reduced or not self._has_siblings)
         return whole and (self._ties_summed or not self._ties)
 
     def statistics(self) -> StageStatistics:
@@ -174,6 +174,11 @@ class StageWorker:
             update_count=self._update_count,
             parameter_count=sum(self._manifest.tensors[i].elements for i in self._tensor_indices),
         )
+
+    def take_share(self, microbatches: int, *, has_siblings: bool) -> None:
+        """Between two steps: from now on so many of a step's microbatches are run here, and the
+        others by siblings, with whose gradients ours are added up before they count."""
+        self._share, self._has_siblings = microbatches, has_siblings
 
     def draw_parameters(self) -> None:
         """Start afresh: the bundle's weights, else seeded values; optimizer state zero.
@@ -195,14 +200,14 @@ class StageWorker:
         self.abandon_step()
         self._steps.pop(segment_index, None)
         self._memories[segment_index].load_state(state)
-        self._load_residuals(segment_index, state)
+        load_residuals(self._feedback, self._manifest, self._contract, segment_index, state)
         self._steps[segment_index] = state.step
 
     def state(self, segment_index: int, step: int) -> SegmentState:
         """A copy of one segment's state after `step` updates."""
         state = self._memories[segment_index].copy_state(step)
-        residuals = {name: array.copy() for name, array in self._residuals(segment_index).items()}
-        return dataclasses.replace(state, residuals=residuals)
+        kept = {name: array.copy() for name, array in self._residuals(segment_index).items()}
+        return dataclasses.replace(state, residuals=kept)
 
     def copy_into(self, segment_index: int, image: SegmentImage) -> None:
         """Fill an image with one segment's present state, between two steps."""
@@ -307,12 +312,19 @@ class StageWorker:
 
         Calls come in microbatch order: the order of the additions is part of the contract.
         """
+        for _ in self.backward_by_segment(microbatch=microbatch, sequence=sequence):
+            pass
+
+    def backward_by_segment(self, *, microbatch: int, sequence: int) -> Iterator[int]:
+        """As `backward`, one segment whenever the next one is asked for: the last one first."""
         self._check_backward(microbatch, sequence)
         if self._passed_back > self._accumulated:
             raise InvariantBroken(f"microbatch {microbatch} overtakes delayed gradients")
         first = self._accumulated == 0
-        for runner in self._backwards(microbatch, sequence):
+        each = zip(reversed(self._segments), self._backwards(microbatch, sequence), strict=True)
+        for segment, runner in each:
             runner.backward(sequence=sequence, first=first)
+            yield segment
         self._passed_back += 1
         self._end_microbatch(sequence)
 
@@ -373,6 +385,19 @@ class StageWorker:
                 return found
         raise InvariantBroken(f"the stage has no gradient of {name!r}")
 
+    def gradient_vector(self, segment: int) -> FloatArray:
+        """One segment's accumulated gradients as they lie in memory (`training.layout`), live."""
+        return self._memories[segment].gradients
+
+    def clear_gradients(self) -> None:
+        """The sum over no microbatches, where siblings run all of a step's."""
+        for memory in self._memories.values():
+            memory.gradients.fill(0.0)
+
+    def gradients_reduced(self) -> None:
+        """Every segment's gradients are the sum over all siblings now."""
+        self._reduced = True
+
     def sum_ties(self, elsewhere: Mapping[str, Array]) -> None:
         """Give every copy of a tied tensor here the sum of all copies' gradients.
 
@@ -385,7 +410,7 @@ class StageWorker:
         Raises:
             InvariantBroken: a copy's gradient is missing, or it was called before.
         """
-        if self._waiting or self._ties_summed or self._accumulated == 0:
+        if self._waiting or self._ties_summed or not self._has_gradients:
             raise InvariantBroken("ties are summed once, after every backward of a step")
         for group in self._ties:
             here = {name: self.gradient(name) for name in group.tensors if self._holds(name)}
@@ -416,7 +441,7 @@ class StageWorker:
             learning_rate: As `training.learning_rate` gives it.
             clip_scale: As `training.clipping` gives it, over all stages.
         """
-        if self._waiting or self._accumulated == 0:
+        if self._waiting or not self._has_gradients:
             raise InvariantBroken("an update needs every backward of its step")
         self._check_ties()
         self._scalars.set_for(
@@ -444,30 +469,15 @@ class StageWorker:
         self._begin_sum()
 
     def _residuals(self, segment_index: int) -> dict[str, FloatArray]:
-        """By name, those of a segment's state; zero where nothing was lost."""
-        kept = self._feedback.state()
-        shapes = residual_shapes(self._manifest, self._contract, segment_index)
-        return {
-            residual_name(key): kept[key] if key in kept else np.zeros(shape, np.float32)
-            for key, shape in shapes.items()
-        }
-
-    def _load_residuals(self, segment_index: int, state: SegmentState) -> None:
-        """Take over a segment's residuals; without any its cotangents start afresh."""
-        shapes = residual_shapes(self._manifest, self._contract, segment_index)
-        loaded = {}
-        for key, shape in shapes.items():
-            residual = state.residuals.get(residual_name(key))
-            if residual is not None and residual.shape != shape:
-                raise CheckpointError("a checkpoint's residuals have another shape")
-            if residual is not None:
-                loaded[key] = residual
-        others = {k: v for k, v in self._feedback.state().items() if k not in shapes}
-        self._feedback.restore({**others, **loaded})
+        return residuals(self._feedback, self._manifest, self._contract, segment_index)
 
     def _begin_sum(self) -> None:
         self._passed_back = self._accumulated = 0
-        self._ties_summed = False
+        self._ties_summed = self._reduced = False
+
+    @property
+    def _has_gradients(self) -> bool:
+        return self._accumulated > 0 or self._reduced
 
     def _check_ties(self) -> None:
         if self._ties and not self._ties_summed:

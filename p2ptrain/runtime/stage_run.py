@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import trio
@@ -17,54 +17,29 @@ from p2ptrain.errors import InvariantBroken, RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.recovery.inventory import LogKind
+from p2ptrain.runtime.gradient_sums import GradientSums
 from p2ptrain.runtime.inbox import TensorInbox
+from p2ptrain.runtime.neighbours import Neighbours
 from p2ptrain.runtime.outlet import Outlet, send_whole
 from p2ptrain.runtime.run_state import LogPlace
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.usage import RunMeter
-from p2ptrain.schedule.actions import (
-    Action,
-    delayed_microbatches,
-    evaluation,
-    stage_actions,
-)
+from p2ptrain.schedule.actions import Action, delayed_microbatches
 from p2ptrain.training.arrivals import TieSend, arrivals, tied_sends
+from p2ptrain.training.collectives import MeetingKey
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
 from p2ptrain.training.messages import Done, Evaluated, stamp_of
 from p2ptrain.training.program import Item, Program
+from p2ptrain.training.routing import Route, Runners, has_replicas
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.training.step_tensors import expected_tensors
 from p2ptrain.training.tensor_codec import encode_all
 from p2ptrain.wire.frames import TensorHeader
 
 _T = TypeVar("_T")
-SEND_QUEUE_MAX = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """Encoded tensors on their way to a neighbour; they stay untouched until they are sent."""
-
-    header: TensorHeader
-    arrays: tuple[Array, ...]
-
-
-class Neighbour:
-    """The bounded queue of tensors for one neighbour."""
-
-    def __init__(self, device: DeviceId | None) -> None:
-        self.device = device
-        self._send, self.outgoing = trio.open_memory_channel[Outgoing](SEND_QUEUE_MAX)
-
-    async def put(self, header: TensorHeader, arrays: tuple[Array, ...]) -> None:
-        """Queue one tensor; waits while the queue is full."""
-        await self._send.send(Outgoing(header, arrays))
-
-    def close(self) -> None:
-        """No more tensors: the sender task ends when the queue is empty."""
-        self._send.close()
+_How = Literal["whole", "in parts", "done"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +65,19 @@ def apply_update(worker: StageWorker, contract: Contract, record: StepRecord) ->
     worker.update(step=record.step, learning_rate=rate, clip_scale=record.clip_scale)
 
 
+@dataclass(slots=True)
+class _OpenItem:
+    """What this peer does in one item."""
+
+    item: Item
+    own: dict[int, int]
+    """Its microbatches, and what names their buffers."""
+    before: Runners
+    after: Runners
+    done_count: int = 0
+    """Of its microbatches, those that have gone back."""
+
+
 class StageRun:
     """Runs this peer's stage from `go` to the end of the session.
 
@@ -111,22 +99,34 @@ class StageRun:
         signal: Signal,
         hooks: StageHooks,
     ) -> None:
-        index = plan.stage_of(device)
-        if index is None:
-            raise InvariantBroken("a stage run on a device without a stage")
+        route = self._route = Route(plan, device)
+        index = route.stage_index
         self._plan, self._contract, self._manifest = plan, contract, manifest
         self._worker, self._program, self._outlet = worker, program, outlet
         self._meter, self._device, self._signal, self._hooks = meter, device, signal, hooks
-        self._index, self._stage, self._stamp = index, plan.stages[index], stamp_of(plan)
+        self._stage, self._stamp = route.stage, stamp_of(plan)
         self._first, self._last = index == 0, index == len(plan.stages) - 1
         self._limiter = trio.CapacityLimiter(1)
         self._sequence = 0
         self._compute_ns = 0
         """Of the present item."""
-        self._next = Neighbour(None if self._last else plan.stages[index + 1].device)
-        self._previous = Neighbour(None if self._first else plan.stages[index - 1].device)
-        self._tied_sends = tied_sends(manifest, plan, index)
-        self.inbox = TensorInbox(signal, arrivals=arrivals(manifest, contract, plan, index))
+        replicated = has_replicas(plan)
+        self._neighbours = Neighbours(
+            route.neighbours, outlet=outlet, meter=meter, copies=replicated
+        )
+        self._tied_sends = tied_sends(manifest, plan, index, route.rank)
+        own = len(route.own(contract.microbatches))
+        worker.take_share(own, has_siblings=self._stage.split == "replicas")
+        self._sums: GradientSums | None = None
+        if self._stage.split == "replicas":
+            self._sums = GradientSums(
+                worker, manifest, route, send=self._send_piece, phase=meter.phase, signal=signal
+            )
+        self._item: _OpenItem | None = None
+        meetings = None if self._sums is None else self._sums.meetings
+        self.inbox = TensorInbox(
+            signal, arrivals=arrivals(manifest, contract, plan, device), meetings=meetings
+        )
 
     async def run(self) -> None:
         """Work through the program.
@@ -139,12 +139,10 @@ class StageRun:
             PeerLost: a neighbour's link broke: the view cannot go on, but the stage can.
         """
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._send_all, self._next)
-            nursery.start_soon(self._send_all, self._previous)
+            self._neighbours.start(nursery)
             while (item := self._program.current) is not None:
                 await self._work(item)
-            self._next.close()
-            self._previous.close()
+            self._neighbours.close()
         self.inbox.close()
 
     async def _work(self, item: Item) -> None:
@@ -152,15 +150,19 @@ class StageRun:
             await self._hooks.save(item)
             self._program.complete(item)
             return
-        base, self._compute_ns = self._sequence, 0
-        self.inbox.open(item, lambda kind, mb: self._targets(kind, base + mb))
-        with self._meter.phase("wait"):
-            await self._signal.wait_until(
-                lambda: self.inbox.begun() or self._program.current != item
-            )
+        opened = self._open(item)
+        if opened.own or item.kind == "train":  # else another replica runs all of an evaluation
+            with self._meter.phase("wait"):
+                await self._signal.wait_until(
+                    lambda: self.inbox.begun() or self._program.current != item
+                )
         if self._program.current != item:
             return  # the session ends before this step; nobody has begun it
-        loss = await self._pipeline(item, base)
+        if self._sums is None or item.kind != "train":
+            loss = await self._pipeline(opened)
+        else:
+            async with self._sums.added_up():
+                loss = await self._pipeline(opened)
         if item.kind == "train":
             await self._finish_step(item.step, loss)
         elif self._last:
@@ -168,33 +170,48 @@ class StageRun:
             self._outlet.send(self._plan.home, done)
         self._program.complete(item)
 
-    async def _pipeline(self, item: Item, base: int) -> float:
-        """Run every microbatch of an item; the sum of their losses on the last stage."""
-        actions = self._actions(item)
+    def _open(self, item: Item) -> _OpenItem:
+        """Accept an item's tensors."""
+        count = self._program.microbatches(item)
+        own = self._route.own(count)
+        opened = self._item = _OpenItem(
+            item=item,
+            own={microbatch: self._sequence + place for place, microbatch in enumerate(own)},
+            before=self._route.beside(-1, count),
+            after=self._route.beside(1, count),
+        )
+        self._compute_ns = 0
+        self.inbox.open(item, self._targets, self._has_room)
+        return opened
+
+    async def _pipeline(self, opened: _OpenItem) -> float:
+        """Run every own microbatch of an item; the sum of their losses on the last stage."""
+        actions = self._actions(opened.item)
         delayed = delayed_microbatches(actions)
         loss = 0.0
         for action in actions:
-            sequence = base + action.microbatch
             match action.kind:
                 case "F":
-                    loss += await self._forward(item, action, sequence)
+                    loss += await self._forward(opened, action.microbatch)
                 case "B":
                     parted = action.microbatch in delayed
-                    await self._backward(item, action, sequence, parted=parted)
+                    await self._backward(opened, action.microbatch, parted=parted)
+                    opened.done_count += 1
+                    self._signal.notify()
                 case "W":
-                    await self._gradients(action, sequence)
-        self._sequence = base + self._program.microbatches(item)
+                    await self._gradients(action, opened.own[action.microbatch])
+        self._sequence += len(opened.own)
         return loss
 
     def _actions(self, item: Item) -> tuple[Action, ...]:
         """Evaluations, which may have more microbatches, need no more room than steps."""
-        stages, count = len(self._plan.stages), self._program.microbatches(item)
+        count = self._program.microbatches(item)
         if item.kind == "train":
-            return stage_actions(self._plan.schedule, self._index, stages, count)
-        return evaluation(self._index, stages, count, in_flight=self._stage.in_flight_max)
+            return self._route.training(count)
+        return self._route.evaluation(count, trained=self._contract.microbatches)
 
-    async def _forward(self, item: Item, action: Action, sequence: int) -> float:
-        microbatch = action.microbatch
+    async def _forward(self, opened: _OpenItem, microbatch: int) -> float:
+        item, sequence = opened.item, opened.own[microbatch]
         if not self._first:
             await self._wait("activation", microbatch, self._entry_ports)
         inputs = await self._wait_fed("input", microbatch) if self._first else None
@@ -217,37 +234,56 @@ class StageRun:
             segment = self._stage.segments[-1]
             if item.kind == "train":
                 self._log("activation", item.step, microbatch, segment, arrays)
-            await self._next.put(self._header(item, "activation", microbatch, segment), arrays)
+            header = self._header(item, "activation", microbatch, segment)
+            await self._put(opened.after, header, arrays)
         return 0.0 if loss is None else loss
 
-    async def _backward(self, item: Item, action: Action, sequence: int, *, parted: bool) -> None:
+    async def _backward(self, opened: _OpenItem, microbatch: int, *, parted: bool) -> None:
         """Train: send the cotangent upstream. Evaluate: only say that the buffer is free.
 
         `parted`: gradients follow in an action of their own.
         """
-        microbatch = action.microbatch
+        item, sequence = opened.item, opened.own[microbatch]
         kind = "cotangent" if item.kind == "train" else "release"
         if not self._last:
             awaited = self._worker.exit_cotangent(sequence) if kind == "cotangent" else ()
             await self._wait(kind, microbatch, max(1, len(awaited)))  # none: one empty frame
         segment = self._stage.first_segment - 1
         arrays: tuple[Array, ...] = ()
-
-        def run() -> tuple[Array, ...]:
-            if parted:
-                self._worker.backward_cotangents(microbatch=microbatch, sequence=sequence)
-            else:
-                self._worker.backward(microbatch=microbatch, sequence=sequence)
-            if self._first:
-                return ()
-            return self._worker.encoded_cotangent(segment, microbatch=microbatch, sequence=sequence)
-
         if kind == "cotangent":
-            arrays = await self._act(run)
+            how: _How = "in parts" if parted else "whole"
+            if self._sums is not None and microbatch == max(opened.own):
+                await self._backward_summed(self._sums, microbatch, sequence)
+                how = "done"
+            arrays = await self._act(lambda: self._back(microbatch, sequence, how))
         if not self._first:
             if kind == "cotangent":
                 self._log("cotangent", item.step, microbatch, segment, arrays)
-            await self._previous.put(self._header(item, kind, microbatch, segment), arrays)
+            header = self._header(item, kind, microbatch, segment)
+            await self._put(opened.before, header, arrays)
+
+    async def _backward_summed(self, sums: GradientSums, microbatch: int, sequence: int) -> None:
+        """The last own backward: every segment's gradients go to be added up when it is done."""
+        steps = self._worker.backward_by_segment(microbatch=microbatch, sequence=sequence)
+        while (segment := await self._act(lambda: next(steps, None))) is not None:
+            sums.add(segment)
+
+    def _back(self, microbatch: int, sequence: int, how: _How) -> tuple[Array, ...]:
+        """The backward of a microbatch where it is not done yet; what is to be sent. Blocking."""
+        worker = self._worker
+        if how == "in parts":
+            worker.backward_cotangents(microbatch=microbatch, sequence=sequence)
+        elif how == "whole":
+            worker.backward(microbatch=microbatch, sequence=sequence)
+        if self._first:
+            return ()
+        segment = self._stage.first_segment - 1
+        return worker.encoded_cotangent(segment, microbatch=microbatch, sequence=sequence)
+
+    async def _put(self, runners: Runners, header: TensorHeader, arrays: tuple[Array, ...]) -> None:
+        """Send a boundary's tensors to whoever runs their microbatch there."""
+        for device in runners[header.microbatch]:
+            await self._neighbours.put(device, header, arrays)
 
     async def _gradients(self, action: Action, sequence: int) -> None:
         """The delayed part of a backward."""
@@ -263,7 +299,7 @@ class StageRun:
         done = Done(
             stamp=self._stamp,
             step=step,
-            square_sums=sums.astype("<f8").tobytes(),
+            square_sums=(sums if self._route.rank == 0 else 0.0 * sums).astype("<f8").tobytes(),
             loss=loss if self._last else None,
             skip=not bool(np.isfinite(sums).all() and math.isfinite(loss)),
             compute_ns=self._compute_ns,
@@ -347,20 +383,29 @@ class StageRun:
         labels, weight = await self._wait_fed("labels", microbatch)
         return labels, float(weight[0])
 
-    async def _send_all(self, neighbour: Neighbour) -> None:
-        """Send one neighbour's tensors in order, one frame per array, until the queue closes."""
-        async for outgoing in neighbour.outgoing:
-            if neighbour.device is None:
-                raise InvariantBroken("a tensor for a neighbour that does not exist")
-            with self._meter.phase("communicate"):
-                for index, array in enumerate(outgoing.arrays):
-                    header = dataclasses.replace(outgoing.header, index=index)
-                    await send_whole(self._outlet, neighbour.device, header, array)
-                if not outgoing.arrays:
-                    await send_whole(self._outlet, neighbour.device, outgoing.header)
+    async def _send_piece(self, device: DeviceId, kind: str, key: MeetingKey, piece: Array) -> None:
+        if self._item is None:
+            raise InvariantBroken("a meeting outside of an item")
+        header = self._header(self._item.item, kind, key.microbatch, key.segment)
+        await send_whole(self._outlet, device, dataclasses.replace(header, index=key.index), piece)
 
-    def _targets(self, kind: str, sequence: int) -> tuple[Array, ...]:
+    def _has_room(self, microbatch: int) -> bool:
+        """Whether the buffers of a microbatch that comes are free.
+
+        Of one sender on each side none comes too early; replicas run ahead of each other.
+        """
+        opened, holds = self._item, self._worker.holds
+        if opened is None or microbatch not in opened.own:
+            return True  # it is refused
+        first = min(opened.own.values())
+        places = holds.in_flight + holds.delayed + 1
+        return opened.own[microbatch] - first < opened.done_count + places
+
+    def _targets(self, kind: str, microbatch: int) -> tuple[Array, ...]:
         """The buffers that a boundary tensor of this stage belongs into."""
+        sequence = None if self._item is None else self._item.own.get(microbatch)
+        if sequence is None:
+            raise RemoteProtocolError(f"a {kind} of microbatch {microbatch}, which is not ours")
         match kind:
             case "activation" if not self._first:
                 return self._worker.entry(sequence)

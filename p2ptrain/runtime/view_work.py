@@ -350,7 +350,7 @@ class ViewWork:
 
     async def _save(self, item: Item) -> None:
         """Snapshot our stage for its keeper, and for home where it is a checkpoint."""
-        keeper, checkpoint = self._own_keeper(), item.kind == "checkpoint"
+        keeper, checkpoint = self._own_keeper(), item.kind == "checkpoint" and self._is_first()
         if self._snapshots is not None and (keeper is not None or checkpoint):
             home = self.plan.home if checkpoint else None
             await self._snapshots.snapshot(self.stamp, item.step, collector=home)
@@ -359,10 +359,20 @@ class ViewWork:
         index = self.plan.stage_of(self._services.device)
         return None if index is None or not self.plan.replicas else self.plan.replicas[index]
 
+    def _is_first(self) -> bool:
+        """Whether we save our stage: of those that share one, the first."""
+        return any(stage.device == self._services.device for stage in self.plan.stages)
+
     def _saved(self, device: DeviceId, saved: SegmentSaved) -> None:
         """A stage has a snapshot for us: as its replica's keeper, as the home peer, or both."""
         stage = self.plan.stage_of(device)
-        if stage is None or saved.segment not in self.plan.stages[stage].segments:
+        own = None if stage is None else self.plan.stages[stage]
+        if (
+            stage is None
+            or own is None
+            or own.device != device
+            or saved.segment not in own.segments
+        ):
             raise RemoteProtocolError(f"segment {saved.segment} was saved against the plan")
         if saved.checkpoint and self._duty is not None:
             self._duty.receive(device, saved)

@@ -123,11 +123,29 @@ def replicated_actions(
         raise ConfigError(
             f"{schedule!r:.40} is no schedule of replicated stages", hint="choose 1f1b or gpipe"
         )
+    count = len(owners[0])
+    most = [count if schedule == "gpipe" else sum(replicas[s:]) - 1 for s in range(len(owners))]
+    return _kept_by_replicas(owners, replicas, most)
+
+
+def replicated_evaluation(
+    owners: Sequence[Owners], replicas: Sequence[int], *, microbatches: int
+) -> tuple[tuple[tuple[Action, ...], ...], ...]:
+    """Actions by stage and replica of an evaluation, in which B says that a buffer is free.
+
+    As under 1F1B, and no further ahead than a step of so many `microbatches`.
+    """
+    most = [min(microbatches, sum(replicas[s:]) - 1) for s in range(len(owners))]
+    return _kept_by_replicas(owners, replicas, most)
+
+
+def _kept_by_replicas(
+    owners: Sequence[Owners], replicas: Sequence[int], ahead_max: Sequence[int]
+) -> tuple[tuple[tuple[Action, ...], ...], ...]:
+    """Of every stage's list, with so many forwards ahead, what each of its replicas runs."""
     found = []
     for stage, own in enumerate(owners):
-        count = len(own)
-        ahead = count if schedule == "gpipe" else min(count, sum(replicas[stage:]) - 1)
-        whole = _stage_wide(stage, count, ahead)
+        whole = _stage_wide(stage, len(own), min(len(own), ahead_max[stage]))
         found.append(
             tuple(
                 tuple(action for action in whole if own[action.microbatch] == replica)

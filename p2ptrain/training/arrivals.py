@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from p2ptrain.bundle.manifest import Manifest, Port
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.training.contract import Contract
+from p2ptrain.training.routing import Route
 from p2ptrain.training.ties import TieGroup, TieHolder, tie_groups
 
 LOSS_WEIGHT_DTYPE = "float64"
@@ -36,8 +37,8 @@ class Arrivals:
 
     fed: Mapping[str, tuple[FedValue, ...]]
     """By kind: `input` for the first stage, `labels` for the last; position is the index."""
-    microbatches: Mapping[str, int]
-    """By phase: how many of each come."""
+    microbatches: Mapping[str, Collection[int]]
+    """By phase: of which of them these come."""
     tied: Mapping[TieKey, tuple[int, ...]]
     """Shapes of the gradients of copies that other stages hold; all float32."""
     codec: str = "fp32"
@@ -53,8 +54,10 @@ class TieSend:
     devices: tuple[DeviceId, ...]
 
 
-def arrivals(manifest: Manifest, contract: Contract, plan: Plan, stage_index: int) -> Arrivals:
-    """What stage `stage_index` of a plan may expect."""
+def arrivals(manifest: Manifest, contract: Contract, plan: Plan, device: DeviceId) -> Arrivals:
+    """What a device with a stage may expect."""
+    route = Route(plan, device)
+    stage_index = route.stage_index
     fed: dict[str, tuple[FedValue, ...]] = {}
     batch = contract.microbatch_size
     if stage_index == 0:
@@ -63,6 +66,7 @@ def arrivals(manifest: Manifest, contract: Contract, plan: Plan, stage_index: in
         weight = FedValue(shape=(1,), dtype=LOSS_WEIGHT_DTYPE)
         fed["labels"] = (_fed(manifest, manifest.labels_port, batch), weight)
     counts = {"train": contract.microbatches, "evaluate": contract.heldout_microbatches}
+    own = {phase: frozenset(route.own(count)) for phase, count in counts.items()}
     awaited = [
         holder
         for group in tie_groups(manifest)
@@ -71,19 +75,29 @@ def arrivals(manifest: Manifest, contract: Contract, plan: Plan, stage_index: in
         if plan.stage_of_segment(holder.segment) != stage_index
     ]
     tied = {_key(manifest, holder): manifest.tensor(holder.tensor).shape for holder in awaited}
-    return Arrivals(fed=fed, microbatches=counts, tied=tied, codec=contract.codec)
+    return Arrivals(fed=fed, microbatches=own, tied=tied, codec=contract.codec)
 
 
-def tied_sends(manifest: Manifest, plan: Plan, stage_index: int) -> tuple[TieSend, ...]:
-    """Whose gradients a stage sends after the last backward of a step: to every other stage that
-    holds a copy of the same tensor."""
+def tied_sends(
+    manifest: Manifest, plan: Plan, stage_index: int, rank: int = 0
+) -> tuple[TieSend, ...]:
+    """Whose gradients a stage sends after the last backward of a step: to all peers of every other
+    stage that holds a copy of the same tensor.
+
+    Where several peers have the stage, each has the same gradients: the first of them sends, the
+    others (`rank`) send to nobody.
+    """
     sends = []
     for group in tie_groups(manifest):
         others = sorted(_stages(plan, group) - {stage_index})
-        devices = tuple(plan.stages[other].device for other in others)
+        devices = tuple(device for other in others for device in plan.stages[other].devices)
         own = [h for h in group.holders if plan.stage_of_segment(h.segment) == stage_index]
         sends += [
-            TieSend(tensor=holder.tensor, key=_key(manifest, holder), devices=devices)
+            TieSend(
+                tensor=holder.tensor,
+                key=_key(manifest, holder),
+                devices=devices if rank == 0 else (),
+            )
             for holder in own
             if devices
         ]

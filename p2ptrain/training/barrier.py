@@ -38,7 +38,10 @@ def stage_tensor_indices(manifest: Manifest, segments: Iterable[int]) -> tuple[i
 
 
 class StepBarrier:
-    """Collects `Done` of every stage; one float64 square sum per tensor in manifest order."""
+    """Collects `Done` of every stage's peers; one float64 square sum per tensor in manifest order.
+
+    What several peers of a stage tell is added in the order of their ranks.
+    """
 
     def __init__(
         self, *, plan: Plan, manifest: Manifest, clip_norm: float, first_step: int, last_step: int
@@ -46,8 +49,11 @@ class StepBarrier:
         self._clip_norm = clip_norm
         self._taken, self._last = first_step, last_step
         self._indices: Mapping[DeviceId, tuple[int, ...]] = {
-            stage.device: stage_tensor_indices(manifest, stage.segments) for stage in plan.stages
+            device: stage_tensor_indices(manifest, stage.segments)
+            for stage in plan.stages
+            for device in stage.devices
         }
+        self._tellers = plan.stages[-1].devices
         self._tensor_count = len(manifest.tensors)
         self._waiting: dict[int, dict[DeviceId, Done]] = {}
 
@@ -93,9 +99,10 @@ class StepBarrier:
         self._taken = step
         sums = np.zeros(self._tensor_count, dtype=np.float64)
         for device, indices in self._indices.items():
-            sums[list(indices)] = np.frombuffer(dones[device].square_sums, dtype="<f8")
-        losses = [done.loss for done in dones.values() if done.loss is not None]
-        loss = losses[0] if losses else math.nan
+            sums[list(indices)] += np.frombuffer(dones[device].square_sums, dtype="<f8")
+        told = [dones[device].loss for device in self._tellers]
+        losses = [loss for loss in told if loss is not None]
+        loss = math.nan if not losses else sum(losses[1:], losses[0])
         if any(done.skip for done in dones.values()) or not math.isfinite(loss):
             raise NumericsError(f"step {step}: the loss or a gradient is not finite")
         norm, scale = clip_scale(sums.tolist(), self._clip_norm)

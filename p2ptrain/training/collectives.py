@@ -28,7 +28,9 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import RemoteProtocolError
+from p2ptrain.training.layout import flat_layout
 
 Array = NDArray[np.float32]
 Operation = Literal["reduce", "gather", "scatter"]
@@ -104,6 +106,16 @@ def add_by_rank(own: Array, rank: int, others: Mapping[int, Array]) -> None:
         np.add(total, term, out=total)
     if total is not own:
         np.copyto(own, total)
+
+
+def gradient_meetings(manifest: Manifest, segments: range, ranks: int) -> dict[MeetingKey, Meeting]:
+    """What so many replicas of these segments do once per step."""
+    return {
+        MeetingKey(microbatch=0, segment=segment, index=0): Meeting(
+            operation="reduce", lengths=even_lengths(flat_layout(manifest, segment).length, ranks)
+        )
+        for segment in segments
+    }
 
 
 def held_bytes(meetings: Sequence[Meeting], rank: int) -> int:

@@ -57,16 +57,19 @@ FIRST, SECOND, THIRD = key("block0.w", 1), key("block2.w", 3), key("block3.w", 4
 def test_ends_of_the_pipeline_are_fed_and_the_middle_is_not() -> None:
     plan = plan_of(2, 2, 2)
     tokens = FedValue(shape=(3, CONTEXT), dtype="int64")
-    fed = [arrivals(MANIFEST, CONTRACT, plan, stage).fed for stage in range(3)]
+    fed = [arrivals(MANIFEST, CONTRACT, plan, plan.stages[stage].device).fed for stage in range(3)]
     assert fed[0] == {"input": (tokens,)}
     assert fed[1] == {}
     assert fed[2] == {"labels": (tokens, FedValue(shape=(1,), dtype="float64"))}
-    counts = arrivals(MANIFEST, CONTRACT, plan, 1).microbatches
-    assert counts == {"train": 5, "evaluate": CONTRACT.heldout_microbatches}
+    counts = arrivals(MANIFEST, CONTRACT, plan, plan.stages[1].device).microbatches
+    assert {phase: sorted(own) for phase, own in counts.items()} == {
+        "train": [0, 1, 2, 3, 4],
+        "evaluate": list(range(CONTRACT.heldout_microbatches)),
+    }
 
 
 def test_one_stage_is_fed_both_and_waits_for_no_copy() -> None:
-    whole = arrivals(MANIFEST, CONTRACT, plan_of(6), 0)
+    whole = arrivals(MANIFEST, CONTRACT, plan_of(6), plan_of(6).stages[0].device)
     assert set(whole.fed) == {"input", "labels"}
     assert whole.tied == {}
     assert tied_sends(MANIFEST, plan_of(6), 0) == ()
@@ -86,7 +89,10 @@ def test_a_stage_awaits_the_copies_that_others_hold(
     counts: tuple[int, ...], awaited: list[set[TieKey]]
 ) -> None:
     plan = plan_of(*counts)
-    found = [arrivals(MANIFEST, CONTRACT, plan, stage).tied for stage in range(len(counts))]
+    found = [
+        arrivals(MANIFEST, CONTRACT, plan, plan.stages[stage].device).tied
+        for stage in range(len(counts))
+    ]
     assert [set(tied) for tied in found] == awaited
     shape = MANIFEST.tensor("block0.w").shape
     assert all(tied == dict.fromkeys(tied, shape) for tied in found)
@@ -103,7 +109,7 @@ def test_what_is_sent_is_exactly_what_is_awaited(counts: tuple[int, ...]) -> Non
                 sent[plan.stage_of(target) or 0].append(send.key)
     for stage, keys in sent.items():
         assert len(set(keys)) == len(keys)
-        assert set(keys) == set(arrivals(MANIFEST, CONTRACT, plan, stage).tied)
+        assert set(keys) == set(arrivals(MANIFEST, CONTRACT, plan, plan.stages[stage].device).tied)
 
 
 def test_frozen_copies_exchange_nothing() -> None:
@@ -112,5 +118,5 @@ def test_frozen_copies_exchange_nothing() -> None:
         for t in MANIFEST.tensors
     ]
     manifest = dataclasses.replace(MANIFEST, tensors=tuple(frozen))
-    assert arrivals(manifest, CONTRACT, plan_of(2, 4), 0).tied == {}
+    assert arrivals(manifest, CONTRACT, plan_of(2, 4), plan_of(2, 4).stages[0].device).tied == {}
     assert tied_sends(manifest, plan_of(2, 4), 0) == ()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from p2ptrain.errors import InvariantBroken, NumericsError, RemoteProtocolError
-from p2ptrain.planner.plan import Plan, StagePlan
+from p2ptrain.planner.plan import Plan, StagePlan, StageShare
 from p2ptrain.training.barrier import StepBarrier, stage_tensor_indices
 from p2ptrain.training.messages import Done, stamp_of
 from tests.bundles import tiny_bundle
@@ -151,3 +152,24 @@ def test_resumed_run_counts_from_its_first_step() -> None:
     assert collected.missing(40) == (device(0), device(1))
     fill(collected, 41)
     assert collected.take(41).step == 41
+
+
+def test_what_replicas_tell_is_added_in_the_order_of_ranks() -> None:
+    shares = tuple(
+        StageShare(device=device(i), weight=1, memory_bytes=1) for i in (1, 2, 0)
+    )  # fmt: skip
+    whole = dataclasses.replace(
+        PLAN.stages[0], device=device(1), segment_count=4, split="replicas", shares=shares
+    )
+    plan = dataclasses.replace(PLAN, stages=(whole,))
+    collected = StepBarrier(
+        plan=plan, manifest=MANIFEST, clip_norm=0.0, first_step=0, last_step=LAST
+    )
+    losses = {device(1): 1e16, device(2): -1e16, device(0): 1.0}
+    for index in range(3):
+        told = [9.0, 0.0, 0.0, 0.0, 7.0, 0.0] if index == 1 else [0.0] * 6
+        assert len(collected.missing(1)) == 3 - index
+        collected.add(device(index), done(1, told, loss=losses[device(index)]))
+    totals = collected.take(1)
+    assert totals.loss == 1.0
+    assert totals.gradient_norm == 4.0

@@ -34,7 +34,7 @@ ARRIVALS = Arrivals(
             FedValue(shape=SHAPE, dtype="int64"), FedValue(shape=(1,), dtype="float64"),
         ),
     },
-    microbatches={"train": 2, "evaluate": 1},
+    microbatches={"train": range(2), "evaluate": range(1)},
     tied={TIE: (2, 2), OTHER_TIE: (3,)},
 )  # fmt: skip
 
@@ -132,7 +132,7 @@ async def test_inputs_of_several_ports_keep_their_shapes_and_dtypes() -> None:
     image, mask = FedValue(shape=(2, 4), dtype="float32"), FedValue(shape=(2,), dtype="bool")
     box = TensorInbox(
         Signal(),
-        arrivals=Arrivals(fed={"input": (image, mask)}, microbatches={"train": 1}, tied={}),
+        arrivals=Arrivals(fed={"input": (image, mask)}, microbatches={"train": range(1)}, tied={}),
     )
     box.open(train(1), Targets())
     await take(box, header("input", index=1), np.array([True, False]).tobytes())

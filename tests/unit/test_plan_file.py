@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from p2ptrain.bundle.manifest import Value
 from p2ptrain.bundle.sharding import Sharding
 from p2ptrain.errors import ConfigError, P2PTrainError, PlanInfeasible
 from p2ptrain.ids import DeviceId
@@ -13,7 +14,8 @@ from p2ptrain.planner.asked import Known, asked_candidate
 from p2ptrain.planner.explore import Candidate, Explorer
 from p2ptrain.planner.plan_file import read_plan
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.question import Objective, Question
+from p2ptrain.planner.question import KINDS, Objective, Question
+from p2ptrain.schedule.actions import Held
 from tests.planning_cases import device
 from tests.planning_questions import bert_question, equal_devices, question
 
@@ -188,3 +190,27 @@ def test_a_bundle_says_itself_why_it_cannot_be_shared() -> None:
 def test_a_part_that_does_not_fit_is_refused() -> None:
     with pytest.raises(PlanInfeasible, match="its part needs"):
         _bert(_shared([A, B], 26, 'split = "sequence"'), memory_bytes=10)
+
+
+def test_running_statistics_keep_a_model_from_being_shared() -> None:
+    """They are made of all microbatches, one after the other."""
+    base = _asked()
+    kinds = {
+        name: dataclasses.replace(kind, running=(Value(name="mean", shape=(4,), dtype="float32"),))
+        for name, kind in base.manifest.kinds.items()
+    }
+    asked = dataclasses.replace(base, manifest=dataclasses.replace(base.manifest, kinds=kinds))
+    with pytest.raises(PlanInfeasible, match="running statistics"):
+        _forced(_stages(([A, B], 6)), asked)
+    assert _forced(_stages(([A], 3), ([B], 3)), asked).kind == "pipeline"
+    found = Explorer(Pricing(dataclasses.replace(asked, kinds=KINDS))).run()
+    assert {"data", "hybrid"} <= found.objections.keys() - found.by_kind.keys()
+    assert "running statistics" in found.objections["data"]
+
+
+def test_replicas_need_room_for_each_others_gradients() -> None:
+    pricing = Pricing(_asked())
+    alone, shared = (pricing.memory_bytes(0, 6, Held(in_flight=2, delayed=0), n) for n in (1, 3))
+    gradients = sum(s.gradient_bytes for s in pricing.costs.segments)
+    assert gradients > 0
+    assert shared - alone == -(-2 * 2 * gradients // 3)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
+from p2ptrain.planner.plan import StageShare
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.progress import ProgressTracker
+from p2ptrain.runtime.reports import EvaluationReport
 from p2ptrain.runtime.services import Services
+from p2ptrain.training.messages import Evaluated, stamp_of
 from tests.sim.plans import device
 from tests.sim.run_views import CONTRACT, first_view, make_step
 
@@ -41,3 +45,23 @@ def test_loss_keeps_the_step_it_belongs_to(first_step: int) -> None:
         progress.step_committed(make_step(step, loss=10.0 * step), live=False)
     assert progress.losses == (1.0, 2.0, 3.0, 40.0, 50.0, 60.0)
     assert len(reports) == 7
+
+
+def test_evaluation_is_complete_when_all_replicas_have_told_it() -> None:
+    reports: list[EvaluationReport] = []
+    progress = tracker(0, cast(list[object], reports))
+    base = first_view(HOME, OTHER).plan
+    shares = tuple(StageShare(device=d, weight=1, memory_bytes=1) for d in (OTHER, HOME))
+    stage = dataclasses.replace(
+        base.stages[0], device=OTHER, segment_count=len(base.stages), split="replicas",
+        shares=shares,
+    )  # fmt: skip
+    plan = dataclasses.replace(base, stages=(stage,), replicas=())
+    progress.begin_view(plan)
+    for step, told in ((0, (1.5, 2.0)), (2, (0.5, 1.0))):
+        for index, (loss, teller) in enumerate(zip(told, (HOME, OTHER), strict=True)):
+            assert progress.completed_items == step // 2, index
+            message = Evaluated(stamp=stamp_of(plan), step=step, loss=loss)
+            progress.receive(teller, message)
+        assert progress.evaluated_at == step
+    assert [report.heldout_loss for report in reports] == [3.5, 1.5]
