@@ -12,7 +12,7 @@ from p2ptrain import limits
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber, is_digest
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
-from p2ptrain.recovery.restoration import Restoration
+from p2ptrain.recovery.restoration import Restoration, SpanAt
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.step_record import StepRecord, check_consecutive
 from p2ptrain.wire.codec import to_plain
@@ -46,6 +46,8 @@ class View:
     """Where the lineage began: 0, or the step of the checkpoint that it resumed."""
     checkpoint_every: int = 0
     """Steps between checkpoints at the home peer; 0: after the last step only."""
+    aim: tuple[SpanAt, ...] = ()
+    """The stages that are to follow, once those who get segments have their states; empty: none."""
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -111,4 +113,14 @@ def _problem(view: View) -> str | None:
     if view.records and view.records[-1].step != view.resume_step:
         return "records lead up to the step where the view goes on"
     check_consecutive(view.records)
+    return _aim_problem(view) if view.aim else None
+
+
+def _aim_problem(view: View) -> str | None:
+    devices = {at.device for at in view.aim}
+    if len(devices) != len(view.aim) or not devices <= set(view.members):
+        return "stages to come are on different members"
+    segments = [segment for at in view.aim for segment in at.span.segments]
+    if segments != list(range(view.plan.stages[-1].segments.stop)):
+        return "stages to come cover the segments in order"
     return None

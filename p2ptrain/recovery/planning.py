@@ -53,7 +53,9 @@ def restoration(losses: Losses) -> Restoration | Unrecoverable:
         if live is not None:
             sources[segment] = live
     lost = [segment for segment, _ in _owners(losses.plan) if segment not in sources]
-    replays, hopeless = [], []
+    replays, hopeless = _advanced(losses, sources) if losses.base.aim else [], []
+    for replay in replays:
+        sources |= dict.fromkeys(replay.span.segments, replay.replayer)
     for span in _ranges(lost):
         found = _replay(losses, span)
         if found is None:
@@ -76,6 +78,31 @@ def last_whole_set(promises: Promises, segment_count: int) -> int:
     return max(
         (step for step in steps if all(_keepers(promises, s, step) for s in segments)), default=0
     )
+
+
+def _advanced(losses: Losses, live: Mapping[int, DeviceId]) -> list[Replay]:
+    """Replays in place of a move: where the states came in advance (`recovery.advance`), whoever
+    gets live segments already keeps them and is sent no state."""
+    found = []
+    for stage in losses.plan.stages:
+        moved = [s for s in stage.segments if live.get(s, stage.device) != stage.device]
+        for span in _ranges(moved):
+            replay = _kept_replay(losses, span, stage.device)
+            if replay is not None:
+                found.append(replay)
+    return found
+
+
+def _kept_replay(losses: Losses, span: range, device: DeviceId) -> Replay | None:
+    """From the newest replicas that the device itself keeps; None: they do not suffice."""
+    held = losses.promises.get(device)
+    steps = set() if held is None else {each.step for each in held.states}
+    for step in sorted(steps, reverse=True):
+        if step <= losses.resume_step:
+            replay = _replay_from(losses, span, step)
+            if replay is not None and all(at.device == device for at in replay.replicas):
+                return replay
+    return None
 
 
 def _owners(plan: Plan) -> Iterator[tuple[int, DeviceId]]:

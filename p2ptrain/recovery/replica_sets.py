@@ -58,6 +58,11 @@ class ReplicaSets:
         self._states.setdefault((message.step, message.segment), set()).add(message.state)
         self._keepers.setdefault(message.step, {}).setdefault(message.segment, set()).add(sender)
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of which a replica is known in this view."""
+        return tuple(self._keepers)
+
     def keepers(self, step: int, segment: int) -> tuple[DeviceId, ...]:
         """Who is known to keep this segment's state of that step."""
         return tuple(sorted(self._keepers.get(step, {}).get(segment, ())))

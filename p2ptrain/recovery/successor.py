@@ -65,6 +65,14 @@ def successor_plans(succession: Succession, place: Place) -> tuple[Plan, ...]:
     return tuple(_plan(succession, home, placement) for _, _, placement in found)
 
 
+def following_plan(
+    succession: Succession, spans: Sequence[tuple[DeviceId, range]], place: Place
+) -> Plan | None:
+    """The plan with these stages; None where they do not fit or the data is missing."""
+    home, placement = _home(succession), place(spans)
+    return None if home is None or placement is None else _plan(succession, home, placement)
+
+
 def _home(succession: Succession) -> DeviceId | None:
     """Who feeds the next view: as before if it can, else another holder unless the data stays."""
     base = succession.base

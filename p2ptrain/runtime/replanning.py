@@ -6,7 +6,7 @@ agreement sees to it that one proposal counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from p2ptrain.agreement.run_events import ProposalWanted
@@ -22,10 +22,12 @@ from p2ptrain.planner.moves import moving_ns, pays
 from p2ptrain.planner.pace import AS_PLANNED, at_pace
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.recovery.advance import announced, stages_of, told_step
 from p2ptrain.recovery.inventory import Inventory
 from p2ptrain.recovery.placing import placing
 from p2ptrain.recovery.planning import Losses, Unrecoverable, last_whole_set, restoration
-from p2ptrain.recovery.successor import Succession, successor_plans
+from p2ptrain.recovery.restoration import SpanAt
+from p2ptrain.recovery.successor import Place, Succession, following_plan, successor_plans
 from p2ptrain.runtime.placement import planning_profile, predicted_memory
 from p2ptrain.training.ties import tie_groups
 from p2ptrain.units import NS_PER_S
@@ -90,12 +92,18 @@ def next_view(given: NextView) -> View | str:
     """
     planner = _Planner(given)
     sentence = planner.why_none()
-    for plan in planner.candidates():
-        found = planner.view(plan)
+    for candidate in planner.candidates():
+        found = planner.view(candidate)
         if isinstance(found, View):
             return found
         sentence = found.sentence
     return sentence
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    plan: Plan
+    aim: tuple[SpanAt, ...] = ()
 
 
 class _Planner:
@@ -111,7 +119,9 @@ class _Planner:
         known = {d: at_pace(p, given.paces.get(d, AS_PLANNED)) for d, p in known.items()}
         self._profiles = {d: p for d, p in {**known, **fresh}.items() if d in {*staying, *fresh}}
         self._usable = tuple(sorted({*staying, *fresh}))
-        self._may_move = bool(fresh or given.paces)
+        self._may_move = bool(fresh or self._base.aim or given.paces)
+        joining = bool(fresh or self._base.aim)
+        self._may_wait = joining and self._base.contract.codec == "fp32"
 
     def _linked_together(self) -> list[DeviceId]:
         """Those that promised and can all exchange tensors with each other, the home peer first.
@@ -135,7 +145,7 @@ class _Planner:
         back = "" if home in self._promises else f": it takes {short(home)} back"
         return f"nobody who is left has the run's data{back}"
 
-    def candidates(self) -> Iterator[Plan]:
+    def candidates(self) -> Iterator[_Candidate]:
         """Plans, the best first: another cut where that is worth its moves, else least movement."""
         succession = Succession(
             base=self._base.plan,
@@ -143,16 +153,43 @@ class _Planner:
             holding=[d for d, held in self._promises.items() if held.has_data],
             reason=self._given.reason,
         )
-        nearest = successor_plans(succession, placing(self._planning(self._base.plan.home)))
-        if self._may_move or not nearest:
+        place = placing(self._planning(self._base.plan.home))
+        nearest = successor_plans(succession, place)
+        aimed, searched = self._aimed(succession, place), None
+        if aimed is not None:
+            yield _Candidate(aimed)
+        elif self._may_move or not nearest:
             searched = self._searched(nearest)
-            if searched is not None:
-                yield searched
-        yield from nearest
+        aim = self._aim(nearest, searched)
+        if searched is not None and not aim:
+            yield _Candidate(searched)
+        for plan in nearest:
+            yield _Candidate(
+                replace(plan, reasons=(*plan.reasons, *announced(aim, plan))) if aim else plan, aim
+            )
+        if searched is not None and aim:
+            yield _Candidate(searched)
 
-    def view(self, plan: Plan) -> View | Unrecoverable:
+    def _aimed(self, succession: Succession, place: Place) -> Plan | None:
+        """The plan that the view before aimed at, where the states for it have come."""
+        if told_step(self._base, self._promises) is None:
+            return None
+        if not {at.device for at in self._base.aim} <= set(self._usable):
+            return None
+        spans = [(at.device, at.span.segments) for at in self._base.aim]
+        return following_plan(succession, spans, place)
+
+    def _aim(self, nearest: Sequence[Plan], searched: Plan | None) -> tuple[SpanAt, ...]:
+        """Stages to move to once the states that this takes have been sent, while everybody keeps
+        their segments; empty: move at once, as where what crosses new cuts is rounded, so that it
+        is not what the old stages had."""
+        if searched is None or not nearest or not self._may_wait:
+            return ()
+        return stages_of(searched) if _one_by_one((*nearest, searched)) else ()
+
+    def view(self, candidate: _Candidate) -> View | Unrecoverable:
         """The whole view of a plan, if every segment's state can be had for it."""
-        wanted = self._wanted
+        wanted, plan = self._wanted, candidate.plan
         found = restoration(
             Losses(
                 base=self._base,
@@ -177,6 +214,7 @@ class _Planner:
             records=wanted.records,
             restoration=found,
             journals=(),  # the machine names those that have a vote
+            aim=candidate.aim,
         )
 
     def _searched(self, nearest: Sequence[Plan]) -> Plan | None:
@@ -235,3 +273,8 @@ class _Planner:
                 {p.device: p.host for p in able},
             ),
         )
+
+
+def _one_by_one(plans: Iterable[Plan]) -> bool:
+    """Whether every stage of these plans has one peer: what is replayed from a log."""
+    return all(stage.split == "none" for plan in plans for stage in plan.stages)

@@ -8,6 +8,7 @@ deleted is decided elsewhere: this only says what is stored.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -69,6 +70,7 @@ class SnapshotOwner:
         manifest: Manifest,
         state_names: tuple[str, ...],
         keepers: Collection[DeviceId],
+        receivers: Collection[tuple[DeviceId, int]] = (),
         blobs: BlobExchange,
         announce: Callable[[DeviceId, SegmentSaved], None],
     ) -> None:
@@ -79,11 +81,13 @@ class SnapshotOwner:
             manifest: Of the model.
             state_names: The optimizer's state vectors.
             keepers: Who stores the stage's replicas.
+            receivers: Who is to run which of its segments next, and stores that one, too.
             blobs: Where they are offered.
             announce: Sends a message to a keeper; PeerLost when there is no link.
         """
         self._worker, self._manifest, self._state_names = worker, manifest, state_names
-        self._keepers, self._blobs, self._announce = frozenset(keepers), blobs, announce
+        self._keepers = frozenset({*receivers, *itertools.product(keepers, worker.segments)})
+        self._blobs, self._announce = blobs, announce
         self._bundle = manifest.digest
         self._signal = Signal()
         self._fresh: _Snapshot | None = None
@@ -137,7 +141,7 @@ class SnapshotOwner:
         A digest that is not the announced one counts for nothing.
         """
         snapshot = self._offered
-        if snapshot is None or snapshot.step != step or device not in self._keepers:
+        if snapshot is None or snapshot.step != step or (device, segment) not in self._keepers:
             return False
         if snapshot.states.get(segment) == state:
             snapshot.stored.add((device, segment))
@@ -160,7 +164,7 @@ class SnapshotOwner:
 
     def peer_up(self, device: DeviceId) -> None:
         """There is a link with a keeper (again): tell it what it has not stored."""
-        if device in self._keepers and self._offered is not None:
+        if self._offered is not None:
             self._announce_to(device, self._offered)
 
     def state(self, step: int, segment: int) -> Digest | None:
@@ -181,8 +185,8 @@ class SnapshotOwner:
         )
 
     def _is_stored(self, snapshot: _Snapshot) -> bool:
-        """Whether every keeper has every segment."""
-        return len(snapshot.stored) == len(self._keepers) * len(self._worker.segments)
+        """Whether every keeper has all that it keeps."""
+        return snapshot.stored == self._keepers
 
     def _is_idle(self) -> bool:
         """Whether nothing waits to be offered or stored."""
@@ -225,14 +229,17 @@ class SnapshotOwner:
             self._blobs.publish(image.values, digest=snapshot.states[segment], flow=flow)
         self._signal.notify()
         collector = set() if snapshot.collector is None else {snapshot.collector}
-        for device in sorted(self._keepers | collector):
+        for device in sorted({keeper for keeper, _ in self._keepers} | collector):
             self._announce_to(device, snapshot)
 
-    def _announce_to(self, keeper: DeviceId, snapshot: _Snapshot) -> None:
+    def _announce_to(self, device: DeviceId, snapshot: _Snapshot) -> None:
+        """Tell a keeper, or the collector, what it has not stored."""
+        collects = device == snapshot.collector
         with contextlib.suppress(PeerLost):  # `peer_up` tells it later, or a view without it
             for segment in snapshot.images:
-                if (keeper, segment) not in snapshot.stored:
-                    self._announce(keeper, _saved(snapshot, segment))
+                place = (device, segment)
+                if place not in snapshot.stored and (collects or place in self._keepers):
+                    self._announce(device, _saved(snapshot, segment))
 
     def _withdraw(self) -> None:
         """Offer nothing any more. A transfer under way keeps its own view of the memory, which

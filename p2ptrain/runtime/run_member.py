@@ -24,9 +24,10 @@ from p2ptrain.agreement.run_events import (
 from p2ptrain.agreement.run_machine import RunMachine
 from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
-from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost, PlanInfeasible
+from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.admission import Admission
 from p2ptrain.runtime.bodies import BodyReader, discard
 from p2ptrain.runtime.data_keeping import DataKeeping, later_session
@@ -34,11 +35,10 @@ from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.early import EarlyMessages
 from p2ptrain.runtime.first_view import activity, first_view
 from p2ptrain.runtime.foreign import as_ours
-from p2ptrain.runtime.holdings import Holdings
 from p2ptrain.runtime.home_duty import HomeSession
 from p2ptrain.runtime.job import Job
+from p2ptrain.runtime.proposing import Proposing
 from p2ptrain.runtime.recovery_clock import RecoveryClock
-from p2ptrain.runtime.replanning import NextView, forced_view, next_view
 from p2ptrain.runtime.run_state import RunState
 from p2ptrain.runtime.stage_weights import OfferedWeights
 from p2ptrain.runtime.usage import RunMeter
@@ -92,7 +92,7 @@ class RunMember:
         self._services, self._signal = state.services, state.signal
         self._meter: RunMeter | None = None
         self.driver = open_driver(self)
-        self._holdings = Holdings(state=state, records=lambda: self.machine.records)
+        self._proposing = Proposing(state, self.driver, self._newcomers)
         self.recovery = RecoveryClock()
         state.on_stored, state.pacing.want = self._replica_stored, self.want
         self.data = DataKeeping(
@@ -210,7 +210,7 @@ class RunMember:
             self._take_begin(device, message)
             return
         if isinstance(message, HoldingsAsked | HoldingsTold):
-            self._holdings.receive(device, message)
+            self._proposing.holdings.receive(device, message)
             return
         work = self._work
         if work is not None and work.stamp == stamp:
@@ -316,19 +316,7 @@ class RunMember:
         Raises:
             PlanInfeasible: not even that is possible; the sentence says what is lacking.
         """
-        base = self.machine.view
-        if base is None:
-            raise PlanInfeasible("the run has not begun")
-        given = NextView(
-            wanted=await self._holdings.ask(base),
-            manifest=self.state.manifest,
-            leaving=self._services.directory.leaving(),
-            newcomers=(),
-            reason="forced by a person",
-        )
-        view = await trio.to_thread.run_sync(forced_view, given)
-        if isinstance(view, str):
-            raise PlanInfeasible(view, hint="start the missing peers, or --resume a checkpoint")
+        view = await self._proposing.forced()
         self.history = {s: r for s, r in self.history.items() if s <= view.resume_step}
         if self.home is not None:
             self.home.progress.fall_back(view.resume_step)
@@ -353,6 +341,9 @@ class RunMember:
         """Ask for a new view."""
         self.driver.call(RunMachine.want, reason, self.driver.now(), after_s=after_s)
 
+    def _want_now(self, reason: str) -> None:
+        self.want(reason, after_s=0.0)
+
     def reachable(self) -> None:
         """Who can be talked to has changed."""
         here = (self._services.device, *self._services.directory.linked())
@@ -375,7 +366,7 @@ class RunMember:
             case ViewDecided(view=view):
                 self._view_decided(view)
             case ProposalWanted():
-                self._start(self._propose, event)
+                self._start(self._proposing.propose, event)
             case Paused():
                 self.paused = event
             case Unpaused():
@@ -420,24 +411,8 @@ class RunMember:
         if self._view_scope is not None and superseded:
             self._view_scope.cancel()
 
-    async def _propose(self, wanted: ProposalWanted) -> None:
-        """Plan the next view in a thread and hand it to the machine."""
-        given = NextView(
-            wanted=wanted,
-            manifest=self.state.manifest,
-            leaving=self._services.directory.leaving(),
-            newcomers=() if self._admission is None else self._admission.profiles,
-            reason=", ".join(self.machine.wanted) or "the view before lost its proposer",
-            paces=self.state.pacing.paces(),
-        )
-        answer = await trio.to_thread.run_sync(next_view, given)
-        now = self.driver.now()
-        if self.machine.view is not wanted.base:
-            return  # decided meanwhile; an equal ballot may be open for the view after it
-        if isinstance(answer, View):
-            self.driver.call(RunMachine.propose, answer, now, ballot=wanted.ballot)
-        else:
-            self.driver.call(RunMachine.cannot_propose, answer, now, ballot=wanted.ballot)
+    def _newcomers(self) -> tuple[PeerProfile, ...]:
+        return () if self._admission is None else self._admission.profiles
 
     def _replica_stored(self, saved: SegmentSaved) -> None:
         if self._work is not None:
@@ -539,7 +514,13 @@ class RunMember:
         if meter is None:
             meter = self._services.open_meter(view.plan, view.contract.minibatch_size)
             self._meter = meter
-        hooks = WorkHooks(complete=self._complete, fail=self.fail, begun=self._begun)
+        hooks = WorkHooks(
+            complete=self._complete,
+            fail=self.fail,
+            begun=self._begun,
+            want=self._want_now,
+            promised=lambda: self.machine.promised,
+        )
         work = ViewWork(
             view=view,
             state=self.state,
@@ -577,7 +558,7 @@ class RunMember:
             view=view,
             bundle=self.state.bundle,
             services=self._services,
-            admit=lambda reason: self.want(reason, after_s=0.0),
+            admit=self._want_now,
         )
         self._admission.begin()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -98,7 +98,9 @@ class StageRun:
         device: DeviceId,
         signal: Signal,
         hooks: StageHooks,
+        marks: Collection[int] = (),
     ) -> None:
+        """`marks`: segments inside the stage after which what crosses is logged, not sent."""
         route = self._route = Route(plan, device)
         index = route.stage_index
         self._plan, self._contract, self._manifest = plan, contract, manifest
@@ -106,6 +108,7 @@ class StageRun:
         self._meter, self._device, self._signal, self._hooks = meter, device, signal, hooks
         self._stage, self._stamp = route.stage, stamp_of(plan)
         self._first, self._last = index == 0, index == len(plan.stages) - 1
+        self._marks = marks
         self._limiter = trio.CapacityLimiter(1)
         self._sequence = 0
         self._compute_ns = 0
@@ -230,6 +233,10 @@ class StageRun:
             return loss, encode_all(self._contract.codec, self._worker.exit(sequence))
 
         loss, arrays = await self._act(run)
+        if item.kind == "train":
+            for mark in self._marks:
+                crossing = self._worker.crossing(mark, sequence)
+                self._log("activation", item.step, microbatch, mark, crossing)
         if not self._last:
             segment = self._stage.segments[-1]
             if item.kind == "train":
@@ -256,6 +263,9 @@ class StageRun:
                 await self._backward_summed(self._sums, microbatch, sequence)
                 how = "done"
             arrays = await self._act(lambda: self._back(microbatch, sequence, how))
+            for mark in self._marks:
+                crossing = self._worker.crossing_cotangent(mark, sequence)
+                self._log("cotangent", item.step, microbatch, mark, crossing)
         if not self._first:
             if kind == "cotangent":
                 self._log("cotangent", item.step, microbatch, segment, arrays)

@@ -12,6 +12,7 @@ from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import NumericsError, P2PTrainError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId
+from p2ptrain.runtime.advancing import Advance
 from p2ptrain.runtime.bodies import BodyReader, discard
 from p2ptrain.runtime.giving import Giver
 from p2ptrain.runtime.home_duty import HomeDuty, HomeSession
@@ -54,6 +55,10 @@ class WorkHooks:
     """The run cannot go on anywhere."""
     begun: Callable[[View], None]
     """Every member is ready."""
+    want: Callable[[str], None]
+    """The next view can be decided, and why."""
+    promised: Callable[[], bool]
+    """Whether this device has promised the next view, and with it told what it holds."""
 
 
 class ViewWork:
@@ -100,6 +105,7 @@ class ViewWork:
         self._restorer = Restorer(
             view=view, state=state, changed=self._giver.look_again, clock=clock
         )
+        self._advance = Advance(view, state, hooks.want)
         self._duty: HomeDuty | None = None
         if home is not None and self.plan.home == self._services.device:
             self._duty = HomeDuty(
@@ -154,6 +160,7 @@ class ViewWork:
         """A keeper has made a segment of our stage, or of another's, durable."""
         if self._snapshots is not None:
             self._snapshots.stored(device, stored.step, stored.segment, stored.state)
+        self._advance.look()
 
     def tell_replica(self, saved: SegmentSaved) -> None:
         """We have made a replica durable: tell all."""
@@ -267,6 +274,7 @@ class ViewWork:
                 nursery.start_soon(self._snapshots.run)
                 nursery.start_soon(self._stage_run.run)
                 nursery.start_soon(self._state.pacing.run, self.view)
+            nursery.start_soon(self._advance.run)
             await self._signal.wait_until(lambda: self._finished)
             nursery.cancel_scope.cancel()
 
@@ -279,6 +287,7 @@ class ViewWork:
             manifest=self._state.manifest,
             state_names=self._state.state_names,
             keepers=() if keeper is None else (keeper,),
+            receivers=self._advance.sends(worker.segments),
             blobs=self._services.blobs,
             announce=self._services.outlet.send,
         )
@@ -292,6 +301,7 @@ class ViewWork:
             meter=self._meter,
             device=self._services.device,
             signal=self._signal,
+            marks=self._advance.marks(worker.segments),
             hooks=StageHooks(
                 save=self._save,
                 done=self._tell_done,
@@ -313,7 +323,13 @@ class ViewWork:
         )
 
     def _tell_done(self, done: Done) -> None:
-        """Our gradients of a step are complete, and so is what we logged of it."""
+        """Our gradients of a step are complete, and so is what we logged of it.
+
+        Not after a promise: it has told that they are not, so a step that others could still record
+        would find our stage's state lost. The next view makes it again.
+        """
+        if self._hooks.promised():
+            return
         self._state.log.finish(done.step)
         self._tell_all(done)
 
@@ -376,7 +392,8 @@ class ViewWork:
             raise RemoteProtocolError(f"segment {saved.segment} was saved against the plan")
         if saved.checkpoint and self._duty is not None:
             self._duty.receive(device, saved)
-        if self.plan.replicas and self.plan.replicas[stage] == self._services.device:
+        keeps = bool(self.plan.replicas) and self.plan.replicas[stage] == self._services.device
+        if keeps or self._advance.gets(saved.segment):
             self._state.keeper.announce(device, saved)
 
     def _tell_all(self, message: object, *others: DeviceId) -> None:

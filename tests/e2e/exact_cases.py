@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -71,13 +72,27 @@ class Outcome:
 
     @property
     def replayed(self) -> list[tuple[int, int, int]]:
-        """(first segment, end segment, step) of every replayed step."""
+        """(first segment, end segment, step) of every step replayed because of a loss."""
         return [
             (*event["span"], event["update"])
             for events in self.events
-            for event in events
-            if event.get("replay")
+            for entered, event in _in_views(events)
+            if event.get("replay") and entered["view"] not in self.advanced_views
         ]
+
+    @property
+    def advanced_views(self) -> set[int]:
+        """Views that move segments, the one before having sent their states in advance."""
+        notes = [event for events in self.events for event in events if event.get("aims")]
+        return {note["view"] + 1 for note in notes}
+
+
+def _in_views(events: tuple[Event, ...]) -> Iterator[tuple[Event, Event]]:
+    """Each event with the note of the view that its peer was in."""
+    entered: Event = {"view": 0}
+    for event in events:
+        entered = event if "view" in event else entered
+        yield entered, event
 
 
 def matrix() -> list[Case]:
@@ -218,10 +233,9 @@ def _check_moves(outcome: Outcome) -> None:
     for events in outcome.events:
         held: set[int] = set()
         before, moved = set[str](), list[int]()
-        entered: Event = {"view": 0}
-        for event in events:
+        for entered, event in _in_views(events):
             if "view" in event:
-                entered, moved = event, []
+                moved = []
                 before = members.get(event["view"] - 1, set())
                 held = held if event["device"] in before else set()  # what it has is an old state
             elif event.get("replay") is False:
@@ -230,7 +244,8 @@ def _check_moves(outcome: Outcome) -> None:
                 moved.append(event["state"])
                 assert len(moved) == len(set(moved)), "a state moved twice for one view"
                 joined = members[entered["view"]] - before
-                assert event["state"] in (_due(entered) - held if joined else lost), (
+                moves = bool(joined) or entered["view"] in outcome.advanced_views
+                assert event["state"] in (_due(entered) - held if moves else lost), (
                     f"segment {event['state']} moved needlessly in view {entered['view']}"
                 )
 

@@ -26,6 +26,7 @@ from p2ptrain.cli.main import main
 from p2ptrain.net.tls_link import TlsLink
 from p2ptrain.runtime.asking import Asker
 from p2ptrain.runtime.journal import RunJournal
+from p2ptrain.runtime.proposing import Proposing
 from p2ptrain.runtime.replay import Replayer
 from p2ptrain.runtime.replication import ReplicaKeeper
 from p2ptrain.runtime.run_member import RunMember
@@ -71,6 +72,7 @@ class Saboteur:
             view=plan.view,
             device=own,
             members=plan.members,
+            aims=bool(work.view.aim),
             spans={s.device: [s.segments.start, s.segments.stop] for s in plan.stages},
             replays=[] if work.view.restoration is None else [
                 [replay.replayer, replay.span.segments.start, replay.span.segments.stop]
@@ -232,7 +234,7 @@ def sabotage(saboteur: Saboteur) -> None:
     wrap(StageWorker, "update", update)
     wrap(Replayer, "run_step", run_step)
     wrap_async(ReplicaKeeper, "_keep", lambda k, w: ("replicate", w.saved.step), saboteur)
-    wrap_async(RunMember, "_propose", lambda m, w: ("replan", w.resume_step), saboteur)
+    wrap_async(Proposing, "propose", lambda p, w: ("replan", w.resume_step), saboteur)
     wrap(ViewWork, "run", lambda work: saboteur.enter(work))
     wrap(RunMember, "_work_in", lambda member, view: setattr(saboteur, "member", member))
     _mark_replays(saboteur)

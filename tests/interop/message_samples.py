@@ -17,6 +17,8 @@ from p2ptrain.energy.phases import PHASES
 from p2ptrain.ids import DeviceId, Digest, GroupId, Lineage, RunId, ViewNumber
 from p2ptrain.membership.accusation import SILENT, VERDICTS
 from p2ptrain.planner.plan import Plan, StagePlan
+from p2ptrain.recovery.inventory import SegmentSpan
+from p2ptrain.recovery.restoration import SpanAt
 from p2ptrain.training.contract import Contract, OptimizerChoice
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.wire.codec import registered
@@ -130,6 +132,13 @@ def _stages() -> tuple[StagePlan, ...]:
     return first, dataclasses.replace(first, device=DEVICES[1], first_segment=5)
 
 
+def _aim() -> tuple[SpanAt, ...]:
+    spans = (SegmentSpan(first=0, count=4), SegmentSpan(first=4, count=6))
+    return tuple(
+        SpanAt(span=span, device=device) for span, device in zip(spans, DEVICES, strict=False)
+    )
+
+
 def _fingerprints() -> tuple[str, ...]:
     return (_digest("key"),)
 
@@ -145,7 +154,11 @@ SPECIAL: Final[dict[str, dict[str, Any]]] = {  # Any: what makes a field's value
     "Accusation": {"verdict": lambda: VERDICTS[0], "kind": lambda: SILENT},
     "Wanted": {"what": lambda: "state"},
     "HeldLog": {"last_step": lambda: 20},
-    "View": {"journals": lambda: (7, 8, 0), "resume_step": lambda: sample(StepRecord).step},
+    "View": {
+        "journals": lambda: (7, 8, 0),
+        "resume_step": lambda: sample(StepRecord).step,
+        "aim": lambda: _aim(),
+    },
     "Contract": {
         "dropout": lambda: 0.1,
         "optimizer": OptimizerChoice,

@@ -16,9 +16,9 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.recovery.restoration import Replay
+from p2ptrain.runtime.proposing import Proposing
 from p2ptrain.runtime.reports import TrainResult
 from p2ptrain.runtime.restoring import Restorer
-from p2ptrain.runtime.run_member import RunMember
 from p2ptrain.runtime.run_state import RunState
 from p2ptrain.runtime.run_status import waits_for
 from p2ptrain.runtime.stage import StageWorker
@@ -176,12 +176,12 @@ async def test_member_lost_while_a_view_is_decided_does_not_hold_it_up(
         run = Disturbed(group)
         killed: list[DeviceId] = []
 
-        def kill(member: RunMember, wanted: ProposalWanted) -> None:
+        def kill(proposing: Proposing, wanted: ProposalWanted) -> None:
             assert victim in [promise.device for promise in wanted.promises]
             killed.append(victim)
             group.kill(group.members[victim])
 
-        before(monkeypatch, RunMember, "_propose", kill)
+        before(monkeypatch, Proposing, "propose", kill)
         with trio.fail_after(SECONDS_MAX):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run.train, request(tmp_path, stages=4))
