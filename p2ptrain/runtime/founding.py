@@ -59,6 +59,11 @@ class Founding:
         self.plan: Plan | None = None
         self._contract: Contract = job.contract
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it is to end before the run begins."""
+        return self._stopping
+
     async def found(self) -> None:
         """Get a first plan decided, write the run down and tell its members to begin.
 

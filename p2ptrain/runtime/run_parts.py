@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import trio
@@ -10,6 +12,7 @@ from p2ptrain.errors import Interrupted, NumericsError, P2PTrainError, PeerLost
 from p2ptrain.ids import short
 from p2ptrain.runtime.founding import Founding
 from p2ptrain.runtime.run_member import RunMember
+from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.messages import Ended
 
 
@@ -38,6 +41,31 @@ class Conduct:
     scope: trio.CancelScope
     member: RunMember | None = None
     failure: P2PTrainError | None = None
+    is_left: bool = False
+    """Whether nobody waits for it any more; a thread that plans may still hold it up."""
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it will be over soon, whatever comes: only waiting for it is left."""
+        withdrawn = self.member is None and self.founding.is_stopping
+        return self.failure is not None or self.is_left or withdrawn
+
+    @contextlib.asynccontextmanager
+    async def held(self, changed: Signal) -> AsyncIterator[None]:
+        """Cancelled with `scope`, or by whoever asked: that is known at once, also while a thread
+        has to end first."""
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._note_left, changed)
+                yield
+                nursery.cancel_scope.cancel()
+
+    async def _note_left(self, changed: Signal) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.is_left = True
+            changed.notify()
 
     def resumable(self) -> P2PTrainError:
         """Why it ended, with the run and the step to resume once something is on disk."""

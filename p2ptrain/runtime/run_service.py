@@ -411,7 +411,7 @@ class RunService:
         """The result, or None when the session failed or was told to end."""
         result: TrainResult | None = None
         try:
-            with conduct.scope:
+            async with conduct.held(self._changed):
                 await conduct.founding.found()
                 member = conduct.member
                 if member is None or member.home is None:
@@ -579,8 +579,8 @@ class RunService:
         """A run that is over, or has to end, may still be in a thread or on the disk."""
 
         def cleared() -> bool:
-            failing = self._conduct is not None and self._conduct.failure is not None
-            return not failing and (self._part is None or not self._part.is_ending)
+            ending = self._conduct is not None and self._conduct.is_ending
+            return not ending and (self._part is None or not self._part.is_ending)
 
         await self._restored.wait()
         await self._changed.wait_until(cleared)

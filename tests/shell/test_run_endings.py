@@ -13,6 +13,7 @@ from trio.testing import MockClock
 from p2ptrain import limits
 from p2ptrain.errors import ConfigError, P2PTrainError
 from p2ptrain.ids import DeviceId, RunId
+from p2ptrain.runtime.placement import Placement, place
 from p2ptrain.runtime.reports import NoteReport, StepReport, TrainRequest, TrainResult
 from p2ptrain.runtime.run_state import JOURNAL_FILE, RunState
 from p2ptrain.runtime.stage import StageWorker
@@ -105,6 +106,39 @@ class Stuck:
 
         monkeypatch.setattr(RunState, "make_worker", tagged)
         monkeypatch.setattr(StageWorker, "update", held)
+
+
+@pytest.mark.parametrize("how", ["left", "stopped"])
+async def test_next_run_waits_for_one_that_ends_while_it_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Ctrl-C while the home peer plans, once or twice: its thread has to end first."""
+    reached, go = threading.Event(), threading.Event()
+
+    def held(*given: object) -> Placement:
+        if not reached.is_set():
+            reached.set()
+            go.wait(SECONDS_MAX)
+        return place(*given)  # type: ignore[arg-type]  # as given
+
+    monkeypatch.setattr("p2ptrain.runtime.founding.place", held)
+    async with memory_group(tmp_path, 2) as group:
+        with trio.fail_after(2 * SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                first = Under(nursery, group[0], request(tmp_path, stages=2))
+                await until(reached.is_set)
+                if how == "left":
+                    first.scope.cancel()
+                else:
+                    group[0].runs.stop()
+                second = Under(nursery, group[0], request(tmp_path, stages=2))
+                for _ in range(10):
+                    await trio.lowlevel.checkpoint()
+                assert not second.ended
+                go.set()
+                await until(lambda: second.ended)
+            assert second.result is not None
+            assert first.result is None
 
 
 @pytest.mark.parametrize("who", [0, 1])
