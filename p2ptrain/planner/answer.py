@@ -183,7 +183,7 @@ class Answering:
             runs = "no plan that fits" if runnable is None else self._cost(runnable)
             shape = "" if runnable is None else f"{_article(runnable.kind)}, "
             sentences.append(
-                f"this version runs pipelines without replicas: {shape}{runs}; "
+                f"the best that this version runs is {shape}{runs}; "
                 f"{_article(winner.kind)} is what-if"
             )
         return sentences
