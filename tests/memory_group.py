@@ -127,6 +127,7 @@ class Member:
                 memory_bytes=lambda: self.memory_bytes(),
                 host=self.name,
                 cores=2,
+                power=lambda threads: self.meter.power(threads),
                 threads_max=self.threads_max,
                 drop_link=lambda peer, error: self.group.break_link(self.device, peer),
                 say_activity=self.activities.append,

@@ -18,8 +18,9 @@ from p2ptrain.bundle.manifest import (
 )
 from p2ptrain.planner.input import LinkEstimate, StageMemory
 from p2ptrain.planner.kinds import KINDS, Kind
-from p2ptrain.planner.profile import KindCost, PeerProfile
-from p2ptrain.planner.question import Device, Objective, Power, Question
+from p2ptrain.planner.objective import Objective
+from p2ptrain.planner.profile import KindCost, PeerProfile, Power
+from p2ptrain.planner.question import Device, Question
 from tests.planning_cases import contract, device, fast_links, manifest, profile, stage_memory
 
 POWER = Power(idle_uw=2_000_000, busy_uw=6_000_000, pj_per_byte=100_000)

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from p2ptrain.cli.options import report_options
+from p2ptrain.cli.planning_options import objective_options, way_options, work_options
 from p2ptrain.cli.text_files import read_text
 from p2ptrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from p2ptrain.planner.input import LinkEstimate
-    from p2ptrain.planner.question import Objective, Question
-
-_COUNT = click.IntRange(min=1)
+    from p2ptrain.planner.question import Question
 
 
 @click.command(short_help="Ask who should train a model, how, and at what cost; needs no peer.")
@@ -25,38 +24,9 @@ _COUNT = click.IntRange(min=1)
     "--devices", metavar="FILE", required=True, help="Devices as [[device]] tables in TOML."
 )
 @click.option("--links", metavar="FILE", help="Links and media. [default: assumed 100 Mbit/s]")
-@click.option(
-    "--objective",
-    type=click.Choice(["time", "energy"]),
-    default="time",
-    show_default=True,
-    help="What is least: seconds, or joules of all devices that take part.",
-)
-@click.option(
-    "--deadline", type=click.FloatRange(min=0, min_open=True), help="Seconds for all steps."
-)
-@click.option("--joules", type=click.FloatRange(min=0, min_open=True), help="Joules for all steps.")
-@click.option("--steps", type=_COUNT, default=100, show_default=True, help="Optimizer updates.")
-@click.option(
-    "--microbatches", type=_COUNT, default=8, show_default=True, help="Microbatches per step."
-)
-@click.option(
-    "--microbatch-size", type=_COUNT, default=4, show_default=True, help="Samples in each."
-)
-@click.option(
-    "--schedule",
-    type=click.Choice(["1f1b", "gpipe", "zb-h1"]),
-    default="1f1b",
-    show_default=True,
-    help="The order of the passes; stages with replicas run 1f1b instead of zb-h1.",
-)
-@click.option(
-    "--codec",
-    type=click.Choice(["fp32", "bf16", "int8"]),
-    default="fp32",
-    show_default=True,
-    help="How tensors go between devices.",
-)
+@objective_options
+@work_options
+@way_options
 @click.option("--optimizer", default="adamw", show_default=True, help="The update rule.")
 @click.option("--rematerialise", is_flag=True, help="Compute the forward again for the backward.")
 @click.option("--plan", "plan_file", metavar="FILE", help="Price this plan instead of searching.")
@@ -107,6 +77,7 @@ def plan(as_json: bool, **options: Any) -> None:  # Any: click's values
 def _question(options: dict[str, Any]) -> tuple[Question, Any]:  # Any: click's values, a Variant
     from p2ptrain.planner.described import Work, described_question
     from p2ptrain.planner.device_file import parse_devices, parse_links
+    from p2ptrain.planner.objective import objective_of
     from p2ptrain.store.bundles import find_bundle, load_bundle
     from p2ptrain.store.device_types import device_types
 
@@ -125,7 +96,10 @@ def _question(options: dict[str, Any]) -> tuple[Question, Any]:  # Any: click's 
         optimizer=options["optimizer"],
         rematerialise=options["rematerialise"],
     )
-    objective, schedules = _objective(options), (options["schedule"],)
+    objective = objective_of(
+        options["objective"], deadline_s=options["deadline"], joules=options["joules"]
+    )
+    schedules = (options["schedule"],)
 
     def variant(size: int, rematerialise: bool) -> Question:
         whole = work.microbatches * work.microbatch_size
@@ -138,18 +112,6 @@ def _question(options: dict[str, Any]) -> tuple[Question, Any]:  # Any: click's 
         return described_question(manifest, specs, links, changed, objective, schedules)
 
     return described_question(manifest, specs, links, work, objective, schedules), variant
-
-
-def _objective(options: dict[str, Any]) -> Objective:  # Any: click's values
-    from p2ptrain.planner.question import Objective
-    from p2ptrain.units import NS_PER_S, UJ_PER_J
-
-    deadline, joules = options["deadline"], options["joules"]
-    return Objective(
-        goal=options["objective"],
-        deadline_ns=None if deadline is None else round(deadline * NS_PER_S),
-        joules_uj=None if joules is None else round(joules * UJ_PER_J),
-    )
 
 
 def _draw(path: str, rows: list[tuple[str, Any]], model: str) -> None:  # Any: spans

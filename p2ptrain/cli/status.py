@@ -53,8 +53,9 @@ def energy(group_name: str, as_json: bool) -> None:
         print_json(answer)
         return
     from p2ptrain.cli.display import print_report
-    from p2ptrain.cli.tables import energy_table
+    from p2ptrain.cli.tables import energy_lines, energy_table
     from p2ptrain.runtime.reports import EnergyReport
     from p2ptrain.wire.codec import from_plain
 
-    print_report(energy_table(from_plain(EnergyReport, answer)))
+    report = from_plain(EnergyReport, answer)
+    print_report(energy_table(report), *energy_lines(report))

@@ -57,6 +57,8 @@ def plan_lines(plan: PlanReport) -> list[str]:
     """What is said below the table: the reason, what to expect, how exact the result is."""
     reason = plan.reasons[0] if plan.reasons else "the only placement that was possible"
     expected = format_seconds(plan.predicted_step_s)
+    if plan.predicted_step_joules is not None:
+        expected += f" and {format_joules(plan.predicted_step_joules)}"
     return [
         f"why: {reason}",
         f"schedule {plan.schedule}, {expected} per step expected; {plan.exactness}",
@@ -137,6 +139,12 @@ def _prediction_rows(prediction: PredictionReport) -> Iterable[tuple[str, str]]:
             "a step, predicted and measured",
             _beside(format_seconds(predicted), format_seconds(measured), predicted, measured),
         )
+    joules, spent = prediction.predicted_step_joules, prediction.measured_step_joules
+    if joules is not None and spent is not None:
+        yield (
+            "  joules of all peers",
+            _beside(format_joules(joules), format_joules(spent), joules, spent),
+        )
     sent = prediction.measured_boundary_bytes
     if sent is not None and prediction.predicted_boundary_bytes > 0:
         expected = prediction.predicted_boundary_bytes
@@ -192,6 +200,15 @@ def energy_table(report: EnergyReport) -> Table:
     table.add_section()
     add_row(table, "together", *("" for _ in PHASES), total, marginal, _shared_meters(report))
     return table
+
+
+def energy_lines(report: EnergyReport) -> list[str]:
+    """What a sample costs beside what its plan predicted, where both are known."""
+    predicted, measured = report.predicted_joules_per_sample, report.joules_per_sample
+    if predicted is None or measured is None:
+        return []
+    beside = _beside(format_joules(predicted), format_joules(measured), predicted, measured)
+    return [f"a sample, predicted and spent: {beside}"]
 
 
 def _phase_joules(peer: PeerEnergy, phase: str) -> str:

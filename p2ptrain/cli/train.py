@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from p2ptrain.cli.options import group_option, report_options
+from p2ptrain.cli.planning_options import (
+    COUNT,
+    PARALLELISMS,
+    objective_options,
+    way_options,
+    work_options,
+)
 from p2ptrain.errors import BundleError, ConfigError, DataError, Interrupted
 
 if TYPE_CHECKING:
     from p2ptrain.runtime.reports import TrainRequest, TrainResult
 
-_COUNT = click.IntRange(min=1)
 _RATE = click.FloatRange(min=0.0)
 
 
@@ -38,23 +44,18 @@ _RATE = click.FloatRange(min=0.0)
 )
 @click.option("--labels", metavar="FILE", help="Labels (.npy), where --data is one .npy array.")
 @click.option("--heldout-labels", metavar="FILE", help="The same for --heldout.")
-@click.option("--steps", type=_COUNT, default=100, show_default=True, help="Optimizer updates.")
-@click.option("--stages", type=_COUNT, help="Exact number of stages. [default: planned]")
+@work_options
+@objective_options
+@click.option("--stages", type=COUNT, help="Exact number of stages. [default: planned]")
 @click.option(
     "--plan", "plan_file", metavar="FILE", help="Begin with this plan instead of searching one."
 )
 @click.option(
     "--parallelism",
-    type=click.Choice(["pipeline", "auto", "data", "tensor", "sequence", "hybrid"]),
+    type=click.Choice(PARALLELISMS),
     default="pipeline",
     show_default=True,
     help="Pipelines have the bits of one peer; under the others several peers may share a stage.",
-)
-@click.option(
-    "--microbatches", type=_COUNT, default=8, show_default=True, help="Microbatches per step."
-)
-@click.option(
-    "--microbatch-size", type=_COUNT, default=4, show_default=True, help="Samples in each."
 )
 @click.option(
     "--seed",
@@ -63,7 +64,7 @@ _RATE = click.FloatRange(min=0.0)
     show_default=True,
     help="Decides the initial parameters, the order of the data and dropout.",
 )
-@click.option("--threads", type=_COUNT, help="Threads per peer. [default: half the cores]")
+@click.option("--threads", type=COUNT, help="Threads per peer. [default: half the cores]")
 @click.option(
     "--form",
     type=click.Choice(["portable", "training"]),
@@ -71,20 +72,7 @@ _RATE = click.FloatRange(min=0.0)
     show_default=True,
     help="Standard ONNX operators, or those of onnxruntime-training.",
 )
-@click.option(
-    "--codec",
-    type=click.Choice(["fp32", "bf16", "int8"]),
-    default="fp32",
-    show_default=True,
-    help="How tensors go between peers: exact, in half, or in a quarter of the bytes.",
-)
-@click.option(
-    "--schedule",
-    type=click.Choice(["1f1b", "gpipe", "zb-h1"]),
-    default="1f1b",
-    show_default=True,
-    help="The order of the passes; zb-h1 computes weights' gradients where 1f1b would idle.",
-)
+@way_options
 @click.option(
     "--dropout",
     type=click.FloatRange(0.0, 1.0, max_open=True),
@@ -114,10 +102,10 @@ _RATE = click.FloatRange(min=0.0)
     help="Steps between held-out evaluations; 0 for the first and last only.",
 )
 @click.option(
-    "--checkpoint-every", type=_COUNT, default=100, show_default=True, help="Steps between saves."
+    "--checkpoint-every", type=COUNT, default=100, show_default=True, help="Steps between saves."
 )
 @click.option(
-    "--replicate-every", type=_COUNT, help="Steps between replica sets. [default: planned]"
+    "--replicate-every", type=COUNT, help="Steps between replica sets. [default: planned]"
 )
 @click.option(
     "--keep-data-here",
@@ -182,6 +170,7 @@ def _request(options: dict[str, Any]) -> TrainRequest:  # Any: click's values
     values["bundle"] = _bundle(values["bundle"])
     values["data"] = values["data"] or ""
     values["plan"] = _plan(options["plan_file"])
+    values["deadline_s"] = options["deadline"]
     given = {name: value for name, value in chosen.items() if value is not None}
     return TrainRequest(**values, optimizer=OptimizerChoice(**given))
 

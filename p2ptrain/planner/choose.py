@@ -20,9 +20,9 @@ from p2ptrain.planner.kinds import refuse_what_if
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.plan_file import AskedPlan
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.profile import PeerProfile
-from p2ptrain.planner.question import Device, Power, Question
-from p2ptrain.units import NS_PER_S, format_bytes, format_seconds
+from p2ptrain.planner.profile import PeerProfile, Power
+from p2ptrain.planner.question import Device, Question
+from p2ptrain.units import NS_PER_S, UJ_PER_J, format_bytes, format_joules, format_seconds
 
 EQUAL_PER_MILLE: Final = 5
 """Predicted steps that differ by less are equal: fewer peers, then the home peer first."""
@@ -37,12 +37,13 @@ def run_question(planning: PlanningInput) -> Question:
         manifest=planning.manifest,
         contract=planning.contract,
         devices=tuple(
-            Device(profile=profile, power=UNKNOWN_POWER)
+            Device(profile=profile, power=profile.power or UNKNOWN_POWER)
             for profile in planning.profiles
-            if _has_measured(planning, profile)
+            if _unable(planning, profile) is None
         ),
         stage_memory=planning.stage_memory,
         links=planning.links,
+        objective=planning.objective,
         schedules=(planning.schedule,),
         kinds=planning.kinds,
         stages=planning.stages,
@@ -113,7 +114,7 @@ class _Chosen:
         step = format_seconds(price.step_ns / NS_PER_S)
         asked = " as asked" if self._planning.stages is not None else ""
         text = (
-            f"{len(price.shares)} of {known} peers compute{asked}: "
+            f"{len(price.shares)} of {known} peers compute{asked}{self._for()}: "
             f"a step is predicted to take {step}"
         )
         if len(price.shares) == 1:
@@ -126,6 +127,9 @@ class _Chosen:
             return f"{text}; the model fits no single peer"
         return text
 
+    def _for(self) -> str:
+        return " for least energy" if self._planning.objective.goal == "energy" else ""
+
     def left_out(self) -> tuple[LeftOut, ...]:
         """Peers without a part, and why."""
         chosen = {self._pricing.devices[i].id for i in self._best.devices}
@@ -137,12 +141,17 @@ class _Chosen:
         )
 
     def _reason_against(self, profile: PeerProfile) -> str:
-        if not _has_measured(self._planning, profile):
-            return "it has not measured this model"
+        unable = _unable(self._planning, profile)
+        if unable is not None:
+            return unable
         index = next(i for i, d in enumerate(self._pricing.devices) if d.id == profile.device)
         with_it = self._found.with_device.get(index)
         if with_it is None:
-            return f"no placement fits its {format_bytes(profile.memory_bytes)}"
+            limits = ", or the limits" if self._planning.objective.has_limits else ""
+            return f"no placement fits its {format_bytes(profile.memory_bytes)}{limits}"
+        if self._planning.objective.goal == "energy":
+            joules = format_joules(with_it.price.total_uj / UJ_PER_J)
+            return f"the best step found with it costs {joules}"
         step = format_seconds(with_it.price.step_ns / NS_PER_S)
         return f"the best step found with it takes {step}{self._shares_cores(profile)}"
 
@@ -159,6 +168,8 @@ class _Chosen:
         kinds = self._planning.compared
         if not kinds or self._planning.stages is not None:
             return []
+        if self._planning.objective.goal != "time":
+            return []
         question = dataclasses.replace(self._pricing.question, kinds=kinds)
         other = Explorer(Pricing(question)).run().best
         own_ns = self._best.price.step_ns
@@ -171,5 +182,10 @@ class _Chosen:
         ]
 
 
-def _has_measured(planning: PlanningInput, profile: PeerProfile) -> bool:
-    return all(segment.kind in profile.kinds for segment in planning.manifest.segments)
+def _unable(planning: PlanningInput, profile: PeerProfile) -> str | None:
+    """Why a peer can have no part at all; None: it can."""
+    if any(segment.kind not in profile.kinds for segment in planning.manifest.segments):
+        return "it has not measured this model"
+    if planning.objective.needs_watts and profile.power is None:
+        return "it does not say what it draws"
+    return None

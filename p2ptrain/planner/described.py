@@ -12,8 +12,9 @@ from p2ptrain.errors import ConfigError
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.planner.device_file import DeviceSpec
 from p2ptrain.planner.input import LinkEstimate
-from p2ptrain.planner.profile import KindCost, PeerProfile
-from p2ptrain.planner.question import Device, Objective, Power, Question
+from p2ptrain.planner.objective import Objective
+from p2ptrain.planner.profile import KindCost, PeerProfile, Power
+from p2ptrain.planner.question import Device, Question
 from p2ptrain.schedule.actions import delays_gradients
 from p2ptrain.training.contract import Contract, OptimizerChoice, RuntimeBuild
 from p2ptrain.training.memory import MemoryModel

@@ -17,7 +17,7 @@ from p2ptrain.planner.keepers import data_holders, replica_keepers
 from p2ptrain.planner.plan import Plan, Split, StagePlan, StageShare
 from p2ptrain.planner.pricing import Pricing, spans
 from p2ptrain.planner.replica_interval import REPLICA_EVERY_MIN
-from p2ptrain.units import NS_PER_S, format_bytes, format_seconds
+from p2ptrain.units import NS_PER_S, UJ_PER_J, format_bytes, format_joules, format_seconds
 
 
 class Drafting:
@@ -52,8 +52,16 @@ class Drafting:
             stages=stages,
             replicas=replica_keepers(stages, members),
             step_ns=self._candidate.price.step_ns,
+            step_uj=self.step_uj(),
+            goal=planning.objective.goal,
             reasons=(*reasons, *why, *self.assumptions()) if reasons else (),
         )
+
+    def step_uj(self) -> int | None:
+        """Predicted microjoules of a step; None where somebody does not say what it draws."""
+        price = self._candidate.price
+        powers = [self._pricing.devices[i].profile.power for i in self._candidate.devices]
+        return None if None in powers else price.total_uj
 
     def stages(self) -> tuple[StagePlan, ...]:
         """Every stage, with what it is expected to cost."""
@@ -144,7 +152,7 @@ class Drafting:
         """What the prediction takes for granted: shared cores, links that nobody has measured;
         and what was measured of links that are used."""
         peers = [self._pricing.devices[i].profile for i in self._candidate.devices]
-        sentences = []
+        sentences = self._joules()
         used = Counter(peer.host for peer in peers)
         for peer in sorted(peers, key=lambda p: p.device):
             needed = used.pop(peer.host, 0) * self._planning.contract.threads
@@ -164,6 +172,20 @@ class Drafting:
             rate = format_bytes(min(apart))
             sentences.append(f"links between hosts are assumed to carry {rate} per second")
         return [*sentences, *self._measurements()]
+
+    def _joules(self) -> list[str]:
+        """What a step is predicted to cost, and how well the watts are known."""
+        step_uj = self.step_uj()
+        if step_uj is None:
+            return []
+        powers = [self._pricing.devices[i].profile.power for i in self._candidate.devices]
+        measured = sum(power is not None and power.measured for power in powers)
+        how = "all modelled"
+        if measured:
+            how = f"measured on {measured} of {len(powers)} peers"
+        samples = self._planning.contract.minibatch_size
+        joules = format_joules(step_uj / UJ_PER_J / samples)
+        return [f"{joules} a sample expected, idle time included; watts are {how}"]
 
     def _pairs(self) -> list[tuple[int, int]]:
         """Devices that exchange tensors: of neighbouring stages, and of one stage."""

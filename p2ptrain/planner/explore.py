@@ -17,8 +17,8 @@ from p2ptrain.planner.arrangement import Arrangement, Cuts
 from p2ptrain.planner.cutting import bottleneck_cuts, cuts_around
 from p2ptrain.planner.groupings import groupings, subsets
 from p2ptrain.planner.kinds import KINDS, Kind
+from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pricing import Price, Pricing, spans
-from p2ptrain.planner.question import Objective
 from p2ptrain.planner.sharded import Sharded, ShardedPricing, objection
 
 CUTS_MAX: Final = 4_000

@@ -12,6 +12,7 @@ from p2ptrain.planner.input import PlanningInput
 from p2ptrain.planner.kinds import EXACT_KINDS
 from p2ptrain.planner.pricing import Pricing
 from p2ptrain.planner.question import Question
+from p2ptrain.planner.shortfall import beyond_limits, without_limits
 from p2ptrain.schedule.actions import Held
 from p2ptrain.units import format_bytes
 
@@ -27,10 +28,18 @@ def infeasible(planning: PlanningInput, pricing: Pricing, found: Found) -> PlanI
         pricing: Of its question.
         found: What was found instead, which is why there is nothing of each kind.
     """
+    if not pricing.devices and planning.objective.needs_watts and planning.profiles:
+        return PlanInfeasible(
+            "no peer says what it draws", hint="leave --objective energy and --joules out"
+        )
     if not pricing.devices:
         return PlanInfeasible(
             "no peer has measured this model yet", hint="join a peer to the group and try again"
         )
+    if planning.objective.has_limits:
+        fastest = without_limits(pricing.question, "time")
+        if fastest is not None:
+            return beyond_limits(pricing.question, fastest)
     if planning.stages is not None:
         forced = _forced_count(pricing, planning.stages)
         if forced is not None:

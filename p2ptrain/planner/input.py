@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.ids import DeviceId, Lineage, RunId, ViewNumber
 from p2ptrain.planner.kinds import EXACT_KINDS, Kind
+from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.training.contract import Contract
@@ -75,6 +76,7 @@ class PlanningInput:
     """The home peer's data has no second copy."""
     holding: tuple[DeviceId, ...] = ()
     """Devices that have the run's data already."""
+    objective: Objective = field(default_factory=Objective)
     replica_every: int | None = None
     """Steps between replica sets; None: the planner chooses."""
     links: tuple[LinkEstimate, ...] = ()

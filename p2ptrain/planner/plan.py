@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 from p2ptrain import limits
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
+from p2ptrain.planner.objective import GOALS, Goal
 from p2ptrain.schedule.actions import SCHEDULES, delays_gradients
 from p2ptrain.wire.codec import to_plain
 
@@ -103,6 +104,11 @@ class Plan:
     step_ns: int
     """Predicted time of one step."""
     reasons: tuple[str, ...]
+    step_uj: int | None = None
+    """Predicted microjoules of one step: everybody with a stage, idle time included; None: some of
+    them do not say what they draw."""
+    goal: Goal = "time"
+    """What plans of this run minimise."""
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
@@ -152,6 +158,8 @@ def _problem(plan: Plan) -> str | None:
     kept = zip(plan.stages, plan.replicas, strict=False)
     if any(keeper == s.device or keeper not in (None, *plan.members) for s, keeper in kept):
         return "a replica is kept by another member than the stage's"
+    if plan.goal not in GOALS or (plan.step_uj is not None and plan.step_uj < 0):
+        return "a plan minimises time or energy, and no step costs less than nothing"
     if plan.schedule not in SCHEDULES:
         return f"unknown schedule {plan.schedule!r}"
     expected = 0

@@ -302,12 +302,14 @@ class Pricing:
         return self.total(step_ns, self.shares(arrangement, cuts, sets))
 
     def total(self, step_ns: int, shares: tuple[Share, ...]) -> Price:
-        """Joules of a step from its time and its shares."""
+        """Joules of a step from its time and its shares; peers of one machine idle together."""
         power = [self.devices[share.device].power for share in shares]
+        hosts = [self.devices[share.device].profile.host for share in shares]
+        together = Counter(hosts)
         active = [
             p.active_uj(s.compute_ns, s.moved_bytes) for p, s in zip(power, shares, strict=True)
         ]
-        idle = [p.idle_uj(step_ns) for p in power]
+        idle = [p.idle_uj(step_ns) // together[h] for p, h in zip(power, hosts, strict=True)]
         return Price(
             step_ns=step_ns,
             device_uj=tuple(map(int.__add__, idle, active)),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from p2ptrain.ids import DeviceId
 from p2ptrain.training.contract import RuntimeBuild
+from p2ptrain.units import NS_PER_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,32 @@ class KindCost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Power:
+    """What a device draws."""
+
+    idle_uw: int
+    """Microwatts while it waits."""
+    busy_uw: int
+    """While it computes with the threads of the run, idle included."""
+    pj_per_byte: int
+    """Picojoules of a byte sent or received, above idle."""
+    measured: bool = False
+    """What it draws above idle was measured while it computed; else it is modelled or described."""
+
+    def __post_init__(self) -> None:
+        if self.idle_uw < 0 or self.pj_per_byte < 0 or self.busy_uw < self.idle_uw:
+            raise ValueError("watts are not negative, and a busy device draws no less than idle")
+
+    def idle_uj(self, time_ns: int) -> int:
+        return self.idle_uw * time_ns // NS_PER_S
+
+    def active_uj(self, compute_ns: int, moved_bytes: int) -> int:
+        """Above idle: computing, and bytes sent and received."""
+        above_uw = self.busy_uw - self.idle_uw
+        return above_uw * compute_ns // NS_PER_S + self.pj_per_byte * moved_bytes // 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerProfile:
     """One peer's measured abilities for one bundle, microbatch size and thread count."""
 
@@ -45,3 +72,5 @@ class PeerProfile:
     cores: int
     """Cores of the machine."""
     build: RuntimeBuild
+    power: Power | None = None
+    """What the machine draws; None: it did not say."""

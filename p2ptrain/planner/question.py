@@ -5,43 +5,15 @@ All costs are integers (ns, uJ, bytes), so that equal questions have equal answe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import dataclass, field
 
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.input import LinkEstimate, StageMemory
 from p2ptrain.planner.kinds import KINDS, Kind
-from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.planner.objective import Objective
+from p2ptrain.planner.profile import PeerProfile, Power
 from p2ptrain.training.contract import Contract
-from p2ptrain.units import NS_PER_S
-
-Goal = Literal["time", "energy"]
-GOALS: Final[tuple[Goal, ...]] = ("time", "energy")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Power:
-    """What a device draws."""
-
-    idle_uw: int
-    """Microwatts while it waits."""
-    busy_uw: int
-    """While it computes with the threads of the run, idle included."""
-    pj_per_byte: int
-    """Picojoules of a byte sent or received, above idle."""
-
-    def __post_init__(self) -> None:
-        if self.idle_uw < 0 or self.pj_per_byte < 0 or self.busy_uw < self.idle_uw:
-            raise ValueError("watts are not negative, and a busy device draws no less than idle")
-
-    def idle_uj(self, time_ns: int) -> int:
-        return self.idle_uw * time_ns // NS_PER_S
-
-    def active_uj(self, compute_ns: int, moved_bytes: int) -> int:
-        """Above idle: computing, and bytes sent and received."""
-        above_uw = self.busy_uw - self.idle_uw
-        return above_uw * compute_ns // NS_PER_S + self.pj_per_byte * moved_bytes // 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,16 +33,6 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """What is best, and within what, for the whole run."""
-
-    goal: Goal = "time"
-    deadline_ns: int | None = None
-    joules_uj: int | None = None
-    """Of all devices that take part, idle time included."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """Everything that an answer depends on."""
 
@@ -81,7 +43,7 @@ class Question:
     stage_memory: StageMemory
     links: tuple[LinkEstimate, ...] = ()
     """Links that are not listed are assumed, as for runs."""
-    objective: Objective = Objective()
+    objective: Objective = field(default_factory=Objective)
     schedules: tuple[str, ...] = ("1f1b",)
     kinds: tuple[Kind, ...] = KINDS
     home: DeviceId | None = None

@@ -9,8 +9,9 @@ from typing import Final
 
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.planner.explore import Candidate, Explorer
+from p2ptrain.planner.objective import Goal, Objective
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.question import Goal, Objective, Question
+from p2ptrain.planner.question import Question
 from p2ptrain.planner.sharded import ONE
 from p2ptrain.units import (
     NS_PER_S,
@@ -27,10 +28,18 @@ HALVINGS_MAX: Final = 12
 
 def shortfall(question: Question, variant: Variant) -> PlanInfeasible:
     """The error to raise when no candidate was found."""
-    fastest = _best(question, "time")
-    if fastest is None:
-        return _memory(question, variant)
-    frugal = _best(question, "energy") or fastest
+    fastest = without_limits(question, "time")
+    return _memory(question, variant) if fastest is None else beyond_limits(question, fastest)
+
+
+def beyond_limits(question: Question, fastest: Candidate) -> PlanInfeasible:
+    """The error where plans fit the memory, but none the deadline, joules and batteries.
+
+    Args:
+        question: What was asked.
+        fastest: The fastest plan without limits.
+    """
+    frugal = without_limits(question, "energy") or fastest
     objective, steps = question.objective, max(1, question.contract.steps)
     batteries = [device for device in question.devices if device.battery_uj is not None]
     time_s = fastest.price.step_ns * steps / NS_PER_S
@@ -107,14 +116,14 @@ def _nearest_change(question: Question, variant: Variant) -> str:
     sizes = [size >> i for i in range(HALVINGS_MAX) if size >> i >= 1]
     tries = [(each, again) for each in sizes for again in sorted({plain, True})]
     for each, again in tries[1:]:
-        if _best(variant(each, again), "time") is not None:
+        if without_limits(variant(each, again), "time") is not None:
             parts = [f"--microbatch-size {each}"] if each != size else []
             parts += ["--rematerialise"] if again and not plain else []
             return f"use {' '.join(parts)}"
     return ""
 
 
-def _best(question: Question, goal: Goal) -> Candidate | None:
+def without_limits(question: Question, goal: Goal) -> Candidate | None:
     """The best without limits."""
     free = tuple(dataclasses.replace(device, battery_uj=None) for device in question.devices)
     asked = dataclasses.replace(question, objective=Objective(goal=goal), devices=free)

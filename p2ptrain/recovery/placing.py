@@ -33,9 +33,9 @@ def placing(planning: PlanningInput) -> Place:
             if span.stop > pricing.longest_fit(replica, span.start):
                 return None
         candidate = explorer.candidate(arrangement, tuple(span.stop for _, span in spans))
+        draft = Drafting(planning, pricing, candidate)
         return Placement(
-            stages=Drafting(planning, pricing, candidate).stages(),
-            step_ns=candidate.price.step_ns,
+            stages=draft.stages(), step_ns=candidate.price.step_ns, step_uj=draft.step_uj()
         )
 
     return place

@@ -26,6 +26,8 @@ class Placement:
 
     stages: tuple[StagePlan, ...]
     step_ns: int
+    step_uj: int | None = None
+    """Predicted microjoules of a step, where they are known."""
 
 
 Place = Callable[[Sequence[tuple[DeviceId, range]]], Placement | None]
@@ -135,6 +137,7 @@ def _plan(succession: Succession, home: DeviceId, placement: Placement) -> Plan:
         stages=placement.stages,
         replicas=replica_keepers(placement.stages, members),
         step_ns=placement.step_ns,
+        step_uj=placement.step_uj,
         reasons=(succession.reason, *_changes(base, placement.stages)),
     )
 

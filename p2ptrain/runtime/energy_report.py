@@ -10,13 +10,19 @@ from p2ptrain.runtime.reports import EnergyReport, PeerEnergy, PhaseEnergy
 from p2ptrain.units import NS_PER_S, UJ_PER_J
 
 
-def energy_report(bookings: Sequence[PeerBooking], *, samples: int | None = None) -> EnergyReport:
+def energy_report(
+    bookings: Sequence[PeerBooking],
+    *,
+    samples: int | None = None,
+    predicted_joules_per_sample: float | None = None,
+) -> EnergyReport:
     """The report of a run or of a peer's life; shared machines are counted once.
 
     Args:
         bookings: One per peer.
         samples: Samples of the whole group (every stage sees every sample, so they are not
             added up); None: the largest number any peer booked.
+        predicted_joules_per_sample: By the run's plan, if one says so.
     """
     combined = combine(bookings)
     if samples is None:
@@ -27,6 +33,7 @@ def energy_report(bookings: Sequence[PeerBooking], *, samples: int | None = None
         marginal_joules=combined.whole.marginal_uj / UJ_PER_J,
         total_joules=total_joules,
         joules_per_sample=total_joules / samples if samples else None,
+        predicted_joules_per_sample=predicted_joules_per_sample,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from p2ptrain.data.opening import OpenData, open_samples
 from p2ptrain.data.options import DataOptions
 from p2ptrain.errors import CheckpointError, ConfigError, DataError, InvariantBroken
 from p2ptrain.ids import Lineage, RunId, ViewNumber
+from p2ptrain.planner.objective import GOALS, Objective, objective_of
 from p2ptrain.planner.plan_file import AskedPlan, read_plan
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.schedule.actions import SCHEDULES
@@ -192,10 +194,26 @@ def _check_request(request: TrainRequest) -> None:
         raise ConfigError(f"unknown schedule {request.schedule!r}", hint=hint)
     if request.stages is not None and not 1 <= request.stages <= limits.STAGES_MAX:
         raise ConfigError(f"stages must be between 1 and {limits.STAGES_MAX}")
+    wanted_objective(request)
     if request.stages is not None and request.plan is not None:
         raise ConfigError("a plan has its own number of stages", hint="leave --stages out")
     if request.checkpoint_every < 0:
         raise ConfigError("steps between checkpoints are 0 or more")
+
+
+def wanted_objective(request: TrainRequest) -> Objective:
+    """What the run's first plan minimises, and within what.
+
+    Raises:
+        ConfigError: an unknown goal, or a limit that is no positive number.
+    """
+    for limit in (request.deadline_s, request.joules):
+        if limit is not None and not (math.isfinite(limit) and limit > 0):
+            raise ConfigError("a deadline and joules are more than nothing")
+    if request.objective not in GOALS:
+        hint = f"choose one of: {', '.join(GOALS)}"
+        raise ConfigError(f"unknown objective {request.objective!r:.40}", hint=hint)
+    return objective_of(request.objective, deadline_s=request.deadline_s, joules=request.joules)
 
 
 def _data_options(request: TrainRequest) -> DataOptions:

@@ -133,6 +133,7 @@ class OfferDesk:
             host=self._services.host,
             cores=self._services.cores,
             build=engine.build,
+            power=self._services.power(offer.threads),
         )
         linked = self._services.directory.linked()
         links = self._services.link_figures()

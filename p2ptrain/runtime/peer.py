@@ -100,13 +100,7 @@ class Peer:
             objection=self.trust.objection,
             on_refused=self.trust.look,
         )
-        self.meter = PeerMeter(
-            device=group.device,
-            name=group.device_name,
-            meter=open_meter(config=power_settings(read_config(home))),
-            sent=lambda run: self.links.sent(run),
-            traffic=self._traffic,
-        )
+        self.meter = self._peer_meter(group, home)
         self.blobs = BlobExchange(send=self.send, send_bulk=self.links.send_bulk)
         self.membership: Driver[Membership]
         self.agreement: Driver[Agreement]
@@ -126,6 +120,7 @@ class Peer:
                 host=cores_identity(),
                 cores=self._cores,
                 cpu_quota=cpu_quota,
+                power=self.meter.power,
                 threads_max=self._threads_max,
                 drop_link=self._violation,
                 say_activity=self._say_activity,
@@ -465,6 +460,15 @@ class Peer:
     def _link_figures(self) -> tuple[LinkFigure, ...]:
         views = self.membership.machine.members(trio.current_time())
         return link_figures(views, self.links.statistics().peers, wifi_medium)
+
+    def _peer_meter(self, group: Group, home: Home) -> PeerMeter:
+        return PeerMeter(
+            device=group.device,
+            name=group.device_name,
+            meter=open_meter(config=power_settings(read_config(home))),
+            sent=lambda run: self.links.sent(run),
+            traffic=self._traffic,
+        )
 
     def _open_run_meter(self, plan: Plan, samples_per_step: int) -> RunMeter:
         return RunMeter(self.meter, plan, samples_per_step=samples_per_step)

@@ -16,7 +16,7 @@ from p2ptrain.planner.kinds import EXACT_KINDS, RUNTIME_KINDS, Kind, kinds_at_st
 from p2ptrain.planner.links import LinkFigure, link_estimates
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import KindCost, PeerProfile
-from p2ptrain.runtime.job import Job
+from p2ptrain.runtime.job import Job, wanted_objective
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.schedule.actions import delays_gradients
 from p2ptrain.training.contract import Contract, RuntimeBuild
@@ -73,6 +73,7 @@ def place(request: TrainRequest, job: Job, group: Group) -> Placement:
         view=job.view,
         schedule=schedule,
         stages=request.stages,
+        objective=wanted_objective(request),
         kinds=kinds_at_start(contract.parallelism),
         compared=_compared(contract),
         keep_data_here=request.keep_data_here,

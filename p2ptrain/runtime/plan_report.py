@@ -11,7 +11,7 @@ from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.segment_costs import crossing_bytes
 from p2ptrain.runtime.reports import PlanReport, StageReport
 from p2ptrain.training.contract import Contract
-from p2ptrain.units import NS_PER_S
+from p2ptrain.units import NS_PER_S, UJ_PER_J
 
 
 def predicted_boundary_bytes(plan: Plan, contract: Contract, manifest: Manifest) -> int:
@@ -52,6 +52,7 @@ def plan_report(
         stages=stages,
         predicted_step_s=plan.step_ns / NS_PER_S,
         predicted_boundary_bytes=predicted_boundary_bytes(plan, contract, manifest),
+        predicted_step_joules=None if plan.step_uj is None else plan.step_uj / UJ_PER_J,
         exactness=contract.exactness,
         reasons=plan.reasons,
     )

@@ -28,7 +28,7 @@ from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
 from p2ptrain.training.messages import Evaluated, Usage
 from p2ptrain.training.step_record import StepRecord
-from p2ptrain.units import NS_PER_S
+from p2ptrain.units import NS_PER_S, UJ_PER_J
 
 BOUNDARY_KINDS: Final = ("activation", "cotangent")
 TIMED_STEPS_MAX: Final = 100
@@ -151,8 +151,12 @@ class ProgressTracker:
 
     def energy(self) -> EnergyReport:
         """What the session has cost all stage peers so far."""
-        bookings = [usage.booking for usage in self._usage.values()]
-        return energy_report(bookings, samples=len(self._losses) * self._contract.minibatch_size)
+        step_uj, size = self._plan.step_uj, self._contract.minibatch_size
+        return energy_report(
+            [usage.booking for usage in self._usage.values()],
+            samples=len(self._losses) * size,
+            predicted_joules_per_sample=None if step_uj is None else step_uj / UJ_PER_J / size,
+        )
 
     def _joules_per_sample(self) -> float | None:
         """None until every stage has booked a step."""
@@ -202,7 +206,16 @@ class ProgressTracker:
             ),
             measured_boundary_bytes=self._boundary_bytes(),
             timed_steps=len(times),
+            predicted_step_joules=None if plan.step_uj is None else plan.step_uj / UJ_PER_J,
+            measured_step_joules=self._step_joules(),
         )
+
+    def _step_joules(self) -> float | None:
+        """A step's mean, where all steps had one plan."""
+        stages = {device for stage in self._plan.stages for device in stage.devices}
+        if self._views > 1 or not stages <= set(self._usage) or not self._losses:
+            return None
+        return self.energy().total_joules / len(self._losses)
 
     def _boundary_bytes(self) -> float | None:
         """A step's activations and cotangents at the sockets, where all steps had one plan."""

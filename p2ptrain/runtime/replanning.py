@@ -19,6 +19,7 @@ from p2ptrain.planner.input import PlanningInput
 from p2ptrain.planner.kinds import kinds_later
 from p2ptrain.planner.links import LinkTable, link_estimates
 from p2ptrain.planner.moves import moving_ns, pays
+from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pace import AS_PLANNED, at_pace
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
@@ -265,6 +266,7 @@ class _Planner:
             view=self._wanted.number,
             schedule=plan.schedule,
             kinds=kinds_later(contract.parallelism),
+            objective=Objective(goal=plan.goal),
             keep_data_here=plan.keep_data_here,
             holding=tuple(sorted(holding)),
             replica_every=plan.replica_every,

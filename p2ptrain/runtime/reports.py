@@ -39,6 +39,12 @@ class TrainRequest:
     plan: str | None = None
     """Text of a file with the plan to begin with (`planner.plan_file`); None: the planner finds
     one."""
+    objective: str = "time"
+    """What plans minimise: time, or energy of all peers that take part."""
+    deadline_s: float | None = None
+    """Seconds that all steps may take; None: any."""
+    joules: float | None = None
+    """Joules that all steps may take; None: any."""
     parallelism: str = "pipeline"
     """Which plans the run may have: pipeline (the bits of one peer), auto, data, tensor, sequence
     or hybrid."""
@@ -107,6 +113,8 @@ class PlanReport:
     reasons: tuple[str, ...]
     predicted_boundary_bytes: int = 0
     """Activations and cotangents that a step sends between peers, without framing."""
+    predicted_step_joules: float | None = None
+    """Of all peers with a stage, idle time included; None: not all say what they draw."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +129,11 @@ class PredictionReport:
     measured_boundary_bytes: float | None
     """A step's mean at the sockets, encrypted and framed; None: not known, or the view changed."""
     timed_steps: int
+    predicted_step_joules: float | None = None
+    """Of all peers with a stage, idle time included; None: not all say what they draw."""
+    measured_step_joules: float | None = None
+    """A step's mean of the session as the peers' meters or models have it; None: the view changed,
+    or not everybody has told yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +208,8 @@ class EnergyReport:
     marginal_joules: float
     total_joules: float
     joules_per_sample: float | None
+    predicted_joules_per_sample: float | None = None
+    """Of the run's last plan; None: of no run, or not all peers say what they draw."""
     version: int = REPORT_VERSION
 
 

@@ -5,17 +5,24 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from p2ptrain.energy.combine import PeerBooking
-from p2ptrain.energy.ledger import NO_RUN, Amounts
+from p2ptrain.energy.ledger import NO_RUN, Amounts, PhaseAmount
 from p2ptrain.energy.phases import Phase
+from p2ptrain.energy.power_model import PowerModel
 from p2ptrain.energy.recorder import EnergyRecorder
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.profile import Power
 from p2ptrain.power.meter import Meter
 from p2ptrain.training.messages import Stamp, Usage
+from p2ptrain.units import NS_PER_S, UJ_PER_J
 from p2ptrain.wire.flows import carried
+
+PJ_PER_J: Final = 10**12
+POWER_MEASURED_S_MIN: Final = 10
+"""Of compute that a meter must have seen before its watts are believed."""
 
 
 class Traffic(NamedTuple):
@@ -76,6 +83,20 @@ class PeerMeter:
             step=step,
         )
 
+    def power(self, threads: int) -> Power:
+        """What the machine draws while this peer computes, for plans.
+
+        Args:
+            threads: Of the run.
+
+        Returns:
+            What the meter has booked of compute above idle, once that is long enough; until then,
+            and without a meter, what the model says.
+        """
+        compute = self._recorder.ledger.life().phases["compute"]
+        is_metered = self._meter.identity.quality == "measured"
+        return power_drawn(self._meter.model, compute, threads=threads, is_metered=is_metered)
+
     def booking(self, session: str | None = None) -> PeerBooking:
         """Everything booked on a session of a run; None: on the peer's whole life."""
         self._recorder.ledger.check()
@@ -87,6 +108,23 @@ class PeerMeter:
             else self._recorder.ledger.run(session),
             identity=self._meter.identity,
         )
+
+
+def power_drawn(
+    model: PowerModel, compute: PhaseAmount, *, threads: int, is_metered: bool
+) -> Power:
+    """Watts of a machine whose meter has booked this much compute."""
+    idle_uw = round(model.idle_watts * UJ_PER_J)
+    above_uw = round(model.core_watts * min(threads, model.cores) * UJ_PER_J)
+    measured = is_metered and compute.wall_ns >= POWER_MEASURED_S_MIN * NS_PER_S
+    if measured:
+        above_uw = compute.marginal_uj * NS_PER_S // compute.wall_ns
+    return Power(
+        idle_uw=idle_uw,
+        busy_uw=idle_uw + above_uw,
+        pj_per_byte=round(model.joules_per_byte * PJ_PER_J),
+        measured=measured,
+    )
 
 
 class RunMeter:

@@ -7,7 +7,11 @@ import sys
 
 import pytest
 
+from p2ptrain.cli import planning_options
 from p2ptrain.cli.main import run
+from p2ptrain.planner.objective import GOALS
+from p2ptrain.schedule.actions import SCHEDULES
+from p2ptrain.training.contract import CODECS_OF_RUNS, PARALLELISMS
 
 HEAVY = ("numpy", "onnxruntime", "zeroconf", "trio", "cryptography", "rich", "msgpack")
 
@@ -33,6 +37,13 @@ def test_help_imports_nothing_heavy(line: str) -> None:
     imported = _imported_by(*line.split())
     assert "click" in imported
     assert imported.isdisjoint(HEAVY)
+
+
+def test_choices_are_those_of_the_cores() -> None:
+    assert planning_options.GOALS == GOALS
+    assert planning_options.SCHEDULES == SCHEDULES
+    assert planning_options.CODECS == CODECS_OF_RUNS
+    assert planning_options.PARALLELISMS == PARALLELISMS
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

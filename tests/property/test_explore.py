@@ -13,9 +13,10 @@ from p2ptrain.planner.arrangement import Groups
 from p2ptrain.planner.explore import Explorer
 from p2ptrain.planner.input import LinkEstimate
 from p2ptrain.planner.kinds import KINDS
+from p2ptrain.planner.objective import GOALS, Objective
 from p2ptrain.planner.pricing import Pricing, spans
-from p2ptrain.planner.profile import PeerProfile
-from p2ptrain.planner.question import GOALS, Objective, Power, Question
+from p2ptrain.planner.profile import PeerProfile, Power
+from p2ptrain.planner.question import Question
 from p2ptrain.schedule.actions import SCHEDULES
 from p2ptrain.schedule.simulator import PartsTime, simulate
 from tests.planning_cases import device, profile

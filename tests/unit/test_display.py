@@ -8,7 +8,14 @@ import pytest
 
 from p2ptrain.cli.display import DemoDisplay, RunDisplay
 from p2ptrain.cli.speech import say_error
-from p2ptrain.cli.tables import plan_lines, result_table, run_lines, status_lines, step_line
+from p2ptrain.cli.tables import (
+    energy_lines,
+    plan_lines,
+    result_table,
+    run_lines,
+    status_lines,
+    step_line,
+)
 from p2ptrain.demo.baselines import Baselines
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.ids import DeviceId, RunId
@@ -160,6 +167,15 @@ def test_predicted_stands_beside_measured() -> None:
     assert rows["  between stages"] == "3.0 MiB, 3.0 MiB (+1 %)"
     lines = run_lines(replace(RUN, prediction=PREDICTION))
     assert "  a step, predicted and measured: 250.0 ms, 300.0 ms (+20 %)" in lines
+
+
+def test_predicted_joules_stand_beside_those_that_were_spent() -> None:
+    joules = replace(PREDICTION, predicted_step_joules=2.0, measured_step_joules=2.5)
+    lines = run_lines(replace(RUN, prediction=joules))
+    assert "    joules of all peers: 2 J, 2.5 J (+25 %)" in lines
+    energy = replace(RESULT.energy, joules_per_sample=0.5, predicted_joules_per_sample=0.4)
+    assert energy_lines(energy) == ["a sample, predicted and spent: 400 mJ, 500 mJ (+25 %)"]
+    assert energy_lines(RESULT.energy) == []
 
 
 def test_what_was_not_measured_is_not_compared() -> None:

@@ -11,8 +11,10 @@ import pytest
 from p2ptrain.planner.explore import Explorer, Found
 from p2ptrain.planner.input import LinkEstimate
 from p2ptrain.planner.kinds import RUNTIME_KINDS, Kind
+from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.question import Objective, Power, Question
+from p2ptrain.planner.profile import Power
+from p2ptrain.planner.question import Question
 from p2ptrain.planner.sharded import weights_by_speed
 from p2ptrain.schedule.actions import stage_actions
 from p2ptrain.schedule.replicated import replicated_actions, shared_out

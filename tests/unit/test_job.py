@@ -10,7 +10,8 @@ import pytest
 from p2ptrain.data.samples import WindowSamples
 from p2ptrain.errors import BundleError, CheckpointError, ConfigError, DataError, NotFound
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
-from p2ptrain.runtime.job import Job, open_job
+from p2ptrain.planner.objective import Objective
+from p2ptrain.runtime.job import Job, open_job, wanted_objective
 from p2ptrain.runtime.placement import Group, _outsiders, place, with_builds
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory, SavedSegment
@@ -274,3 +275,21 @@ def test_resumed_run_takes_no_peer_of_another_build(tmp_path: Path, begun: Job) 
     assert "numerics contract" in left.reason
     fresh = job_of(request(tmp_path), tmp_path)
     assert _outsiders(fresh, [same, other]) == ()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"objective": "beauty"}, {"deadline_s": 0.0}, {"joules": float("nan")}, {"joules": -1.0}],
+)
+def test_an_objective_that_makes_no_sense_is_refused(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    with pytest.raises(ConfigError, match=r"objective|more than nothing"):
+        job_of(request(tmp_path, **changes), tmp_path)
+
+
+def test_an_objective_is_kept_in_the_units_of_the_planner(tmp_path: Path) -> None:
+    asked = request(tmp_path, objective="energy", deadline_s=2.5, joules=1e-9)
+    assert wanted_objective(asked) == Objective(
+        goal="energy", deadline_ns=2_500_000_000, joules_uj=1
+    )

@@ -12,9 +12,11 @@ from p2ptrain.errors import ConfigError, P2PTrainError, PlanInfeasible
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.asked import Known, asked_candidate
 from p2ptrain.planner.explore import Candidate, Explorer
+from p2ptrain.planner.kinds import KINDS
+from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.plan_file import read_plan
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.question import KINDS, Objective, Question
+from p2ptrain.planner.question import Question
 from p2ptrain.schedule.actions import Held
 from tests.planning_cases import device
 from tests.planning_questions import bert_question, equal_devices, question

@@ -9,9 +9,11 @@ import pytest
 from p2ptrain.errors import ConfigError, PlanInfeasible
 from p2ptrain.planner import kinds
 from p2ptrain.planner.choose import choose_plan, run_question
-from p2ptrain.planner.input import LinkEstimate, stage_shares
+from p2ptrain.planner.input import LinkEstimate, PlanningInput, stage_shares
 from p2ptrain.planner.kinds import KINDS, Kind
+from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pricing import Pricing
+from p2ptrain.planner.profile import Power
 from tests.planning_cases import device, fast_links, planning_input, profile
 
 EQUAL = [(1_000_000, 2_000_000)] * 8
@@ -225,3 +227,66 @@ def test_a_lone_peer_is_charged_for_its_keeper() -> None:
     assert alone.step_ns < kept.step_ns < alone.step_ns + 1000
     assert "replica sets every" in " ".join(kept.reasons)
     assert "replica sets every" not in " ".join(alone.reasons)
+
+
+FRUGAL = Power(idle_uw=1_000_000, busy_uw=2_000_000, pj_per_byte=0)
+HUNGRY = Power(idle_uw=40_000_000, busy_uw=80_000_000, pj_per_byte=0, measured=True)
+
+
+def _powered(objective: Objective, **changes: Power | None) -> PlanningInput:
+    """Two equal peers; a is frugal, b is hungry."""
+    powers = {"a": FRUGAL, "b": HUNGRY, **changes}
+    peers = [dataclasses.replace(profile(each, EQUAL), power=powers[each]) for each in "ab"]
+    return dataclasses.replace(planning_input(peers, segment_count=8), objective=objective)
+
+
+def test_least_energy_leaves_a_hungry_peer_out() -> None:
+    fast = choose_plan(_powered(Objective())).plan
+    assert len(fast.stages) == 2
+    assert fast.goal == "time"
+    choice = choose_plan(_powered(Objective(goal="energy")))
+    plan = choice.plan
+    assert [stage.device for stage in plan.stages] == [device("a")]
+    assert plan.goal == "energy"
+    assert plan.step_uj is not None
+    assert fast.step_uj is not None
+    assert plan.step_uj == pytest.approx(2_000_000 * 0.192, rel=1e-3)
+    assert fast.step_uj > 10 * plan.step_uj
+    assert "1 of 2 peers compute for least energy" in plan.reasons[0]
+    assert "costs" in choice.left_out[0].reason
+    assert any("watts are all modelled" in reason for reason in plan.reasons)
+    assert any("measured on 1 of 2 peers" in reason for reason in fast.reasons)
+
+
+def test_a_deadline_takes_the_hungry_peer_in_again() -> None:
+    deadline = Objective(goal="energy", deadline_ns=10 * 120_000_000)
+    assert len(choose_plan(_powered(deadline)).plan.stages) == 2
+
+
+def test_limits_that_nothing_meets_name_what_would() -> None:
+    with pytest.raises(PlanInfeasible, match="nothing is done within") as refused:
+        choose_plan(_powered(Objective(deadline_ns=1000)))
+    assert "--deadline 2" in refused.value.hint
+    with pytest.raises(PlanInfeasible, match="nothing is done with 1 mJ"):
+        choose_plan(_powered(Objective(joules_uj=1000)))
+
+
+def test_a_peer_that_does_not_say_what_it_draws_has_no_part_in_frugal_plans() -> None:
+    choice = choose_plan(_powered(Objective(goal="energy"), a=None))
+    assert choice.left_out[0].reason == "it does not say what it draws"
+    assert choose_plan(_powered(Objective(), a=None)).plan.step_uj is None
+    with pytest.raises(PlanInfeasible, match="no peer says what it draws"):
+        choose_plan(_powered(Objective(goal="energy"), a=None, b=None))
+
+
+def test_peers_of_one_machine_idle_once() -> None:
+    apart = _powered(Objective(), a=HUNGRY)
+    together = dataclasses.replace(
+        apart, profiles=tuple(dataclasses.replace(p, host="one") for p in apart.profiles)
+    )
+    spent = []
+    for planning in (apart, together):
+        plan = choose_plan(dataclasses.replace(planning, stages=2)).plan
+        assert plan.step_uj is not None
+        spent.append(plan.step_uj)
+    assert spent[0] - spent[1] == pytest.approx(40_000_000 * 0.108, rel=1e-3)

@@ -1,0 +1,82 @@
+"""Options that `plan` and `train` share: what is best, how much work there is, and how it is done.
+
+Choices are spelled here once; a test holds them against the cores', which a quick `--help` does not
+load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import click
+
+_F = TypeVar("_F", bound=Callable[..., Any])  # Any: commands of every signature
+
+GOALS: Final = ("time", "energy")
+SCHEDULES: Final = ("1f1b", "gpipe", "zb-h1")
+CODECS: Final = ("fp32", "bf16", "int8")
+PARALLELISMS: Final = ("pipeline", "auto", "data", "tensor", "sequence", "hybrid")
+COUNT: Final = click.IntRange(min=1)
+_SOME: Final = click.FloatRange(min=0, min_open=True)
+
+
+def objective_options(command: _F) -> _F:
+    """`--objective`, `--deadline` and `--joules`."""
+    options = (
+        click.option(
+            "--objective",
+            type=click.Choice(GOALS),
+            default="time",
+            show_default=True,
+            help="What is least: seconds, or joules of all devices that take part.",
+        ),
+        click.option("--deadline", type=_SOME, help="Seconds for all steps."),
+        click.option("--joules", type=_SOME, help="Joules for all steps."),
+    )
+    return _with(command, options)
+
+
+def work_options(command: _F) -> _F:
+    """`--steps`, `--microbatches` and `--microbatch-size`."""
+    options = (
+        click.option(
+            "--steps", type=COUNT, default=100, show_default=True, help="Optimizer updates."
+        ),
+        click.option(
+            "--microbatches", type=COUNT, default=8, show_default=True,
+            help="Microbatches per step.",
+        ),
+        click.option(
+            "--microbatch-size", type=COUNT, default=4, show_default=True, help="Samples in each."
+        ),
+    )  # fmt: skip
+    return _with(command, options)
+
+
+def way_options(command: _F) -> _F:
+    """`--schedule` and `--codec`."""
+    options = (
+        click.option(
+            "--schedule",
+            type=click.Choice(SCHEDULES),
+            default="1f1b",
+            show_default=True,
+            help="The order of the passes; zb-h1 computes weights' gradients where 1f1b would "
+            "idle. Stages that several devices share run 1f1b instead of zb-h1.",
+        ),
+        click.option(
+            "--codec",
+            type=click.Choice(CODECS),
+            default="fp32",
+            show_default=True,
+            help="How tensors go between devices: exact, in half, or in a quarter of the bytes.",
+        ),
+    )
+    return _with(command, options)
+
+
+def _with(command: _F, options: tuple[Callable[[_F], _F], ...]) -> _F:
+    for option in reversed(options):
+        command = option(command)
+    return command

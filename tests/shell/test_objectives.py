@@ -1,0 +1,41 @@
+"""Runs that minimise energy, and what they say of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from p2ptrain.errors import PlanInfeasible
+from p2ptrain.runtime.reports import PlanReport
+from tests.bundles import tiny_bundle
+from tests.memory_group import memory_group, request_for
+
+BUNDLE = tiny_bundle()
+
+
+async def test_a_frugal_run_shows_predicted_joules_beside_those_it_spent(tmp_path: Path) -> None:
+    async with memory_group(tmp_path, 2) as group:
+        with trio.fail_after(60):
+            result = await group[0].train(request_for(tmp_path, BUNDLE, objective="energy"))
+        (plan,) = group.reports("plan")
+    assert isinstance(plan, PlanReport)
+    assert len(plan.stages) == 1, "a second machine would idle, too"
+    assert "for least energy" in plan.reasons[0]
+    prediction = result.prediction
+    assert prediction is not None
+    assert prediction.predicted_step_joules == plan.predicted_step_joules
+    assert (plan.predicted_step_joules or 0) > 0
+    assert prediction.measured_step_joules == pytest.approx(
+        result.energy.total_joules / len(result.losses)
+    )
+    assert result.energy.predicted_joules_per_sample is not None
+
+
+async def test_joules_that_do_not_suffice_are_refused_with_what_would(tmp_path: Path) -> None:
+    async with memory_group(tmp_path, 2) as group:
+        with pytest.raises(PlanInfeasible, match="nothing is done with") as refused:
+            with trio.fail_after(60):
+                await group[0].train(request_for(tmp_path, BUNDLE, joules=1e-6))
+    assert "--joules" in refused.value.hint
