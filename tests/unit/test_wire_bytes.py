@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from p2ptrain.bundle.manifest import Manifest, parse_manifest
 from p2ptrain.bundle.shard_traffic import shard_traffic
 from p2ptrain.planner.explore import Explorer
 from p2ptrain.planner.kinds import Kind
@@ -16,7 +18,11 @@ from p2ptrain.planner.sharded import Sharded, ShardedPricing
 from p2ptrain.planner.traffic import all_reduce_bytes, gather_bytes
 from p2ptrain.store.bundles import find_bundle, load_bundle
 from tests.planning_cases import profile
-from tests.planning_questions import bert_base, bert_question, devices
+from tests.planning_questions import LAYERS, bert_base, bert_question, devices
+
+EXPORTED = Path(__file__).parents[1] / "interop" / "golden" / "manifest-bert-base.json"
+"""Exported from BERT-base's configuration for 32 positions: vocabulary 21,128, but two layers,
+and a classification of tokens, since one of texts reads a single position."""
 
 
 def test_description_has_the_parameters_of_bert_base() -> None:
@@ -97,3 +103,45 @@ def test_a_bundle_that_tells_how_it_is_divided_is_taken_at_its_word(
     whole += all_reduce_bytes(sum(own.step_bytes for own in told), 2)
     sent = [share.sent_bytes for share in price.shares]
     assert sum(sent) == pytest.approx(2 * whole, rel=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "megabytes"), [("tensor", 113), ("sequence", 670)])
+def test_bert_base_as_exported_sends_what_is_published(kind: Kind, megabytes: float) -> None:
+    manifest = bert_base_as_exported()
+    assert manifest.parameter_count == pytest.approx(102.3e6, rel=0.01)
+    peers = [
+        dataclasses.replace(
+            profile(letter, []),
+            kinds=dict.fromkeys(manifest.kinds, KindCost(forward_ns=10**6, backward_ns=10**6)),
+        )
+        for letter in "abcd"
+    ]
+    asked = dataclasses.replace(
+        bert_question("abcd", kind), manifest=manifest, devices=devices(peers)
+    )
+    price = ShardedPricing(Pricing(asked)).price(Sharded(kind=kind, devices=(0, 1, 2, 3)))
+    for share in price.shares:
+        assert share.sent_bytes == pytest.approx(megabytes * 1e6, rel=0.01)
+
+
+def bert_base_as_exported() -> Manifest:
+    """What the exporter says of two layers of BERT-base, with the first one ten times more; the
+    last one is another, as nothing needs the mask after it."""
+    small = parse_manifest(EXPORTED.read_bytes())
+    layer = small.segments[1:3]
+    assert {segment.kind for segment in layer} == {"attention", "layer"}
+    segments, tensors = [], []
+    for number in range(2, LAYERS):
+        for segment in layer:
+            names = {name: f"{old}.{number}" for name, old in segment.parameters.items()}
+            copied = f"{segment.name}.{number}"
+            segments.append(dataclasses.replace(segment, name=copied, parameters=names))
+            tensors += [
+                dataclasses.replace(small.tensor(old), name=names[name])
+                for name, old in segment.parameters.items()
+            ]
+    return dataclasses.replace(
+        small,
+        segments=(*small.segments[:3], *segments, *small.segments[3:]),
+        tensors=(*small.tensors, *tensors),
+    )
