@@ -32,6 +32,8 @@ STOCK_VARIABLES: Final = ("P2PTRAIN_STOCK_PYTHON", "P2PTRAIN_STOCK_PYTHON_3_13")
 STOCK_FOLDERS: Final = ("tests/unit", "tests/property", "tests/numerics", "tests/interop")
 STOCK_SKIPS: Final = (("tests/unit", "tests/property"), ("tests/property",))
 """What says nothing about the other runtime; the unit tests run once more on Python 3.13."""
+SOAK: Final = "tests/netns/test_soak.py"
+THROTTLED: Final = "tests/netns/test_throttled_peers.py"
 SIM_SEEDS: Final = 5000
 LANES: Final = 2
 OUTCOMES: Final = ("passed", "failed", "errors", "skipped", "deselected", "xfailed", "xpassed")
@@ -60,13 +62,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="run checks")
     parser.add_argument("level", choices=["full", "lint", "sim"])
     levels = {
-        "full": lambda: run_together(steps_that_share()) + run_in_turn(steps_that_do_not_share()),
+        "full": run_everything,
         "lint": lambda: run_in_turn(lint_steps()),
         "sim": lambda: run_in_turn(sim_steps()),
     }
     started_s = time.monotonic()
     outcomes = levels[parser.parse_args().level]()
     return report(outcomes, time.monotonic() - started_s)
+
+
+def run_everything() -> list[Outcome]:
+    """What computes, in two lanes; then what waits for emulated networks; then what measures."""
+    outcomes = run_together(steps_that_compute())
+    outcomes += run_together(steps_on_a_network())
+    return outcomes + run_in_turn(steps_that_measure())
 
 
 def lint_steps() -> list[Step]:
@@ -90,29 +99,38 @@ def sim_steps() -> list[Step]:
     ]
 
 
-def steps_that_share() -> list[Step]:
-    """What may run beside something else, the longest first, so that two lanes end together."""
+def steps_that_compute() -> list[Step]:
+    """What fills a core, the longest first, so that two lanes end together."""
     elsewhere = [f"--ignore=tests/{name}" for name in ("export", "arm", "e2e", "netns")]
     exact = "tests/e2e/test_exact_recovery.py"
     steps = [
-        *lint_steps(),
-        tests("export", EXPORT, "tests/export"),
         tests("runtime", RUNTIME, "tests", *elsewhere),
         tests("end to end", RUNTIME, "tests/e2e", f"--ignore={exact}"),
+        tests("export", EXPORT, "tests/export"),
         tests("exact recovery", RUNTIME, exact),
         tests("arm", RUNTIME, "tests/arm", "-rs"),
     ]
-    for folder, skipped in zip(STOCK, STOCK_SKIPS, strict=True):
+    for folder, skipped in reversed(list(zip(STOCK, STOCK_SKIPS, strict=True))):
         if folder.is_dir():
             name = folder.name.removeprefix(".venv-")
             kept = [each for each in STOCK_FOLDERS if each not in skipped]
             steps.append(tests(name, folder, *kept, "--ignore=tests/unit/test_tidy.py"))
-    return steps
+    return [*steps, *lint_steps()]
 
 
-def steps_that_do_not_share() -> list[Step]:
-    """What emulates a network, alone on the machine."""
-    return [tests("network", RUNTIME, "tests/netns", "-rs")]
+def steps_on_a_network() -> list[Step]:
+    """What emulates networks: each takes half a core and waits for its delays the rest of the
+    time, so two of them together are no slower."""
+    elsewhere = [f"--ignore={each}" for each in (SOAK, THROTTLED)]
+    return [
+        tests("network", RUNTIME, "tests/netns", *elsewhere, "-rs"),
+        tests("soak", RUNTIME, SOAK, "-rs"),
+    ]
+
+
+def steps_that_measure() -> list[Step]:
+    """What compares rates with limits, alone on the machine."""
+    return [tests("throttled", RUNTIME, THROTTLED, "-rs")]
 
 
 def tests(name: str, environment: Path, *arguments: str) -> Step:
@@ -149,7 +167,8 @@ def run(step: Step, *, print_line: Callable[[str], None]) -> Outcome:
     """Run one step; its output goes to `print_line` as it comes."""
     print_line(f"\n== {step.name}: {' '.join(step.command).replace(f'{ROOT}/', '')}\n")
     started_s = time.monotonic()
-    environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    # A few hundred processes are started: without bytecode each would compile all of p2ptrain.
+    environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "PYTHONDONTWRITEBYTECODE": ""}
     for variable, folder in zip(STOCK_VARIABLES, STOCK, strict=True):
         environment.setdefault(variable, str(folder / "bin" / "python"))
     counts: Counter[str] = Counter()
