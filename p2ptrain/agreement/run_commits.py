@@ -65,6 +65,7 @@ class Commits:
             return
         self.ledger.skip_to(message.since)
         self.ledger.acknowledged(sender, message.records)
+        self._join(message.records, now)
         if message.after is not None:
             self._out.send(sender, self._recorded(message.after, ask=False), now)
         self._advance(now)
@@ -85,6 +86,15 @@ class Commits:
         """These records as a line of the journal, under the present view."""
         view = self._out.present
         return StepsRecord(lineage=view.lineage, view=view.number, records=records)
+
+    def _join(self, records: tuple[StepRecord, ...], now: float) -> None:
+        """Hold what another member holds: it had every stage's `done`, of which one was lost here.
+
+        Else a record that less than a quorum could make would wait for ever.
+        """
+        for record in records:
+            if self.ledger.hold(record):
+                self._tell(record, now)
 
     def _tell(self, record: StepRecord, now: float) -> None:
         self._out.writes.append(self.journal_record((record,)))

@@ -95,7 +95,7 @@ def chaos(world: RunWorld, fault: str) -> None:
     faults = {name: FAULTS[name] for name in FAULTS if fault in (name, "")}
     rng = world.rng
     world.loss, world.doubling, world.delay_s = 0.1, 0.05, 0.03
-    world.corruption, world.crash_after_write = 0.05, 0.002
+    world.corruption, world.crash_after_write, world.done_loss = 0.05, 0.002, 0.01
     world.run(rng.uniform(1.0, 4.0))
     end = world.now + CHAOS_S
     while world.now < end:

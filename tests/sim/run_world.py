@@ -22,7 +22,7 @@ from tests.sim.plans import device, make_plan
 from tests.sim.run_checkers import RunChecker
 from tests.sim.run_model import Model
 from tests.sim.run_node import RunNode
-from tests.sim.run_shell import Disk, Flaws
+from tests.sim.run_shell import Disk, Flaws, StageDone
 from tests.sim.run_views import CONTRACT, make_profile, staged_plan
 
 
@@ -53,7 +53,8 @@ class RunWorld:
         self.rules, self.flaws = rules or Rules(), flaws or Flaws()
         self.model = Model(count=sum(shape.stages), ties=shape.ties)
         self.loss, self.doubling, self.delay_s = 0.0, 0.0, 0.01
-        self.corruption = self.crash_after_write = 0.0
+        self.corruption = self.crash_after_write = self.done_loss = 0.0
+        self._lost_dones: set[object] = set()
         self.whole_codec = seed % 8 == 0
         self.message_count = self.replay_count = self.return_count = 0
         self.leaving: set[DeviceId] = set()
@@ -138,6 +139,8 @@ class RunWorld:
     ) -> None:
         """A tensor or report on the data link: repeated until it arrives or is `still` wanted."""
         life, target = sender.life, self.nodes[to]
+        if to != sender.device and isinstance(message, StageDone) and self._loses(message):
+            return
 
         def attempt() -> None:
             if sender.life != life or not sender.up or not still():
@@ -148,6 +151,14 @@ class RunWorld:
                 self.at(0.3, attempt)
 
         self.at(self.delay_s * (0.2 + self.rng.expovariate(1.0)) + sender.slowness_s, attempt)
+
+    def _loses(self, done: StageDone) -> bool:
+        """A link ends and is back before anybody wants another view; once in a step at most."""
+        step = (done.position, done.step)
+        if step in self._lost_dones or self.rng.random() >= self.done_loss:
+            return False
+        self._lost_dones.add(step)
+        return True
 
     # Who notices what, and when.
 
@@ -238,7 +249,7 @@ class RunWorld:
         self.deaf.clear()
         self.leaving.clear()
         self.loss, self.doubling, self.delay_s = 0.02, 0.01, 0.01
-        self.corruption = self.crash_after_write = 0.0
+        self.corruption = self.crash_after_write = self.done_loss = 0.0
         for node in self.nodes.values():
             if not node.up:
                 node.start()

@@ -321,6 +321,18 @@ def test_rule_1_who_kept_records_in_memory_returns_as_a_new_member() -> None:
     assert world.nodes[D].machine.records[-1].step >= view.resume_step
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("stages", [(1, 1), (1, 1, 1)], ids=["two", "three"])
+def test_rule_1_done_that_was_lost_to_one_member_holds_nobody_up(
+    stages: tuple[int, ...], seed: int
+) -> None:
+    """Who has them all records the step, and the others, the tie-breaker too, go by that."""
+    world = world_of(*stages, seed=seed)
+    world.done_loss = 1.0
+    commits(world, 12)
+    assert world.newest_view() == world.first
+
+
 def disk_goes_back(world: RunWorld) -> None:
     """C accepts what A or B decides, then forgets it. Whoever decided is slow to say so, and the
     other one asks C for its vote."""

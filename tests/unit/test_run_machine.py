@@ -190,13 +190,21 @@ def test_next_in_rank_proposes_when_home_is_gone() -> None:
 
 def test_step_is_committed_by_a_quorum_exactly_once() -> None:
     net = three()
+    net.cut = {B, C}
     net.complete(1, A)
     assert net.committed(A) == []
+    net.cut = set()
     net.complete(1, B)
     assert [net.committed(each) for each in (A, B, C)] == [[1], [1], [1]]
-    assert net.machines[C].records == (make_step(1),)  # held because a quorum holds it
+    assert net.machines[C].records == (make_step(1),)  # held because others hold it
     net.complete(1, C)
     assert net.committed(C) == [1]
+
+
+def test_record_of_one_member_is_enough_for_all_that_hear_it() -> None:
+    net = Net(A, B, view=first_view(A, B, home=A))
+    net.complete(1, B)  # A, without which there is no quorum, lacks somebody's `done`
+    assert [net.committed(each) for each in (A, B)] == [[1], [1]]
 
 
 def test_promise_fences_steps_and_tells_the_newest_record() -> None:
@@ -416,6 +424,7 @@ def test_member_that_lost_its_disk_has_no_vote_until_the_next_view() -> None:
     net.see()
     net.see(A, B, C)
     assert net.machines[B].standing.stance is Stance.ABSTAINING
+    net.cut = {C}
     net.complete(2, A, B)
     assert net.committed(A) == [1]  # B's record does not count
     lose(net, C)
