@@ -212,6 +212,8 @@ CONTROL_RESULT_TIMEOUT_S: Final = 60.0
 # Local files.
 CONFIG_BYTES_MAX: Final = 64 * 1024
 INVITE_BYTES_MAX: Final = 16 * 1024
+MICROBATCH_SIZES_MAX: Final = 8
+"""Of one offer, beside the one that is measured."""
 DATA_RECORD_BYTES_MAX: Final = 16 * 1024 * 1024
 
 # Recovery (DESIGN section 7).

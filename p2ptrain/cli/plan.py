@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 )
 @click.option("--links", metavar="FILE", help="Links and media. [default: assumed 100 Mbit/s]")
 @objective_options
-@work_options
-@way_options
+@work_options(choosable=False)
+@way_options(choosable=False)
 @click.option("--optimizer", default="adamw", show_default=True, help="The update rule.")
-@click.option("--rematerialise", is_flag=True, help="Compute the forward again for the backward.")
 @click.option("--plan", "plan_file", metavar="FILE", help="Price this plan instead of searching.")
 @click.option("--svg", "svg_file", metavar="FILE", help="Draw the schedule into this file.")
 @report_options

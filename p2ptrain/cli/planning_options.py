@@ -17,6 +17,7 @@ GOALS: Final = ("time", "energy")
 SCHEDULES: Final = ("1f1b", "gpipe", "zb-h1")
 CODECS: Final = ("fp32", "bf16", "int8")
 PARALLELISMS: Final = ("pipeline", "auto", "data", "tensor", "sequence", "hybrid")
+AUTO: Final = "auto"
 COUNT: Final = click.IntRange(min=1)
 _SOME: Final = click.FloatRange(min=0, min_open=True)
 
@@ -37,9 +38,31 @@ def objective_options(command: _F) -> _F:
     return _with(command, options)
 
 
-def work_options(command: _F) -> _F:
-    """`--steps`, `--microbatches` and `--microbatch-size`."""
-    options = (
+class _CountOrAuto(click.ParamType):  # type: ignore[type-arg] # generic since click 8.2 only
+    """A number, or `auto`."""
+
+    name = "number or auto"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        """The number, or `auto`; a usage error when it is none of the two."""
+        text = str(value)
+        if text == AUTO:
+            return text
+        if not text.isascii() or not text.isdigit() or int(text) < 1:
+            self.fail(f"{text!r:.40} is not a number from 1 on, or auto", param, ctx)
+        return int(text)
+
+
+def work_options(*, choosable: bool) -> Callable[[_F], _F]:
+    """`--steps`, `--microbatches` and `--microbatch-size`.
+
+    Args:
+        choosable: The size may be left to the planner.
+    """
+    also = "; auto: so that a step is shortest" if choosable else ""
+    options: tuple[Callable[[_F], _F], ...] = (
         click.option(
             "--steps", type=COUNT, default=100, show_default=True, help="Optimizer updates."
         ),
@@ -48,32 +71,42 @@ def work_options(command: _F) -> _F:
             help="Microbatches per step.",
         ),
         click.option(
-            "--microbatch-size", type=COUNT, default=4, show_default=True, help="Samples in each."
+            "--microbatch-size", type=_CountOrAuto() if choosable else COUNT, default=4,
+            show_default=True, help=f"Samples in each{also}.",
         ),
     )  # fmt: skip
-    return _with(command, options)
+    return lambda command: _with(command, options)
 
 
-def way_options(command: _F) -> _F:
-    """`--schedule` and `--codec`."""
-    options = (
+def way_options(*, choosable: bool) -> Callable[[_F], _F]:
+    """`--schedule`, `--codec` and `--rematerialise`.
+
+    Args:
+        choosable: Schedule and codec may be left to the planner.
+    """
+    auto = (AUTO,) if choosable else ()
+    also = "; auto: where a step is shorter for it" if choosable else ""
+    again = "Save memory: compute the forward again for the backward. Same bits, a third slower"
+    options: tuple[Callable[[_F], _F], ...] = (
         click.option(
             "--schedule",
-            type=click.Choice(SCHEDULES),
+            type=click.Choice([*SCHEDULES, *auto]),
             default="1f1b",
             show_default=True,
             help="The order of the passes; zb-h1 computes weights' gradients where 1f1b would "
-            "idle. Stages that several devices share run 1f1b instead of zb-h1.",
+            f"idle{also}. Stages that several devices share run 1f1b instead of zb-h1.",
         ),
         click.option(
             "--codec",
-            type=click.Choice(CODECS),
+            type=click.Choice([*CODECS, *auto]),
             default="fp32",
             show_default=True,
-            help="How tensors go between devices: exact, in half, or in a quarter of the bytes.",
+            help="How tensors go between devices: exact, in half, or in a quarter of the bytes"
+            f"{also}.",
         ),
-    )
-    return _with(command, options)
+        click.option("--rematerialise", is_flag=True, help=f"{again}."),
+    )  # fmt: skip
+    return lambda command: _with(command, options)
 
 
 def _with(command: _F, options: tuple[Callable[[_F], _F], ...]) -> _F:

@@ -11,6 +11,7 @@ import click
 
 from p2ptrain.cli.options import group_option, report_options
 from p2ptrain.cli.planning_options import (
+    AUTO,
     COUNT,
     PARALLELISMS,
     objective_options,
@@ -44,7 +45,7 @@ _RATE = click.FloatRange(min=0.0)
 )
 @click.option("--labels", metavar="FILE", help="Labels (.npy), where --data is one .npy array.")
 @click.option("--heldout-labels", metavar="FILE", help="The same for --heldout.")
-@work_options
+@work_options(choosable=True)
 @objective_options
 @click.option("--stages", type=COUNT, help="Exact number of stages. [default: planned]")
 @click.option(
@@ -72,16 +73,14 @@ _RATE = click.FloatRange(min=0.0)
     show_default=True,
     help="Standard ONNX operators, or those of onnxruntime-training.",
 )
-@way_options
+@way_options(choosable=True)
+@click.option(
+    "--rematerialise-auto", is_flag=True, help="Rematerialise where a step is shorter for it."
+)
 @click.option(
     "--dropout",
     type=click.FloatRange(0.0, 1.0, max_open=True),
     help="Probability of dropout. [default: the model's own]",
-)
-@click.option(
-    "--rematerialise",
-    is_flag=True,
-    help="Save memory: compute the forward again for the backward. Same bits, a third slower.",
 )
 @click.option(
     "--optimizer",
@@ -171,6 +170,10 @@ def _request(options: dict[str, Any]) -> TrainRequest:  # Any: click's values
     values["data"] = values["data"] or ""
     values["plan"] = _plan(options["plan_file"])
     values["deadline_s"] = options["deadline"]
+    if options["microbatch_size"] == AUTO:
+        values["microbatch_size"] = None
+    if options["rematerialise_auto"]:
+        values["rematerialise"] = None
     given = {name: value for name, value in chosen.items() if value is not None}
     return TrainRequest(**values, optimizer=OptimizerChoice(**given))
 

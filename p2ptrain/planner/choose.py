@@ -44,7 +44,7 @@ def run_question(planning: PlanningInput) -> Question:
         stage_memory=planning.stage_memory,
         links=planning.links,
         objective=planning.objective,
-        schedules=(planning.schedule,),
+        schedules=(planning.schedule, *planning.further_schedules),
         kinds=planning.kinds,
         stages=planning.stages,
         home=planning.home,

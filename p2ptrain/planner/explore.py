@@ -33,7 +33,7 @@ microbatches have 175,000."""
 
 UNLIMITED: Final = 1 << 62
 
-_Preference = tuple[int, int, bool, int, int, tuple[int, ...], Cuts]
+_Preference = tuple[int, int, int, bool, int, int, tuple[int, ...], Cuts]
 _Bounded = tuple[int, int, Cuts, Arrangement]
 """Lower bound of the value, number of the arrangement, cuts."""
 
@@ -88,7 +88,7 @@ class Explorer:
             if kind in ("tensor", "sequence"):
                 self._sharded(kind)
                 continue
-            for schedule in question.schedules if kind != "one device" else question.schedules[:1]:
+            for schedule in question.schedules if kind == "pipeline" else question.schedules[:1]:
                 self._arranged(kind, schedule)
         found = self._found
         near = [one for one in self._near if self.value(one.price) <= self._limit()]
@@ -239,14 +239,18 @@ class Explorer:
         return self.value(one.price), self._preference(one)
 
     def _preference(self, one: Candidate) -> _Preference:
-        """Fewer devices, the simpler kind, the home peer first, the lower value."""
+        """Fewer devices, the simpler kind, the first schedule, home first, the lower value."""
         price, home = one.price, self._pricing.question.home
         other = price.total_uj if self._objective.goal == "time" else price.step_ns
         away = home is not None and self._pricing.devices[one.devices[0]].id != home
         return (
-            len(price.shares), KINDS.index(one.kind), away, self.value(price), other,
-            one.devices, one.cuts,
+            len(price.shares), KINDS.index(one.kind), self._rank(one.schedule), away,
+            self.value(price), other, one.devices, one.cuts,
         )  # fmt: skip
+
+    def _rank(self, schedule: str) -> int:
+        asked = self._pricing.question.schedules
+        return asked.index(schedule) if schedule in asked else 0
 
     def _why_none(self, kind: Kind, fitting: bool) -> str:
         if fitting:

@@ -66,6 +66,8 @@ class PlanningInput:
     lineage: Lineage
     view: ViewNumber
     schedule: str = "1f1b"
+    further_schedules: tuple[str, ...] = ()
+    """Which may be chosen where a step is shorter for it."""
     stages: int | None = None
     """Exact number of stages; None: the planner chooses."""
     kinds: tuple[Kind, ...] = EXACT_KINDS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from p2ptrain.ids import DeviceId
 from p2ptrain.training.contract import RuntimeBuild
@@ -59,6 +59,18 @@ class Power:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SizedCosts:
+    """Times of all distinct segments for a microbatch size."""
+
+    microbatch_size: int
+    kinds: dict[str, KindCost]
+
+    def __post_init__(self) -> None:
+        if self.microbatch_size < 1:
+            raise ValueError("a microbatch has a sample")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerProfile:
     """One peer's measured abilities for one bundle, microbatch size and thread count."""
 
@@ -74,3 +86,11 @@ class PeerProfile:
     build: RuntimeBuild
     power: Power | None = None
     """What the machine draws; None: it did not say."""
+    other_sizes: tuple[SizedCosts, ...] = ()
+    """What follows for other microbatch sizes, where the size is to be chosen."""
+
+    def at_size(self, microbatch_size: int) -> PeerProfile | None:
+        """The profile for one of its other sizes, alone; None: it is not known."""
+        found = (each for each in self.other_sizes if each.microbatch_size == microbatch_size)
+        sized = next(found, None)
+        return None if sized is None else replace(self, kinds=sized.kinds, other_sizes=())

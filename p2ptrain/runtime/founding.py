@@ -26,7 +26,7 @@ from p2ptrain.runtime.progress import ProgressTracker
 from p2ptrain.runtime.reports import NoteReport, TrainRequest
 from p2ptrain.runtime.services import Emit, Proposals, Services
 from p2ptrain.runtime.signal import Signal
-from p2ptrain.schedule.actions import delays_gradients
+from p2ptrain.runtime.variants import may_delay, other_sizes
 from p2ptrain.store.runs import CheckpointRecord
 from p2ptrain.store.weights import Weights, keep_weights
 from p2ptrain.training.contract import Contract
@@ -82,7 +82,7 @@ class Founding:
             name = self._services.directory.name_of(left.device)
             self._note(f"{name} has no stage: {left.reason}")
         plan, contract = placement.plan, placement.contract
-        self._profiles = {device: profiles[device] for device in plan.members if device in profiles}
+        self._profiles = {d: placement.profiles[d] for d in plan.members if d in profiles}
         await self._agree(plan, contract)
         await trio.to_thread.run_sync(self._write_run, contract)
         manifest, name_of = self.job.bundle.manifest, self._services.directory.name_of
@@ -163,7 +163,8 @@ class Founding:
             microbatch_size=self._contract.microbatch_size,
             form=self._contract.form,
             threads=self._contract.threads,
-            in_parts=delays_gradients(self.job.wanted_schedule(self._request)),
+            in_parts=may_delay(self.job.wanted_schedule(self._request)),
+            other_sizes=() if self.job.resumed else other_sizes(self._request),
         )
         going = self._services.directory.leaving()
         there = (record.device for record in self._services.directory.alive())

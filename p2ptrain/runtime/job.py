@@ -17,6 +17,7 @@ from p2ptrain.ids import Lineage, RunId, ViewNumber
 from p2ptrain.planner.objective import GOALS, Objective, objective_of
 from p2ptrain.planner.plan_file import AskedPlan, read_plan
 from p2ptrain.runtime.reports import TrainRequest
+from p2ptrain.runtime.variants import AUTO, asked_size
 from p2ptrain.schedule.actions import SCHEDULES
 from p2ptrain.store.bundles import Bundle, find_bundle, load_bundle
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory, RunRecord, find_run
@@ -95,7 +96,7 @@ def open_job(
     bundle = load_bundle(find_bundle(request.bundle))
     bundle.check()
     options = _data_options(request)
-    minibatch_size = request.microbatch_size * request.microbatches
+    minibatch_size = asked_size(request) * request.microbatches
     opened = _open_data(bundle, request.data, request.heldout, options, runs_path, minibatch_size)
     contract = _new_contract(request, bundle, opened, default_threads)
     return Job(
@@ -189,8 +190,8 @@ def _job_of(
 
 
 def _check_request(request: TrainRequest) -> None:
-    if request.schedule not in SCHEDULES:
-        hint = f"choose one of: {', '.join(SCHEDULES)}"
+    if request.schedule not in (*SCHEDULES, AUTO):
+        hint = f"choose one of: {', '.join((*SCHEDULES, AUTO))}"
         raise ConfigError(f"unknown schedule {request.schedule!r}", hint=hint)
     if request.stages is not None and not 1 <= request.stages <= limits.STAGES_MAX:
         raise ConfigError(f"stages must be between 1 and {limits.STAGES_MAX}")
@@ -254,10 +255,10 @@ def _new_contract(
             bundle=bundle.digest,
             seed=request.seed,
             steps=request.steps,
-            microbatch_size=request.microbatch_size,
+            microbatch_size=asked_size(request),
             microbatches=request.microbatches,
             form=request.form,
-            codec=request.codec,
+            codec="fp32" if request.codec == AUTO else request.codec,
             threads=request.threads or default_threads,
             dropout=request.dropout,
             optimizer=request.optimizer,
@@ -266,7 +267,7 @@ def _new_contract(
             evaluate_every=request.evaluate_every,
             heldout_microbatches=request.heldout_microbatches,
             builds=(),
-            rematerialise=request.rematerialise,
+            rematerialise=request.rematerialise is True,
             parallelism=request.parallelism,
         )
     except ValueError as error:

@@ -122,13 +122,14 @@ class OfferDesk:
         stopwatch = Stopwatch(
             clock_ns=services.clock_ns, cores=None if quota is None else quota.cores
         )
-        kinds = await trio.to_thread.run_sync(
+        costs = await trio.to_thread.run_sync(
             known_or_measured, store, engine, bundle, offer, stopwatch
         )
         self._keep(offer, _Prepared(bundle, engine, offer, home, time.monotonic()))
         profile = PeerProfile(
             device=self._services.device,
-            kinds=kinds,
+            kinds=costs.kinds,
+            other_sizes=costs.other_sizes,
             memory_bytes=self._services.memory_bytes(),
             host=self._services.host,
             cores=self._services.cores,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import PlanInfeasible
@@ -18,6 +17,7 @@ from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import KindCost, PeerProfile
 from p2ptrain.runtime.job import Job, wanted_objective
 from p2ptrain.runtime.reports import TrainRequest
+from p2ptrain.runtime.variants import AUTO, DELAYING, Way, best, chosen, contracts
 from p2ptrain.schedule.actions import delays_gradients
 from p2ptrain.training.contract import Contract, RuntimeBuild
 from p2ptrain.training.memory import MemoryModel
@@ -30,6 +30,8 @@ class Placement:
     plan: Plan
     contract: Contract
     left_out: tuple[LeftOut, ...]
+    profiles: Mapping[DeviceId, PeerProfile]
+    """For the microbatch size of the contract."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,46 +57,81 @@ def place(request: TrainRequest, job: Job, group: Group) -> Placement:
         PlanInfeasible: no placement fits; the sentence names the nearest change.
         ConfigError: a plan that is asked for names devices or segments that are not there.
     """
-    profiles = group.profiles
-    outsiders = _outsiders(job, profiles.values())
-    able = tuple(p for p in profiles.values() if p.device not in {o.device for o in outsiders})
+    outsiders = _outsiders(job, group.profiles.values())
+    out = {outsider.device: outsider.reason for outsider in outsiders}
+    able = tuple(p for p in group.profiles.values() if p.device not in out)
     if not able:
         raise PlanInfeasible("no peer can take part in this run")
-    manifest, contract = job.bundle.manifest, job.contract
-    schedule, notes = _settled(job.wanted_schedule(request), manifest, contract)
+    known = replace(group.known, absent={**group.known.absent, **out})
+    group = replace(group, known=known)
+    ways, refusals = [], []
+    for contract in (job.contract,) if job.resumed else contracts(request, job.contract):
+        try:
+            ways.append(_way(request, job, group, able, contract))
+        except PlanInfeasible as error:
+            refusals.append(error)
+    if not ways:
+        raise refusals[0]
+    way = best(ways)
+    plan, contract = way.plan, way.contract
+    if not job.resumed:
+        contract = replace(contract, parallelism=_parallelism(contract, plan))
+        taking_part = {device for stage in plan.stages for device in stage.devices}
+        contract = with_builds(contract, (p.build for p in able if p.device in taking_part))
+    reasons = plan.reasons
+    if len(ways) + len(refusals) > 1:
+        reasons += (chosen(way, len(ways) + len(refusals)),)
+    return Placement(
+        plan=replace(plan, contract=contract.digest, reasons=reasons),
+        contract=contract,
+        left_out=(*outsiders, *way.left_out),
+        profiles={profile.device: profile for profile in way.profiles},
+    )
+
+
+def _way(
+    request: TrainRequest,
+    job: Job,
+    group: Group,
+    able: tuple[PeerProfile, ...],
+    contract: Contract,
+) -> Way:
+    """The best plan under one contract, or the one that is asked for."""
+    manifest, size = job.bundle.manifest, contract.microbatch_size
+    sized = [_at_size(profile, size, job.contract) for profile in able]
+    profiles = tuple(profile for profile in sized if profile is not None)
+    schedule, further, notes = _settled(job.wanted_schedule(request), manifest, contract)
     planning = PlanningInput(
         manifest=manifest,
         contract=contract,
-        profiles=tuple(planning_profile(profile, contract) for profile in able),
+        profiles=tuple(planning_profile(profile, contract) for profile in profiles),
         home=group.home,
         stage_memory=predicted_memory(manifest, contract),
         run=job.run,
         lineage=job.lineage,
         view=job.view,
         schedule=schedule,
+        further_schedules=further,
         stages=request.stages,
         objective=wanted_objective(request),
         kinds=kinds_at_start(contract.parallelism),
         compared=_compared(contract),
         keep_data_here=request.keep_data_here,
         replica_every=request.replicate_every,
-        links=link_estimates(group.links, {p.device: p.host for p in able}),
+        links=link_estimates(group.links, {p.device: p.host for p in profiles}),
     )
     if job.asked is None:
         choice = choose_plan(planning)
     else:
-        absent = {**group.known.absent, **{out.device: out.reason for out in outsiders}}
-        known = dataclasses.replace(group.known, absent=absent)
-        asked = dataclasses.replace(job.asked, schedule=schedule)
-        choice = asked_plan(planning, asked, known)
-    chosen, left_out = choice.plan, choice.left_out
-    if not job.resumed:
-        contract = dataclasses.replace(contract, parallelism=_parallelism(contract, chosen))
-        taking_part = {device for stage in chosen.stages for device in stage.devices}
-        contract = with_builds(contract, (p.build for p in able if p.device in taking_part))
-    reasons = (*chosen.reasons, *notes)
-    plan = dataclasses.replace(chosen, contract=contract.digest, reasons=reasons)
-    return Placement(plan=plan, contract=contract, left_out=(*outsiders, *left_out))
+        choice = asked_plan(planning, replace(job.asked, schedule=schedule), group.known)
+    plan = replace(choice.plan, reasons=(*choice.plan.reasons, *notes))
+    return Way(contract=contract, plan=plan, left_out=choice.left_out, profiles=profiles)
+
+
+def _at_size(profile: PeerProfile, size: int, measured: Contract) -> PeerProfile | None:
+    if size == measured.microbatch_size:
+        return replace(profile, other_sizes=())
+    return profile.at_size(size)
 
 
 def _compared(contract: Contract) -> tuple[Kind, ...]:
@@ -123,26 +160,33 @@ def predicted_memory(manifest: Manifest, contract: Contract) -> StageMemory:
     return predict
 
 
-def _settled(schedule: str, manifest: Manifest, contract: Contract) -> tuple[str, tuple[str, ...]]:
-    """The schedule that this run can have, and what the plan says about it.
+def _settled(
+    asked: str, manifest: Manifest, contract: Contract
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The schedule that this run can have, what else may be chosen, and what the plan says of it.
 
     Delayed gradients need backwards in parts, and stashes that stay; without them ZB-H1 does what
     1F1B does and holds more for it.
     """
+    schedule = DELAYING if asked == AUTO else asked
     if not delays_gradients(schedule):
-        return schedule, ()
+        return schedule, (), ()
+    against = ""
     if contract.rematerialise:
-        return "1f1b", (f"schedule 1f1b, not {schedule}: rematerialised backwards stay whole",)
-    if not any(kind.forms[contract.form].parts for kind in manifest.kinds.values()):
+        against = "rematerialised backwards stay whole"
+    elif not any(kind.forms[contract.form].parts for kind in manifest.kinds.values()):
         remedy = "export the model again" if contract.form == "portable" else "use --form portable"
-        lacking = f"the bundle has no {contract.form} backwards in two parts; {remedy}"
-        return "1f1b", (f"schedule 1f1b, not {schedule}: {lacking}",)
-    return schedule, ()
+        against = f"the bundle has no {contract.form} backwards in two parts; {remedy}"
+    if against:
+        return "1f1b", (), (f"schedule 1f1b, not {schedule}: {against}",)
+    if asked == AUTO:
+        return "1f1b", (schedule,), ()
+    return schedule, (), ()
 
 
 def with_builds(contract: Contract, builds: Iterable[RuntimeBuild]) -> Contract:
     """The contract of a new run, complete with the distinct runtime builds that take part."""
-    return dataclasses.replace(contract, builds=tuple(sorted(set(builds), key=repr)))
+    return replace(contract, builds=tuple(sorted(set(builds), key=repr)))
 
 
 def planning_profile(profile: PeerProfile, contract: Contract) -> PeerProfile:
@@ -153,7 +197,7 @@ def planning_profile(profile: PeerProfile, contract: Contract) -> PeerProfile:
         name: KindCost(forward_ns=c.forward_ns, backward_ns=c.forward_ns + c.backward_ns)
         for name, c in profile.kinds.items()
     }
-    return dataclasses.replace(profile, kinds=kinds)
+    return replace(profile, kinds=kinds)
 
 
 def _outsiders(job: Job, profiles: Iterable[PeerProfile]) -> tuple[LeftOut, ...]:

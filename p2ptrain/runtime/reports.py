@@ -49,17 +49,21 @@ class TrainRequest:
     """Which plans the run may have: pipeline (the bits of one peer), auto, data, tensor, sequence
     or hybrid."""
     microbatches: int = 8
-    microbatch_size: int = 4
+    microbatch_size: int | None = 4
+    """Samples in each; None: the planner divides the minibatch, which then has as many samples as
+    with microbatches of 4."""
     seed: int = 0
     threads: int | None = None
     """Intra-op threads per peer; None: half of the cores of the smallest peer."""
     form: str = "portable"
     codec: str = "fp32"
-    """Of boundary tensors between peers: fp32, bf16 or int8."""
+    """Of boundary tensors between peers: fp32, bf16 or int8; auto: the planner chooses."""
     schedule: str = "1f1b"
+    """1f1b, gpipe or zb-h1; auto: the shorter step of 1f1b and zb-h1."""
     dropout: float | None = None
-    rematerialise: bool = False
-    """Keep each segment's inputs only, and run its forward again for the backward."""
+    rematerialise: bool | None = False
+    """Keep each segment's inputs only, and run its forward again for the backward; None: where the
+    planner finds a plan for it only, or a better one."""
     optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
     evaluate_every: int = 0
     heldout_microbatches: int = 8

@@ -57,6 +57,8 @@ class Offer:
     threads: int
     in_parts: bool = False
     """Measure backwards in their two parts as well."""
+    other_sizes: tuple[int, ...] = ()
+    """Microbatch sizes for which times should be told, too, as far as they follow from others."""
 
 
 @message("profiled")

@@ -130,6 +130,23 @@ async def test_train_shows_plan_progress_and_summary(
     ]
 
 
+async def test_train_hands_over_what_is_best_and_what_is_left_to_the_planner(
+    home: Path, member: str, peer: ScriptedPeer, job: list[str]
+) -> None:
+    options = "--objective energy --deadline 60 --joules 5.5 --parallelism auto"
+    options += " --microbatch-size auto --schedule auto --codec auto --rematerialise-auto"
+    async with peer_answering(home, member, peer.handle):
+        await run_command("train", "--group", member, *job, *options.split())
+        asked = peer.request
+        wrong = await run_command("train", "--group", member, *job, "--microbatch-size", "few")
+    assert asked is not None
+    assert (asked.objective, asked.deadline_s, asked.joules) == ("energy", 60.0, 5.5)
+    assert (asked.parallelism, asked.schedule, asked.codec) == ("auto", "auto", "auto")
+    assert (asked.microbatch_size, asked.rematerialise) == (None, None)
+    assert wrong.returncode == 2
+    assert b"'few' is not a number from 1 on, or auto" in wrong.stderr
+
+
 async def test_train_hands_a_plan_over_once_it_agrees_with_itself(
     home: Path, member: str, peer: ScriptedPeer, job: list[str], tmp_path: Path
 ) -> None:

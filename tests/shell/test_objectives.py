@@ -39,3 +39,17 @@ async def test_joules_that_do_not_suffice_are_refused_with_what_would(tmp_path: 
             with trio.fail_after(60):
                 await group[0].train(request_for(tmp_path, BUNDLE, joules=1e-6))
     assert "--joules" in refused.value.hint
+
+
+async def test_a_run_leaves_its_contract_to_the_planner(tmp_path: Path) -> None:
+    async with memory_group(tmp_path, 2) as group:
+        asked = request_for(
+            tmp_path, BUNDLE, microbatch_size=None, codec="auto", rematerialise=None,
+            schedule="auto", stages=2, steps=2,
+        )  # fmt: skip
+        with trio.fail_after(60):
+            result = await group[0].train(asked)
+        (plan,) = group.reports("plan")
+    assert isinstance(plan, PlanReport)
+    assert len(result.losses) == 2
+    assert any(reason.startswith("chosen of 24 ways: ") for reason in plan.reasons)

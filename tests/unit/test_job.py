@@ -11,6 +11,7 @@ from p2ptrain.data.samples import WindowSamples
 from p2ptrain.errors import BundleError, CheckpointError, ConfigError, DataError, NotFound
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
 from p2ptrain.planner.objective import Objective
+from p2ptrain.planner.profile import KindCost, SizedCosts
 from p2ptrain.runtime.job import Job, open_job, wanted_objective
 from p2ptrain.runtime.placement import Group, _outsiders, place, with_builds
 from p2ptrain.runtime.reports import TrainRequest
@@ -293,3 +294,29 @@ def test_an_objective_is_kept_in_the_units_of_the_planner(tmp_path: Path) -> Non
     assert wanted_objective(asked) == Objective(
         goal="energy", deadline_ns=2_500_000_000, joules_uj=1
     )
+
+
+def test_a_run_that_leaves_its_size_to_the_planner_gets_the_fastest(tmp_path: Path) -> None:
+    wanted = request(tmp_path, microbatch_size=None, microbatches=4, schedule="auto", codec="auto")
+    job = job_of(wanted, tmp_path)
+    assert (job.contract.microbatch_size, job.contract.codec) == (4, "fp32")
+    kinds = job.bundle.manifest.kinds
+
+    def costs(time_ns: int) -> dict[str, KindCost]:
+        return dict.fromkeys(kinds, KindCost(forward_ns=time_ns, backward_ns=time_ns))
+
+    peer = dataclasses.replace(
+        profile("a", []),
+        kinds=costs(4000),
+        other_sizes=(
+            SizedCosts(microbatch_size=2, kinds=costs(1000)),
+            SizedCosts(microbatch_size=8, kinds=costs(8000)),
+        ),
+    )
+    found = place(wanted, job, Group(profiles={peer.device: peer}, home=peer.device))
+    assert (found.contract.microbatch_size, found.contract.microbatches) == (2, 8)
+    assert found.contract.minibatch_size == job.contract.minibatch_size
+    assert found.contract.codec == "fp32"
+    assert found.profiles[peer.device].kinds == costs(1000)
+    assert found.plan.contract == found.contract.digest
+    assert "8 microbatches of 2, fp32" in found.plan.reasons[-1]

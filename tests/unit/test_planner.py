@@ -290,3 +290,14 @@ def test_peers_of_one_machine_idle_once() -> None:
         assert plan.step_uj is not None
         spent.append(plan.step_uj)
     assert spent[0] - spent[1] == pytest.approx(40_000_000 * 0.108, rel=1e-3)
+
+
+def test_a_schedule_that_shortens_the_step_is_chosen_where_it_may_be() -> None:
+    parted = [profile(letter, EQUAL, delayed_percent=50) for letter in "ab"]
+    planning = planning_input(parted, segment_count=8)
+    both = dataclasses.replace(planning, further_schedules=("zb-h1",))
+    assert choose_plan(planning).plan.schedule == "1f1b"
+    assert choose_plan(both).plan.schedule == "zb-h1"
+    whole = planning_input([profile(letter, EQUAL) for letter in "ab"], segment_count=8)
+    equal = dataclasses.replace(whole, further_schedules=("zb-h1",))
+    assert choose_plan(equal).plan.schedule == "1f1b", "the first among equals"

@@ -112,9 +112,13 @@ def test_second_time_nothing_is_measured_that_is_known(
         offer = Offer(
             run=base.run, view=base.view, bundle=base.bundle, bundle_bytes=1,
             microbatch_size=batch, form="portable", threads=1, in_parts=in_parts,
+            other_sizes=(1, 2, 8, 64),
         )  # fmt: skip
-        found = known_profiles.known_or_measured(store, engine, BUNDLE, offer, NO_QUOTA)
+        known = known_profiles.known_or_measured(store, engine, BUNDLE, offer, NO_QUOTA)
+        found = known.kinds
         assert found.keys() == everything
+        told = [(o.microbatch_size, o.kinds["block"].forward_ns) for o in known.other_sizes]
+        assert told == [(1, 1), (2, 2), (8, 8)], "64 is too far away"
         return found["block"].forward_ns
 
     assert ask(4) == 4
