@@ -10,8 +10,8 @@ Kind = Literal["one device", "data", "pipeline", "hybrid", "tensor", "sequence"]
 KINDS: Final[tuple[Kind, ...]] = (
     "one device", "pipeline", "data", "hybrid", "tensor", "sequence",
 )  # fmt: skip
-RUNTIME_KINDS: Final[tuple[Kind, ...]] = ("one device", "pipeline", "data", "hybrid")
-"""What this version can run; the others are what-if."""
+RUNTIME_KINDS: Final[tuple[Kind, ...]] = KINDS
+"""What this version can run; others would be what-if."""
 EXACT_KINDS: Final[tuple[Kind, ...]] = ("one device", "pipeline")
 """Those whose runs have the bits of one peer, wherever their stages are."""
 

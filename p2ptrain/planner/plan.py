@@ -137,6 +137,11 @@ class Plan:
         raise ValueError(f"no stage runs segment {segment_index}")
 
 
+def is_sharded(plan: Plan) -> bool:
+    """Whether several peers compute every microbatch together."""
+    return any(stage.is_sharded for stage in plan.stages)
+
+
 def _problem(plan: Plan) -> str | None:
     if plan.version != PLAN_VERSION:
         return f"plan version {plan.version} is unknown"

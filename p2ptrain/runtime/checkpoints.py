@@ -13,6 +13,7 @@ from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.replication import saved_header
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
+from p2ptrain.runtime.slice_joining import Announced, SliceJoiner
 from p2ptrain.store.runs import CheckpointRecord, SavedSegment
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import CheckpointStored, SegmentSaved, stamp_of
@@ -31,6 +32,13 @@ class CheckpointCollector:
         self._state_names = self._manifest.updates[contract.optimizer.name].state
         self._segment_count = len(self._manifest.segments)
         self._stored: dict[int, dict[int, SavedSegment]] = {}
+        self._slices: dict[tuple[int, int], Announced] = {}
+        """By step and segment, of a sharded model."""
+        self._joiner = None
+        if plan.stages[0].is_sharded:
+            self._joiner = SliceJoiner(
+                plan=plan, manifest=self._manifest, contract=contract, blobs=services.blobs
+            )
         self._send, self._announced = trio.open_memory_channel[tuple[DeviceId, SegmentSaved]](
             limits.SEGMENTS_MAX
         )
@@ -59,17 +67,37 @@ class CheckpointCollector:
     async def run(self) -> None:
         """Fetch and store until cancelled; a half stored step is no checkpoint."""
         async for device, saved in self._announced:
+            if self._joiner is not None:
+                await self._take_slices(self._joiner, device, saved)
+                continue
             size = values_bytes(self._manifest, saved.segment, self._state_names, self._contract)
             values = await self._services.blobs.fetch(device, saved.state, size=size)
-            segments = self._stored.setdefault(saved.step, {})
-            segments[saved.segment] = await trio.to_thread.run_sync(self._store, saved, values)
-            if len(segments) == self._segment_count:
-                await self._commit(saved.step)
+            header = saved_header(saved, bundle=self._contract.bundle)
+            head = segment_head(self._manifest, header, self._state_names, self._contract)
+            await self._keep(saved, head + values)
 
-    def _store(self, saved: SegmentSaved, values: bytes) -> SavedSegment:
-        header = saved_header(saved, bundle=self._contract.bundle)
-        head = segment_head(self._manifest, header, self._state_names, self._contract)
-        content = head + values
+    async def _take_slices(
+        self, joiner: SliceJoiner, device: DeviceId, saved: SegmentSaved
+    ) -> None:
+        """Note one shard's part of a segment, and keep the whole once all are there."""
+        share, place = joiner.share(device), (saved.step, saved.segment)
+        announced = self._slices.setdefault(place, Announced(saved.step))
+        if share is not None:
+            announced.by_rank[share.rank] = (device, saved)
+        if joiner.is_whole(announced):
+            del self._slices[place]
+            whole, state = await joiner.joined(announced)
+            header = saved_header(whole, bundle=self._contract.bundle)
+            await self._keep(whole, state.to_bytes(header))
+
+    async def _keep(self, saved: SegmentSaved, content: bytes) -> None:
+        """Store a segment's file; with the last one the checkpoint is complete."""
+        segments = self._stored.setdefault(saved.step, {})
+        segments[saved.segment] = await trio.to_thread.run_sync(self._store, saved, content)
+        if len(segments) == self._segment_count:
+            await self._commit(saved.step)
+
+    def _store(self, saved: SegmentSaved, content: bytes) -> SavedSegment:
         self._job.directory.write_segment(saved.step, saved.segment, content)
         return SavedSegment(
             segment=saved.segment,
@@ -92,7 +120,7 @@ class CheckpointCollector:
         )
         await trio.to_thread.run_sync(self._job.directory.commit_checkpoint, record)
         self.latest = record
-        for stage in self._plan.stages:
-            stored = CheckpointStored(stamp=stamp_of(self._plan), step=step)
-            self._services.outlet.send(stage.device, stored)
+        stored = CheckpointStored(stamp=stamp_of(self._plan), step=step)
+        for device in (device for stage in self._plan.stages for device in stage.devices):
+            self._services.outlet.send(device, stored)
         self._signal.notify()

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import trio
 
@@ -20,7 +21,6 @@ from p2ptrain.errors import CheckpointError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.runtime.signal import Signal
-from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.store.replicas import ReplicaPlace, ReplicaStore
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import SegmentSaved, Stamp
@@ -56,6 +56,17 @@ class _Snapshot:
     collected: bool = False
 
 
+class Snapshotted(Protocol):
+    """What a device runs of a model, and can be kept."""
+
+    @property
+    def segments(self) -> range:
+        """The stage's."""
+
+    def image(self, header: StateHeader) -> SegmentImage:
+        """A segment's file with its present state, between two steps; blocking."""
+
+
 class SnapshotOwner:
     """Takes snapshots of this device's stage and offers them to its keepers.
 
@@ -66,9 +77,8 @@ class SnapshotOwner:
     def __init__(
         self,
         *,
-        worker: StageWorker,
-        manifest: Manifest,
-        state_names: tuple[str, ...],
+        worker: Snapshotted,
+        bundle: Digest,
         keepers: Collection[DeviceId],
         receivers: Collection[tuple[DeviceId, int]] = (),
         blobs: BlobExchange,
@@ -78,17 +88,15 @@ class SnapshotOwner:
 
         Args:
             worker: Of the stage.
-            manifest: Of the model.
-            state_names: The optimizer's state vectors.
+            bundle: Of the model.
             keepers: Who stores the stage's replicas.
             receivers: Who is to run which of its segments next, and stores that one, too.
             blobs: Where they are offered.
             announce: Sends a message to a keeper; PeerLost when there is no link.
         """
-        self._worker, self._manifest, self._state_names = worker, manifest, state_names
+        self._worker, self._bundle = worker, bundle
         self._keepers = frozenset({*receivers, *itertools.product(keepers, worker.segments)})
         self._blobs, self._announce = blobs, announce
-        self._bundle = manifest.digest
         self._signal = Signal()
         self._fresh: _Snapshot | None = None
         self._offered: _Snapshot | None = None
@@ -211,10 +219,7 @@ class SnapshotOwner:
             segment=segment,
             bundle=self._bundle,
         )
-        contract = self._worker.contract
-        image = SegmentImage(self._manifest, header, self._state_names, contract)
-        self._worker.copy_into(segment, image)
-        return image
+        return self._worker.image(header)
 
     async def _offer(self, snapshot: _Snapshot) -> None:
         """Hash every segment, then let it take the place of what was offered before."""

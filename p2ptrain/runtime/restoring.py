@@ -20,16 +20,18 @@ from p2ptrain.planner.plan import StagePlan
 from p2ptrain.recovery.restoration import Replay, SpanAt
 from p2ptrain.runtime.asking import Asker
 from p2ptrain.runtime.inheriting import inherit_logs
+from p2ptrain.runtime.item_run import apply_update
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replay import Replayer
-from p2ptrain.runtime.run_state import WEIGHTS_FOLDER, RunState
+from p2ptrain.runtime.run_state import WEIGHTS_FOLDER, RunState, Stateful
+from p2ptrain.runtime.shard_worker import ShardWorker
 from p2ptrain.runtime.stage import StageWorker
-from p2ptrain.runtime.stage_run import apply_update
 from p2ptrain.runtime.stage_weights import StageWeights
 from p2ptrain.schedule.actions import Held
 from p2ptrain.training.messages import Wanted, stamp_of
 from p2ptrain.training.replay_inputs import StepPlace, needed_places, step_inputs
 from p2ptrain.training.routing import Route
+from p2ptrain.training.shard_cuts import Share, share_of
 from p2ptrain.training.step_record import StepRecord
 
 
@@ -82,7 +84,7 @@ class Restorer:
         state.released_step = step
         self._settled = True
 
-    async def restore(self) -> StageWorker | None:
+    async def restore(self) -> StageWorker | ShardWorker | None:
         """This member's stage of the view, with its state; None without a stage.
 
         Raises:
@@ -97,11 +99,16 @@ class Restorer:
         stage = self._own_stage()
         if stage is None:
             return None
-        worker = await self._assemble(stage)
+        share = share_of(self._view.plan, self._services.device)
+        worker: StageWorker | ShardWorker
+        if share is not None:
+            worker = await self._assemble_shard(share)
+        else:
+            worker = await self._assemble(stage)
         await inherit_logs(self._view, self._state, self.asker)
         return worker
 
-    def adopt(self, worker: StageWorker | None) -> None:
+    def adopt(self, worker: StageWorker | ShardWorker | None) -> None:
         """Everybody is ready: from now on this is our stage, the old one may go."""
         self._state.worker = worker
         self._replayed.clear()
@@ -144,16 +151,33 @@ class Restorer:
 
     async def _assemble(self, stage: StagePlan) -> StageWorker:
         """Keep a worker that covers exactly this stage; else make one and load every segment."""
-        workers = [w for w in (self._state.worker, *self._replayed) if w is not None]
-        for worker in workers:
+        for worker in (self._state.worker, *self._replayed):
+            if not isinstance(worker, StageWorker):
+                continue
             fits = worker.segments == stage.segments and not worker.rounds_inside
             if fits and worker.holds.covers(self._holds()):
                 return worker
         made = await self._make_worker(stage.segments, self._holds())
+        await self._fill(made)
+        return made
+
+    async def _assemble_shard(self, share: Share) -> ShardWorker:
+        """Keep the shard that we have had; else make one and load our slices of every segment."""
+        worker, step = self._state.worker, self._view.resume_step
+        known = isinstance(worker, ShardWorker) and worker.share == share
+        if known and isinstance(worker, ShardWorker) and worker.applied_step == step:
+            return worker
+        weights = await self._weights(range(len(self._state.manifest.segments)))
+        made = await trio.to_thread.run_sync(self._state.make_shard, share, weights)
+        await self._fill(made)
+        return made
+
+    async def _fill(self, made: Stateful) -> None:
+        """Give a worker its state, from wherever the view says it is."""
         if self._view.restoration is None:
             await self._start(made)
-            return made
-        for segment in stage.segments:
+            return
+        for segment in made.segments:
             holder = self._holder(segment)
             if holder is not None:
                 step = self._view.resume_step
@@ -162,7 +186,6 @@ class Restorer:
             else:
                 source = _device_of(self._view.restoration.sources, segment)
                 await self._load_from(made, segment, source, self._view.resume_step)
-        return made
 
     def _holds(self) -> Held:
         """How many microbatches our stage has room for."""
@@ -187,7 +210,7 @@ class Restorer:
             self._services.blobs, self._view.plan.home, resumed=not self.draws
         )
 
-    async def _start(self, worker: StageWorker) -> None:
+    async def _start(self, worker: Stateful) -> None:
         """The state with which a lineage begins: drawn, or of the checkpoint that it resumes."""
         if self._view.first_step == 0:
             await trio.to_thread.run_sync(worker.draw_parameters)
@@ -203,17 +226,17 @@ class Restorer:
                 self._state.load, worker, segment, self._view.first_step, content
             )
 
-    def _holder(self, segment: int) -> StageWorker | None:
-        """A worker of ours with this segment's state at the view's step."""
+    def _holder(self, segment: int) -> Stateful | None:
+        """A worker of ours with this segment's whole state at the view's step."""
         step = self._view.resume_step
         for worker in (self._state.worker, *self._replayed):
+            if isinstance(worker, ShardWorker) and not worker.has_whole_states:
+                continue
             if worker is not None and segment in worker.segments and worker.applied_step == step:
                 return worker
         return None
 
-    async def _load_from(
-        self, worker: StageWorker, segment: int, source: DeviceId, step: int
-    ) -> None:
+    async def _load_from(self, worker: Stateful, segment: int, source: DeviceId, step: int) -> None:
         if source == self._services.device:
             content = await self._own_replica(segment, step)
         else:

@@ -26,7 +26,7 @@ from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost
 from p2ptrain.ids import DeviceId
-from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.plan import Plan, is_sharded
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.admission import Admission
 from p2ptrain.runtime.bodies import BodyReader, discard
@@ -253,7 +253,7 @@ class RunMember:
         helpers = () if self._work is None else self._work.helpers
         if plan is None or device not in (*plan.members, *helpers):
             return
-        if not self.started:
+        if not self.started or is_sharded(plan):
             name = self._services.directory.name_of(device)
             self.fail(PeerLost(f"peer {name} ({device[:8]}) is gone: {reason}"))
             return
@@ -303,8 +303,8 @@ class RunMember:
         plan, own = self.plan, self._services.device
         if plan is None or not self.started:
             return "the run has not begun"
-        if len(plan.members) == 1:
-            return "nobody else takes part in the run"
+        if len(plan.members) == 1 or is_sharded(plan):
+            return "nobody else could take this peer's part over"
         if plan.keep_data_here and plan.home == own:
             return "the run's data stays on this device"
         self.want(f"{self._services.directory.name_of(own)} leaves", after_s=0.0)
@@ -532,7 +532,7 @@ class RunMember:
         self._work = work
         for device, message in self._early.take(work.stamp):
             self.receive(device, work.stamp, message)
-        if view.plan.home == self._services.device:
+        if view.plan.home == self._services.device and not is_sharded(view.plan):
             self._open_admission(view)
         if (absent := unreachable(view, self._services)) is not None:
             self.want(absent, after_s=limits.VIEW_WAIT_SILENT_S)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -25,6 +26,7 @@ from p2ptrain.runtime.home_duty import HomeSession, note_end
 from p2ptrain.runtime.pacing import Pacing
 from p2ptrain.runtime.replication import ReplicaKeeper
 from p2ptrain.runtime.services import Services
+from p2ptrain.runtime.shard_worker import ShardWorker
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.schedule.actions import Held
@@ -36,7 +38,8 @@ from p2ptrain.training.messages import Begin, Ended, SegmentSaved, Stamp
 from p2ptrain.training.minibatch import FedKind, read_minibatch
 from p2ptrain.training.program import Item
 from p2ptrain.training.replay_inputs import StepPlace
-from p2ptrain.training.segment_state import StateHeader, read_segment_state
+from p2ptrain.training.segment_state import SegmentState, StateHeader, read_segment_state
+from p2ptrain.training.shard_cuts import Share
 from p2ptrain.training.step_tensors import (
     PackedTensor,
     encoded,
@@ -47,6 +50,27 @@ from p2ptrain.training.step_tensors import (
 
 JOURNAL_FILE = "agreement.jsonl"
 WEIGHTS_FOLDER = "weights"
+
+
+class Stateful(Protocol):
+    """What has the whole state of segments in memory, or takes it."""
+
+    @property
+    def segments(self) -> range:
+        """Consecutive ones."""
+
+    @property
+    def applied_step(self) -> int | None:
+        """Updates applied to every segment; None while they differ."""
+
+    def draw_parameters(self) -> None:
+        """Start afresh."""
+
+    def load(self, segment_index: int, state: SegmentState) -> None:
+        """Take over one segment's state; CheckpointError when it does not fit."""
+
+    def state(self, segment_index: int, step: int) -> SegmentState:
+        """A copy of one segment's state after `step` updates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +100,7 @@ class RunState:
         self._engine = engine
         self.signal = Signal()
         self.path: Path = services.runs_path / run
-        self.worker: StageWorker | None = None
+        self.worker: StageWorker | ShardWorker | None = None
         """Our stage; None: we have none, or not yet."""
         self.released_step = 0
         """The newest step whose update may be on its way into `worker`."""
@@ -153,7 +177,19 @@ class RunState:
             cuts=cuts,
         )
 
-    def load(self, worker: StageWorker, segment: int, step: int, content: bytes) -> None:
+    def make_shard(self, share: Share, weights: Mapping[str, Array] | None) -> ShardWorker:
+        """One shard of the whole model, neither drawn nor loaded."""
+        if self._engine is None:
+            raise InvariantBroken("a shard on a device without an engine")
+        return ShardWorker(
+            engine=self._engine,
+            bundle=self.bundle,
+            contract=self.contract,
+            share=share,
+            weights=weights,
+        )
+
+    def load(self, worker: Stateful, segment: int, step: int, content: bytes) -> None:
         """Give a worker one segment's state; CheckpointError when it is something else."""
         stored = read_segment_state(
             content,
@@ -166,7 +202,7 @@ class RunState:
             raise CheckpointError(f"what came as segment {segment} is something else")
         worker.load(segment, stored.state)
 
-    def serialise(self, worker: StageWorker, segment: int, stamp: Stamp, step: int) -> bytes:
+    def serialise(self, worker: Stateful, segment: int, stamp: Stamp, step: int) -> bytes:
         """One segment's state as a checkpoint file."""
         header = StateHeader(
             run=stamp.run,
@@ -364,6 +400,8 @@ class RunState:
         worker = self.worker
         if worker is None or worker.applied_step is None:
             return None
+        if isinstance(worker, ShardWorker) and not worker.has_whole_states:
+            return None  # of no segment is enough here
         span = SegmentSpan(first=worker.segments.start, count=len(worker.segments))
         step = worker.applied_step
         complete = worker.gradients_complete or self.released_step > step

@@ -38,7 +38,7 @@ class ShardGroup:
         weights: Mapping[str, Array] | None = None,
     ) -> None:
         """As `ShardWorker`; `shares` are the weights of the plan's stage, by rank."""
-        self._manifest, self._contract = bundle.manifest, contract
+        self._manifest = bundle.manifest
         self.workers = [
             ShardWorker(
                 engine=engine,
@@ -80,7 +80,7 @@ class ShardGroup:
         """One segment's whole state after `step` updates."""
         states = [worker.state(segment_index, step) for worker in self.workers]
         share = self.workers[0].share
-        return join_states(self._manifest, share, segment_index, states, self._contract)
+        return join_states(self._manifest, share, segment_index, states)
 
     def forward(
         self,

@@ -8,6 +8,7 @@ One microbatch is in flight: its forward, then its backward.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -40,9 +41,10 @@ from p2ptrain.training.boundaries import cotangent_positions
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.exchanges import Exchanges
 from p2ptrain.training.layout import flat_layout
-from p2ptrain.training.segment_state import SegmentState
+from p2ptrain.training.segment_image import SegmentImage
+from p2ptrain.training.segment_state import SegmentState, StateHeader
 from p2ptrain.training.shard_cuts import KindCuts, Share, sharding_of, tensor_cuts
-from p2ptrain.training.shard_states import cut_state
+from p2ptrain.training.shard_states import cut_state, no_residuals, slice_shapes
 from p2ptrain.training.squares import CHUNK_ELEMENTS
 
 
@@ -130,6 +132,11 @@ class ShardWorker:
         return stage_tensor_indices(self._manifest, self.segments)
 
     @property
+    def has_whole_states(self) -> bool:
+        """Whether every shard has every parameter whole, and so each segment's state."""
+        return not self._tensor_cuts
+
+    @property
     def applied_step(self) -> int | None:
         """Updates applied to every segment; None before all were drawn or loaded, and while they
         were loaded from different steps."""
@@ -172,11 +179,16 @@ class ShardWorker:
     def state(self, segment_index: int, step: int) -> SegmentState:
         """A copy of this shard's slices of one segment's state after `step` updates;
         `training.shard_states` joins those of all shards."""
-        return self._memories[segment_index].copy_state(step)
+        state = self._memories[segment_index].copy_state(step)
+        residuals = no_residuals(self._manifest, self._contract, segment_index)
+        return dataclasses.replace(state, residuals=residuals)
 
-    def fill(self, segment_index: int, state: SegmentState) -> None:
-        """As `state`, into arrays of these names and shapes."""
-        self._memories[segment_index].copy_into(state)
+    def image(self, header: StateHeader) -> SegmentImage:
+        """The file of this shard's slices of a segment as they are now, without residuals."""
+        slices = slice_shapes(self._manifest, self._share, header.segment)
+        image = SegmentImage(self._manifest, header, self._rule.state, None, slices)
+        self._memories[header.segment].copy_into(image.state)
+        return image
 
     def forward(
         self,
@@ -302,11 +314,7 @@ class ShardWorker:
         return value if cut is None else cut.slice(value, self._share.rank)
 
     def _make_memory(self, index: int) -> SegmentMemory:
-        slices = {
-            tensor.name: self._tensor_cuts[tensor.name].shape(tensor.shape, self._share.rank)
-            for tensor in self._manifest.segment_tensors(index)
-            if tensor.name in self._tensor_cuts
-        }
+        slices = slice_shapes(self._manifest, self._share, index)
         layout = flat_layout(self._manifest, index, slices)
         return SegmentMemory(self._engine, layout, self._rule.state)
 

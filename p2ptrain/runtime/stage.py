@@ -37,7 +37,7 @@ from p2ptrain.training.barrier import stage_tensor_indices
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.layout import flat_layout
 from p2ptrain.training.segment_image import SegmentImage
-from p2ptrain.training.segment_state import SegmentState
+from p2ptrain.training.segment_state import SegmentState, StateHeader
 from p2ptrain.training.squares import CHUNK_ELEMENTS
 from p2ptrain.training.tensor_codec import (
     ErrorFeedback,
@@ -209,11 +209,13 @@ class StageWorker:
         kept = {name: array.copy() for name, array in self._residuals(segment_index).items()}
         return dataclasses.replace(state, residuals=kept)
 
-    def copy_into(self, segment_index: int, image: SegmentImage) -> None:
-        """Fill an image with one segment's present state, between two steps."""
-        self._memories[segment_index].copy_into(image.state)
-        for name, residual in self._residuals(segment_index).items():
+    def image(self, header: StateHeader) -> SegmentImage:
+        """A segment's file with its present state, between two steps."""
+        image = SegmentImage(self._manifest, header, self._rule.state, self._contract)
+        self._memories[header.segment].copy_into(image.state)
+        for name, residual in self._residuals(header.segment).items():
             np.copyto(image.state.residuals[name], residual)
+        return image
 
     def encoded_cotangent(
         self, segment: int, *, microbatch: int, sequence: int

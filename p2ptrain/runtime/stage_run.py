@@ -3,66 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-import numpy as np
 import trio
 
-from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import InvariantBroken, RemoteProtocolError
 from p2ptrain.ids import DeviceId
-from p2ptrain.planner.plan import Plan
 from p2ptrain.recovery.inventory import LogKind
 from p2ptrain.runtime.gradient_sums import GradientSums
 from p2ptrain.runtime.inbox import TensorInbox
+from p2ptrain.runtime.item_run import ItemRun, RunPlace
 from p2ptrain.runtime.neighbours import Neighbours
-from p2ptrain.runtime.outlet import Outlet, send_whole
+from p2ptrain.runtime.outlet import send_whole
 from p2ptrain.runtime.run_state import LogPlace
-from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.stage import StageWorker
-from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.schedule.actions import Action, delayed_microbatches
 from p2ptrain.training.arrivals import TieSend, arrivals, tied_sends
 from p2ptrain.training.collectives import MeetingKey
-from p2ptrain.training.contract import Contract
-from p2ptrain.training.learning_rate import learning_rate
-from p2ptrain.training.messages import Done, Evaluated, stamp_of
-from p2ptrain.training.program import Item, Program
+from p2ptrain.training.messages import Evaluated
+from p2ptrain.training.program import Item
 from p2ptrain.training.routing import Route, Runners, has_replicas
-from p2ptrain.training.step_record import StepRecord
 from p2ptrain.training.step_tensors import expected_tensors
 from p2ptrain.training.tensor_codec import encode_all
 from p2ptrain.wire.frames import TensorHeader
 
 _T = TypeVar("_T")
 _How = Literal["whole", "in parts", "done"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageHooks:
-    """What a stage asks of the run that it is part of."""
-
-    save: Callable[[Item], Awaitable[None]]
-    """Keep the stage's state as it is now, for a checkpoint or a replica."""
-    done: Callable[[Done], None]
-    """Tell all members that the step's gradients are complete here."""
-    committed: Callable[[int], Awaitable[StepRecord]]
-    """Wait until a step may be applied. NumericsError: nobody applies it, the run ends."""
-    log: Callable[[LogPlace, tuple[Array, ...]], None]
-    """Keep a copy of what is sent at one place in a training step."""
-    clock_ns: Callable[[], int]
-    """By which compute is timed."""
-
-
-def apply_update(worker: StageWorker, contract: Contract, record: StepRecord) -> None:
-    """The update of a recorded step, the same whenever and wherever it is applied; blocking."""
-    choice = contract.optimizer
-    rate = learning_rate(choice, step=record.step, steps=contract.steps)
-    worker.update(step=record.step, learning_rate=rate, clip_scale=record.clip_scale)
 
 
 @dataclass(slots=True)
@@ -78,44 +47,28 @@ class _OpenItem:
     """Of its microbatches, those that have gone back."""
 
 
-class StageRun:
+class StageRun(ItemRun):
     """Runs this peer's stage from `go` to the end of the session.
 
     What decides (order of actions, items, totals) comes from pure objects; this class waits and
     calls. Compute runs in a worker thread, one call at a time; only arrays cross.
     """
 
-    def __init__(
-        self,
-        *,
-        plan: Plan,
-        contract: Contract,
-        manifest: Manifest,
-        worker: StageWorker,
-        program: Program,
-        outlet: Outlet,
-        meter: RunMeter,
-        device: DeviceId,
-        signal: Signal,
-        hooks: StageHooks,
-        marks: Collection[int] = (),
-    ) -> None:
+    def __init__(self, place: RunPlace, worker: StageWorker, marks: Collection[int] = ()) -> None:
         """`marks`: segments inside the stage after which what crosses is logged, not sent."""
+        super().__init__(place, worker)
+        plan, contract, manifest = place.plan, place.contract, place.manifest
+        device, signal = place.device, place.signal
         route = self._route = Route(plan, device)
         index = route.stage_index
-        self._plan, self._contract, self._manifest = plan, contract, manifest
-        self._worker, self._program, self._outlet = worker, program, outlet
-        self._meter, self._device, self._signal, self._hooks = meter, device, signal, hooks
-        self._stage, self._stamp = route.stage, stamp_of(plan)
+        self._worker = worker
+        self._stage = route.stage
         self._first, self._last = index == 0, index == len(plan.stages) - 1
         self._marks = marks
-        self._limiter = trio.CapacityLimiter(1)
         self._sequence = 0
-        self._compute_ns = 0
-        """Of the present item."""
         replicated = has_replicas(plan)
         self._neighbours = Neighbours(
-            route.neighbours, outlet=outlet, meter=meter, copies=replicated
+            route.neighbours, outlet=place.outlet, meter=place.meter, copies=replicated
         )
         self._tied_sends = tied_sends(manifest, plan, index, route.rank)
         own = len(route.own(contract.microbatches))
@@ -123,7 +76,12 @@ class StageRun:
         self._sums: GradientSums | None = None
         if self._stage.split == "replicas":
             self._sums = GradientSums(
-                worker, manifest, route, send=self._send_piece, phase=meter.phase, signal=signal
+                worker,
+                manifest,
+                route,
+                send=self._send_piece,
+                phase=place.meter.phase,
+                signal=signal,
             )
         self._item: _OpenItem | None = None
         meetings = None if self._sums is None else self._sums.meetings
@@ -150,17 +108,12 @@ class StageRun:
 
     async def _work(self, item: Item) -> None:
         if item.kind in ("checkpoint", "replicate"):
-            await self._hooks.save(item)
-            self._program.complete(item)
+            await self._save(item)
             return
         opened = self._open(item)
-        if opened.own or item.kind == "train":  # else another replica runs all of an evaluation
-            with self._meter.phase("wait"):
-                await self._signal.wait_until(
-                    lambda: self.inbox.begun() or self._program.current != item
-                )
-        if self._program.current != item:
-            return  # the session ends before this step; nobody has begun it
+        # Without a microbatch of its own, another replica runs all of an evaluation.
+        if (opened.own or item.kind == "train") and not await self._begins(item):
+            return  # nobody has begun this step
         if self._sums is None or item.kind != "train":
             loss = await self._pipeline(opened)
         else:
@@ -305,21 +258,7 @@ class StageRun:
         """Tell what this stage found, then apply the update once it can no longer be lost."""
         if self._worker.held_ties:
             await self._sum_ties(step)
-        sums = await self._compute(self._worker.square_sums)
-        done = Done(
-            stamp=self._stamp,
-            step=step,
-            square_sums=(sums if self._route.rank == 0 else 0.0 * sums).astype("<f8").tobytes(),
-            loss=loss if self._last else None,
-            skip=not bool(np.isfinite(sums).all() and math.isfinite(loss)),
-            compute_ns=self._compute_ns,
-        )
-        self._hooks.done(done)
-        with self._meter.phase("wait"):
-            record = await self._hooks.committed(step)
-        await self._compute(lambda: apply_update(self._worker, self._contract, record))
-        usage = self._meter.usage(self._stamp, step=step)
-        self._outlet.send(self._plan.home, usage)
+        await self._end_step(step, loss, tells=self._last, counts=self._route.rank == 0)
 
     async def _sum_ties(self, step: int) -> None:
         """Give the copies of tied tensors one gradient, wherever they live.
@@ -360,44 +299,14 @@ class StageRun:
         with self._meter.phase("communicate"):
             await send_whole(self._outlet, device, header, self._worker.gradient(send.tensor))
 
-    async def _act(self, work: Callable[[], _T]) -> _T:
-        """Compute what the plan has priced, and count its time."""
-
-        def timed() -> tuple[_T, int]:
-            began_ns = self._hooks.clock_ns()
-            done = work()
-            return done, self._hooks.clock_ns() - began_ns
-
-        done, took_ns = await self._compute(timed)
-        self._compute_ns += took_ns
-        return done
-
-    async def _compute(self, work: Callable[[], _T]) -> _T:
-        with self._meter.phase("compute"):
-            return await trio.to_thread.run_sync(work, limiter=self._limiter)
-
     async def _wait(self, kind: str, microbatch: int, ports: int) -> None:
         with self._meter.phase("wait"):
             await self._signal.wait_until(lambda: self.inbox.arrived(kind, microbatch, ports))
 
-    async def _wait_fed(self, kind: str, microbatch: int) -> tuple[Array, ...]:
-        with self._meter.phase("wait"):
-            await self._signal.wait_until(lambda: self.inbox.fed(kind, microbatch) is not None)
-        arrays = self.inbox.fed(kind, microbatch)
-        if arrays is None:
-            raise InvariantBroken("fed data vanished")
-        return arrays
-
-    async def _wait_labels(self, microbatch: int) -> tuple[Array, float]:
-        """Labels, and what the summed loss is multiplied by."""
-        labels, weight = await self._wait_fed("labels", microbatch)
-        return labels, float(weight[0])
-
     async def _send_piece(self, device: DeviceId, kind: str, key: MeetingKey, piece: Array) -> None:
         if self._item is None:
             raise InvariantBroken("a meeting outside of an item")
-        header = self._header(self._item.item, kind, key.microbatch, key.segment)
-        await send_whole(self._outlet, device, dataclasses.replace(header, index=key.index), piece)
+        await self._send_of(self._item.item, device, kind, key, piece)
 
     def _has_room(self, microbatch: int) -> bool:
         """Whether the buffers of a microbatch that comes are free.
@@ -425,20 +334,6 @@ class StageRun:
                 return ()
             case _:
                 raise RemoteProtocolError(f"a {kind} that this stage does not expect")
-
-    def _header(self, item: Item, kind: str, microbatch: int, segment: int) -> TensorHeader:
-        return TensorHeader(
-            run=self._stamp.run,
-            lineage=self._stamp.lineage,
-            view=self._stamp.view,
-            plan=self._stamp.plan,
-            kind=kind,
-            phase=item.kind,
-            step=item.step,
-            microbatch=microbatch,
-            segment=segment,
-            index=0,
-        )
 
     @property
     def _entry_ports(self) -> int:

@@ -12,17 +12,22 @@ from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import NumericsError, P2PTrainError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId
+from p2ptrain.planner.plan import StagePlan
 from p2ptrain.runtime.advancing import Advance
 from p2ptrain.runtime.bodies import BodyReader, discard
 from p2ptrain.runtime.giving import Giver
 from p2ptrain.runtime.home_duty import HomeDuty, HomeSession
+from p2ptrain.runtime.item_run import RunPlace, StageHooks
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replication import SnapshotOwner
 from p2ptrain.runtime.restoring import Restorer
 from p2ptrain.runtime.run_state import RunState
 from p2ptrain.runtime.services import Services
+from p2ptrain.runtime.shard_run import ShardRun
+from p2ptrain.runtime.shard_worker import ShardWorker
+from p2ptrain.runtime.slice_joining import savers
 from p2ptrain.runtime.stage import StageWorker
-from p2ptrain.runtime.stage_run import StageHooks, StageRun
+from p2ptrain.runtime.stage_run import StageRun
 from p2ptrain.runtime.stage_weights import prepare_timeout_s
 from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.training.barrier import StepBarrier
@@ -97,7 +102,7 @@ class ViewWork:
         self._finished = False
         self.started = False
         """Whether every member got ready and the work began."""
-        self._stage_run: StageRun | None = None
+        self._stage_run: StageRun | ShardRun | None = None
         self._snapshots: SnapshotOwner | None = None
         self._giver = Giver(
             outlet=self._services.outlet, blobs=self._services.blobs, read=self._read_wanted
@@ -278,30 +283,27 @@ class ViewWork:
             await self._signal.wait_until(lambda: self._finished)
             nursery.cancel_scope.cancel()
 
-    def _make_stage_run(self, worker: StageWorker | None) -> None:
+    def _make_stage_run(self, worker: StageWorker | ShardWorker | None) -> None:
         if worker is None:
             return
         keeper = self._own_keeper()
         self._snapshots = SnapshotOwner(
             worker=worker,
-            manifest=self._state.manifest,
-            state_names=self._state.state_names,
+            bundle=self._state.bundle.digest,
             keepers=() if keeper is None else (keeper,),
             receivers=self._advance.sends(worker.segments),
             blobs=self._services.blobs,
             announce=self._services.outlet.send,
         )
-        self._stage_run = StageRun(
+        place = RunPlace(
             plan=self.plan,
             contract=self.view.contract,
             manifest=self._state.manifest,
-            worker=worker,
             program=self._program,
             outlet=self._services.outlet,
             meter=self._meter,
             device=self._services.device,
             signal=self._signal,
-            marks=self._advance.marks(worker.segments),
             hooks=StageHooks(
                 save=self._save,
                 done=self._tell_done,
@@ -310,6 +312,10 @@ class ViewWork:
                 clock_ns=self._services.clock_ns,
             ),
         )
+        if isinstance(worker, ShardWorker):
+            self._stage_run = ShardRun(place, worker)
+        else:
+            self._stage_run = StageRun(place, worker, self._advance.marks(worker.segments))
 
     def _make_program(self) -> Program:
         view = self.view
@@ -373,22 +379,25 @@ class ViewWork:
 
     def _own_keeper(self) -> DeviceId | None:
         index = self.plan.stage_of(self._services.device)
-        return None if index is None or not self.plan.replicas else self.plan.replicas[index]
+        if index is None or not self.plan.replicas or self.plan.stages[index].is_sharded:
+            return None
+        return self.plan.replicas[index]
 
     def _is_first(self) -> bool:
-        """Whether we save our stage: of those that share one, the first."""
-        return any(stage.device == self._services.device for stage in self.plan.stages)
+        """Whether we save our stage: of replicas the first, of shards each its slices."""
+        return any(self._saves(stage, self._services.device) for stage in self.plan.stages)
+
+    def _saves(self, stage: StagePlan, device: DeviceId) -> bool:
+        """Whether a device saves a stage, or its slices of it."""
+        return device in savers(self._state.manifest, stage)
 
     def _saved(self, device: DeviceId, saved: SegmentSaved) -> None:
         """A stage has a snapshot for us: as its replica's keeper, as the home peer, or both."""
         stage = self.plan.stage_of(device)
         own = None if stage is None else self.plan.stages[stage]
-        if (
-            stage is None
-            or own is None
-            or own.device != device
-            or saved.segment not in own.segments
-        ):
+        if stage is None or own is None or not self._saves(own, device):
+            raise RemoteProtocolError(f"{device[:8]} saved a stage that is not its own to save")
+        if saved.segment not in own.segments:
             raise RemoteProtocolError(f"segment {saved.segment} was saved against the plan")
         if saved.checkpoint and self._duty is not None:
             self._duty.receive(device, saved)

@@ -7,6 +7,7 @@ afterwards, and what is hashed, sent and stored is the buffer itself.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -32,10 +33,12 @@ class SegmentImage:
         header: StateHeader,
         state_names: tuple[str, ...],
         contract: Contract | None = None,
+        slices: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        """Args: contract: Of the run; None: without residuals."""
-        head = segment_head(manifest, header, state_names, contract)
-        size = len(head) + values_bytes(manifest, header.segment, state_names, contract)
+        """Args: contract: Of the run; None: without residuals. slices: Of a shard, the shapes of
+        what it has of tensors, by name."""
+        head = segment_head(manifest, header, state_names, contract, slices)
+        size = len(head) + values_bytes(manifest, header.segment, state_names, contract, slices)
         self._buffer = np.empty(size, np.uint8)
         self._buffer[: len(head)] = np.frombuffer(head, np.uint8)
         self._start = len(head)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -193,16 +193,19 @@ def saved_shapes(
     segment_index: int,
     state_names: tuple[str, ...],
     contract: Contract | None = None,
+    slices: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a segment's file, in its order; all float32.
 
-    Without a contract there are no residuals among them.
+    Without a contract there are no residuals among them. `slices` are the shapes of tensors, by
+    name, of which the file holds a shard's slice.
     """
     tensors = manifest.segment_tensors(segment_index)
-    trainable = [tensor for tensor in tensors if tensor.binding == "trainable"]
-    shapes = {_PARAMETER + tensor.name: tensor.shape for tensor in trainable}
+    trainable = {t.name: t.shape for t in tensors if t.binding == "trainable"}
+    trainable |= {n: shape for n, shape in (slices or {}).items() if n in trainable}
+    shapes = {_PARAMETER + name: shape for name, shape in trainable.items()}
     for state in state_names:
-        shapes |= {f"{_STATE}{state}/{tensor.name}": tensor.shape for tensor in trainable}
+        shapes |= {f"{_STATE}{state}/{name}": shape for name, shape in trainable.items()}
     running = manifest.segment_running(segment_index)
     shapes |= {_RUNNING + tensor.name: tensor.shape for tensor in running}
     if contract is not None:
@@ -216,10 +219,11 @@ def values_bytes(
     segment_index: int,
     state_names: tuple[str, ...],
     contract: Contract | None = None,
+    slices: Mapping[str, tuple[int, ...]] | None = None,
 ) -> int:
     """Size of a segment's values, which follow the head in its file; the sha256 of their bytes is
     the state's digest."""
-    shapes = saved_shapes(manifest, segment_index, state_names, contract)
+    shapes = saved_shapes(manifest, segment_index, state_names, contract, slices)
     return _VALUE.itemsize * sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -228,9 +232,10 @@ def segment_head(
     header: StateHeader,
     state_names: tuple[str, ...],
     contract: Contract | None = None,
+    slices: Mapping[str, tuple[int, ...]] | None = None,
 ) -> bytes:
     """What a segment's file begins with; the values come after it."""
-    shapes = saved_shapes(manifest, header.segment, state_names, contract)
+    shapes = saved_shapes(manifest, header.segment, state_names, contract, slices)
     described = {name: (_VALUE, shape) for name, shape in shapes.items()}
     return encode_head(described, metadata_of(header))
 

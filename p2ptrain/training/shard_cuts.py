@@ -14,6 +14,8 @@ import numpy as np
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.bundle.sharding import Mode, ShardedKind, Sharding, ShardSlice
 from p2ptrain.errors import InvariantBroken, PlanInfeasible
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.plan import Plan
 from p2ptrain.training.safetensors import Array
 
 
@@ -30,6 +32,19 @@ class Share:
     def ranks(self) -> int:
         """How many peers there are."""
         return len(self.weights)
+
+    def of_rank(self, rank: int) -> Share:
+        """Another peer's part of the same model."""
+        return Share(mode=self.mode, weights=self.weights, rank=rank)
+
+
+def share_of(plan: Plan, device: DeviceId) -> Share | None:
+    """A device's part of a sharded model; None: the model is not sharded, or it has none."""
+    index = plan.stage_of(device)
+    stage = None if index is None else plan.stages[index]
+    if stage is None or (stage.split != "tensor" and stage.split != "sequence"):
+        return None
+    return Share(mode=stage.split, weights=stage.weights, rank=stage.devices.index(device))
 
 
 def unit_counts(units: int, weights: Sequence[int]) -> tuple[int, ...]:
@@ -132,6 +147,16 @@ def tensor_cuts(manifest: Manifest, share: Share, segment_index: int) -> dict[st
     sharded = sharding_of(manifest, share.mode).kinds.get(segment.kind)
     cuts = KindCuts(manifest, sharded, share.weights).cuts
     return {tensor: cuts[local] for local, tensor in segment.parameters.items() if local in cuts}
+
+
+def has_slices(manifest: Manifest, mode: Mode) -> bool:
+    """Whether shards differ in their parameters: else each has the whole state."""
+    return any(
+        name in kind.slices
+        for segment in manifest.segments
+        if (kind := manifest.sharding[mode].kinds.get(segment.kind)) is not None
+        for name in segment.parameters
+    )
 
 
 def _range(array: Array, axis: int, start: int, stop: int) -> Array:

@@ -60,7 +60,7 @@ class Pair:
         self.hold = False
         """Keepers hear of nothing."""
         self.owner = SnapshotOwner(
-            worker=self.worker, manifest=BUNDLE.manifest, state_names=NAMES,
+            worker=self.worker, bundle=BUNDLE.digest,
             keepers=[net.devices[index] for index in keepers], blobs=net[0],
             announce=self._announce,
         )  # fmt: skip
