@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import trio
 
@@ -36,6 +37,8 @@ class Proposing:
         reason = ", ".join(machine.wanted) or "the view before lost its proposer"
         given = self._given(wanted, reason, self._newcomers())
         answer = await trio.to_thread.run_sync(next_view, given)
+        if isinstance(answer, str):
+            answer = await self._with_outsiders(given) or answer
         now = self._driver.now()
         if machine.view is not wanted.base:
             return  # decided meanwhile; an equal ballot may be open for the view after it
@@ -43,6 +46,15 @@ class Proposing:
             self._driver.call(RunMachine.propose, answer, now, ballot=wanted.ballot)
         else:
             self._driver.call(RunMachine.cannot_propose, answer, now, ballot=wanted.ballot)
+
+    async def _with_outsiders(self, given: NextView) -> View | None:
+        """The view that is possible with what others keep; None: none, or nobody does."""
+        outsiders = await self.holdings.outside(given.wanted.base)
+        if not outsiders:
+            return None
+        given = replace(given, outsiders=outsiders, newcomers=())
+        answer = await trio.to_thread.run_sync(next_view, given)
+        return answer if isinstance(answer, View) else None
 
     async def forced(self) -> View:
         """The first view of a new lineage with whoever can be reached.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from p2ptrain.agreement.run_events import ProposalWanted
+from p2ptrain.agreement.run_events import PromisedInventory, ProposalWanted
 from p2ptrain.agreement.view import View
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import PlanInfeasible
@@ -51,6 +51,8 @@ class NextView:
     """Why a new view is wanted, one phrase."""
     paces: Mapping[DeviceId, int] = field(default_factory=dict)
     """Per mille of the planned time that stages have taken; segments may move because of it."""
+    outsiders: tuple[PromisedInventory, ...] = ()
+    """Devices that are no members, and what they still keep and can give."""
     change_s: float = 0.0
     """What the change of view itself takes, where it is still to be decided on."""
 
@@ -112,7 +114,8 @@ class _Planner:
         self._given, self._wanted = given, given.wanted
         self._base = given.wanted.base
         self._promises: dict[DeviceId, Inventory] = {
-            promise.device: promise.inventory for promise in given.wanted.promises
+            promise.device: promise.inventory
+            for promise in (*given.outsiders, *given.wanted.promises)
         }
         staying = [d for d in self._linked_together() if d not in given.leaving]
         fresh = {p.device: p for p in given.newcomers if p.device not in self._promises}
@@ -130,7 +133,8 @@ class _Planner:
         Greedy by number of links, then by device: where one way is cut, one of its ends stays out.
         """
         home, told = self._base.plan.home, self._promises
-        order = sorted(told, key=lambda d: (d != home, -len(told[d].linked), d))
+        promised = [promise.device for promise in self._wanted.promises]
+        order = sorted(promised, key=lambda d: (d != home, -len(told[d].linked), d))
         chosen: list[DeviceId] = []
         for device in order:
             if all(o in told[device].linked and device in told[o].linked for o in chosen):

@@ -6,6 +6,7 @@ released, a decided view is entered, a wanted view is planned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -222,6 +223,7 @@ class RunMember:
                 self.state.data_copies.add(device)
             elif isinstance(message, ReplicaStored):
                 self.state.sets.stored(message, device)
+                self._signal.notify()
                 work.replica_stored(device, message)
                 self._release()
             else:
@@ -274,6 +276,10 @@ class RunMember:
         reason = reason[: limits.REASON_CHARACTERS_MAX]
         return Ended(run=plan.run, lineage=plan.lineage, outcome=outcome, reason=reason)
 
+    async def wait_counted(self) -> None:
+        """Wait until what is on the disk of an interrupted run is known, or the part is over."""
+        await self._signal.wait_until(lambda: self._counted or self._is_over)
+
     async def waits_in_vain(self) -> bool:
         """Whether nobody goes on with a run that a restart interrupted, for RESTORED_WAIT_S.
 
@@ -284,7 +290,8 @@ class RunMember:
             return False
 
         def goes_on() -> bool:
-            here = self._counted and self.machine.standing.stance is not Stance.PAUSED
+            passive = self.machine.standing.stance in (Stance.PAUSED, Stance.OUTSIDER)
+            here = self._counted and not passive
             return here or self._is_over or self._work is not None
 
         with trio.move_on_after(limits.RESTORED_WAIT_S):
@@ -473,8 +480,8 @@ class RunMember:
 
     async def _await_next_view(self) -> None:
         """After a restart: vote, give what is on the disk, but do nothing in the present view."""
-        view = self.machine.view
-        if view is None or self._services.device not in view.members:
+        view, own = self.machine.view, self._services.device
+        if view is None:
             await trio.lowlevel.checkpoint()
             return
         self.state.enter(view)
@@ -482,11 +489,15 @@ class RunMember:
         self.reachable()
         self._counted = True
         self._signal.notify()
-        name = self._services.directory.name_of(self._services.device)
-        self.want(f"{name} has restarted", after_s=limits.VIEW_WAIT_SILENT_S)
-        await self._signal.wait_until(
-            lambda: self.machine.view is not None and self.machine.view.digest != view.digest
-        )
+        wait_s = limits.KEEPS_ON_S
+        if own in view.members:
+            wait_s = math.inf
+            name = self._services.directory.name_of(own)
+            self.want(f"{name} has restarted", after_s=limits.VIEW_WAIT_SILENT_S)
+        with trio.move_on_after(wait_s):
+            await self._signal.wait_until(
+                lambda: self.machine.view is not None and self.machine.view.digest != view.digest
+            )
 
     async def _enter_newest(self) -> bool:
         """Work in the newest view until it ends; whether the run is finished with it."""
@@ -503,6 +514,8 @@ class RunMember:
         with trio.CancelScope() as self._view_scope:
             finished = await self._work_in(view)
             if self._services.device not in view.members:
+                with trio.move_on_after(limits.KEEPS_ON_S):
+                    await self._signal.wait_until(lambda: self.state.keeps_in_vain(view))
                 raise LeftOut("this peer has handed over its part of the run")
             return finished
         return False

@@ -29,6 +29,7 @@ from p2ptrain.store.replicas import FOLDER as REPLICAS_FOLDER
 from p2ptrain.store.runs import RunDirectory
 from p2ptrain.store.weights import Weights, open_weights
 from p2ptrain.training.contract import Contract
+from p2ptrain.training.messages import Stamp
 
 Prepared = tuple[Bundle, Engine]
 """What an answered offer has left here."""
@@ -41,7 +42,8 @@ class InterruptedRun:
     view: View
     records: tuple[RunJournalRecord, ...]
     bundle: Bundle
-    engine: Engine
+    engine: Engine | None
+    """None: it is only to give what is kept here."""
     job: Job | None
     """Where this device has the run's data."""
     weights: Weights | None
@@ -93,6 +95,25 @@ class RunOpener:
                 return self._read_interrupted(path.parent)
         return None
 
+    def left(self, stamp: Stamp) -> InterruptedRun | None:
+        """A run that went on without this device, if replicas of it are still here; blocking."""
+        path = self._services.runs_path / stamp.run
+        if not (path / REPLICAS_FOLDER).is_dir():
+            return None
+        with contextlib.suppress(P2PTrainError, OSError):
+            records = RunJournal(path / JOURNAL_FILE, lambda: ()).read()
+            views = [record.view for record in records if isinstance(record, ViewRecord)]
+            if views and views[-1].lineage == stamp.lineage:
+                return InterruptedRun(
+                    view=views[-1],
+                    records=tuple(records),
+                    bundle=load_bundle(RunDirectory(path).bundle_path),
+                    engine=None,
+                    job=None,
+                    weights=None,
+                )
+        return None
+
     def restored(self, found: InterruptedRun) -> RunMember:
         """Our part in an interrupted run: what was durable is here, the stage's state is lost."""
         state = self._state(found.view, found.bundle, found.engine)
@@ -138,7 +159,7 @@ class RunOpener:
             weights=None if job is None else open_weights(bundle),
         )
 
-    def _state(self, view: View, bundle: Bundle, engine: Engine) -> RunState:
+    def _state(self, view: View, bundle: Bundle, engine: Engine | None) -> RunState:
         return RunState(
             run=view.run,
             bundle=bundle,

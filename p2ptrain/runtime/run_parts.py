@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import trio
 
+from p2ptrain import limits
 from p2ptrain.errors import Interrupted, NumericsError, P2PTrainError, PeerLost
-from p2ptrain.ids import short
+from p2ptrain.ids import DeviceId, RunId, short
+from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.founding import Founding
 from p2ptrain.runtime.run_member import RunMember
 from p2ptrain.runtime.signal import Signal
-from p2ptrain.training.messages import Ended
+from p2ptrain.training.messages import Abort, Ended, stamp_of
 
 
 @dataclass(slots=True)
@@ -31,6 +33,17 @@ class Part:
         """Whether it will be over soon, whatever comes: only waiting for it is left."""
         over = self.scope.cancel_called or self.ended is not None
         return over or self.member.failure is not None or self.member.is_finishing
+
+    def ends_with(self, device: DeviceId, message: Ended) -> bool:
+        """Whether it is over because a device says so.
+
+        What failed elsewhere does not end work that goes well here, unless our home peer says so.
+        """
+        plan = self.member.plan
+        if plan is None or self.is_ending or plan.run != message.run:
+            return False
+        failed_elsewhere = message.outcome == "failed" and device != plan.home
+        return plan.lineage <= message.lineage and not (failed_elsewhere and self.member.works)
 
 
 @dataclass(slots=True)
@@ -84,3 +97,19 @@ class RunStatistics:
     """Offers whose engines are open."""
     taking_part: bool
     conducting: bool
+
+
+def abort(plan: Plan, error: P2PTrainError) -> Abort:
+    """What tells the members of a plan that its run cannot go on."""
+    reason = error.message[: limits.REASON_CHARACTERS_MAX]
+    return Abort(stamp=stamp_of(plan), error=type(error).__name__, reason=reason)
+
+
+def may_be_over(part: Part, device: DeviceId, run: RunId) -> bool:
+    """Whether our part in a run may be over for a device that offers `run`.
+
+    It is, where that is this very run, or was conducted by that device, which conducts one at a
+    time.
+    """
+    plan = part.member.plan
+    return part.member.state.run == run or (plan is not None and plan.home == device)

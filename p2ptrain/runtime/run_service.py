@@ -27,6 +27,7 @@ from p2ptrain.runtime.ended_runs import EndedRuns
 from p2ptrain.runtime.expected import ExpectedPlan
 from p2ptrain.runtime.foreign import SURVIVABLE, as_ours
 from p2ptrain.runtime.founding import Founding
+from p2ptrain.runtime.holdings import nothing_held
 from p2ptrain.runtime.job import Job, new_run_id, open_job
 from p2ptrain.runtime.memory_release import release_memory
 from p2ptrain.runtime.offers import OfferDesk
@@ -34,7 +35,7 @@ from p2ptrain.runtime.plan_report import plan_report
 from p2ptrain.runtime.reports import EnergyReport, NoteReport, PlanReport, TrainRequest, TrainResult
 from p2ptrain.runtime.run_member import LeftOut, RunMember
 from p2ptrain.runtime.run_opening import RunOpener
-from p2ptrain.runtime.run_parts import Conduct, Part, RunStatistics
+from p2ptrain.runtime.run_parts import Conduct, Part, RunStatistics, abort, may_be_over
 from p2ptrain.runtime.services import Emit, Proposals, Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.store.weights import open_weights
@@ -45,6 +46,7 @@ from p2ptrain.training.messages import (
     BlobRequest,
     Declined,
     Ended,
+    HoldingsAsked,
     Offer,
     Profiled,
     Stamp,
@@ -273,7 +275,8 @@ class RunService:
         late = abandoned or self._part is not None
         member = None if early is None or late else self._make_member(plan, contract)
         if member is None or early is None:
-            self._abort(plan, PeerLost(f"{self._own_name()} is not ready for this run any more"))
+            name = self._services.directory.name_of(self._services.device)
+            self._abort(plan, PeerLost(f"{name} is not ready for this run any more"))
             return
         if is_home and conduct is not None:
             conduct.member = member
@@ -339,6 +342,8 @@ class RunService:
             return
         part = self._part
         if part is None or part.member.state.run != stamp.run:
+            if isinstance(message, HoldingsAsked):
+                self._start(self._tell_kept, device, message)
             return
         if isinstance(message, Abort):
             plan = part.member.plan
@@ -375,6 +380,18 @@ class RunService:
         if found is not None and self.current_run is None:
             self._begin_part(self._opener.restored(found))
         self._restored.set()
+
+    async def _tell_kept(self, device: DeviceId, asked: HoldingsAsked) -> None:
+        """A run that went on without us lacks a state: if we keep it, be there to give it."""
+        found = await trio.to_thread.run_sync(self._opener.left, asked.stamp)
+        if found is not None and self.current_run is None:
+            self._begin_part(self._opener.restored(found))
+        part = self._part
+        if part is None or part.member.state.run != asked.stamp.run:
+            self._send(device, nothing_held(asked))
+            return
+        await part.member.wait_counted()
+        part.member.receive(device, asked.stamp, asked)
 
     async def _make_room(self, emit: Emit) -> None:
         """An interrupted run that nobody goes on with lets another one pass; it stays on disk."""
@@ -489,16 +506,9 @@ class RunService:
         self._fail(error_class(message.error)(reason), told_by=name)
 
     def _end_told(self, device: DeviceId, message: Ended) -> None:
-        """The run that we are in ended while we could not hear it.
-
-        What failed elsewhere does not end work that goes well here, unless our home peer says so.
-        """
+        """The run that we are in ended while we could not hear it."""
         part = self._part
-        plan = None if part is None else part.member.plan
-        if part is None or plan is None or part.is_ending or plan.run != message.run:
-            return
-        failed_elsewhere = message.outcome == "failed" and device != plan.home
-        if plan.lineage > message.lineage or (failed_elsewhere and part.member.works):
+        if part is None or not part.ends_with(device, message):
             return
         part.ended = message
         part.scope.cancel()
@@ -525,8 +535,7 @@ class RunService:
 
     def _abort(self, plan: Plan, error: P2PTrainError) -> None:
         """Tell all members that the run cannot go on."""
-        reason = error.message[: limits.REASON_CHARACTERS_MAX]
-        message = Abort(stamp=stamp_of(plan), error=type(error).__name__, reason=reason)
+        message = abort(plan, error)
         for device in plan.members:
             if device != self._services.device:
                 self._send(device, message)
@@ -553,19 +562,11 @@ class RunService:
         self._desk.expire(offer)
 
     def _may_be_over(self, device: DeviceId, run: RunId) -> bool:
-        """Whether what we are busy with may be over for a device that offers a run.
-
-        It is, where that is this very run, or was conducted by that device, which conducts one at
-        a time. What is only promised is begun or withdrawn within moments.
-        """
-        part = self._part
-        if part is None:
-            return self._conduct is None and self._expected.run not in (None, run)
-        plan = part.member.plan
-        return part.member.state.run == run or (plan is not None and plan.home == device)
-
-    def _own_name(self) -> str:
-        return self._services.directory.name_of(self._services.device)
+        """Whether what we are busy with may be over for a device that offers a run: what is only
+        promised is begun or withdrawn within moments."""
+        if self._part is not None:
+            return may_be_over(self._part, device, run)
+        return self._conduct is None and self._expected.run not in (None, run)
 
     def _open_job(self, request: TrainRequest) -> Job:
         return open_job(

@@ -299,6 +299,13 @@ class RunState:
             if replica.place.step <= last
         )
 
+    def keeps_in_vain(self, view: View) -> bool:
+        """Whether what is kept here is of no more use: a later set is whole without it, there is
+        nothing, or nobody who would make such a set."""
+        whole = self.sets.releasable_step()
+        lone = not view.plan.replicas or None in view.plan.replicas
+        return lone or not self.kept() or (whole is not None and whole >= view.resume_step)
+
     def release(self) -> int | None:
         """Forget what a whole replica set has made needless; the step up to which, or None."""
         step = self.sets.releasable_step()

@@ -169,11 +169,10 @@ class ViewWork:
 
     def tell_replica(self, saved: SegmentSaved) -> None:
         """We have made a replica durable: tell all."""
-        self._tell_all(
-            ReplicaStored(
-                stamp=self.stamp, step=saved.step, segment=saved.segment, state=saved.state
-            )
+        told = ReplicaStored(
+            stamp=self.stamp, step=saved.step, segment=saved.segment, state=saved.state
         )
+        self._tell_all(told, *self.others)  # who leaves waits for the set
 
     def stop(self) -> None:
         """End the session after the step that has begun, where this is its home peer."""
