@@ -414,7 +414,9 @@ class RunMember:
             for record in view.records:
                 self._remember(record, live=False)
         self.recovery.decided()
-        superseded = self._work is not None and self._work.stamp != stamp_of(view.plan)
+        # The machine may know a later view by now, and that one's work have begun.
+        newest = self.machine.view or view
+        superseded = self._work is not None and self._work.stamp != stamp_of(newest.plan)
         if self._view_scope is not None and superseded:
             self._view_scope.cancel()
 

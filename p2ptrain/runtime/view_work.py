@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import trio
 
+from p2ptrain import limits
 from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import NumericsError, P2PTrainError, PeerLost, RemoteProtocolError
@@ -99,6 +100,7 @@ class ViewWork:
         self._commits: dict[int, StepRecord] = {}
         self._numerics: NumericsError | None = None
         self._ready: set[DeviceId] = set()
+        self._said_ready = False
         self._finished = False
         self.started = False
         """Whether every member got ready and the work began."""
@@ -195,8 +197,10 @@ class ViewWork:
         """
         from_home = device == self.plan.home
         match message:
-            case Ready():
+            case Ready(asks=asks):
                 self._ready.add(device)
+                if asks and self._said_ready:
+                    self._tell(device, Ready(stamp=self.stamp))
             case Done():
                 self._take_done(device, message)
             case Wanted():
@@ -241,6 +245,8 @@ class ViewWork:
             worker = await self._restorer.restore()
             self._make_stage_run(worker)
             self._tell_all(Ready(stamp=self.stamp), *self.others)
+            self._said_ready = True
+            nursery.start_soon(self._ask_ready)
             await self._wait_ready()
             nursery.cancel_scope.cancel()
         self._restorer.adopt(worker)
@@ -264,6 +270,16 @@ class ViewWork:
         if scope.cancelled_caught:
             late = ", ".join(map(self._services.directory.name_of, self.waits_for))
             raise PeerLost(f"{late} did not get ready within {limit_s:.0f} s")
+
+    async def _ask_ready(self) -> None:
+        """Ask again whoever has not said that it is ready.
+
+        It may have said so before this device knew of the run, or over a link that was ending.
+        """
+        while True:
+            await trio.sleep(limits.READY_REPEAT_S)
+            for device in self.waits_for:
+                self._tell(device, Ready(stamp=self.stamp, asks=True))
 
     async def _read_wanted(self, wanted: Wanted) -> bytes | None:
         return await self._restorer.read(wanted)
@@ -407,8 +423,11 @@ class ViewWork:
     def _tell_all(self, message: object, *others: DeviceId) -> None:
         """To every member, ourselves included; one that is gone is noticed elsewhere."""
         for device in (*self.plan.members, *others):
-            with contextlib.suppress(PeerLost):
-                self._services.outlet.send(device, message)
+            self._tell(device, message)
+
+    def _tell(self, device: DeviceId, message: object) -> None:
+        with contextlib.suppress(PeerLost):
+            self._services.outlet.send(device, message)
 
 
 def givers(view: View) -> tuple[DeviceId, ...]:

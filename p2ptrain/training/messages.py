@@ -110,6 +110,8 @@ class Ready:
     """Any member to all: my buffers exist, my state is loaded. With everybody's, work begins."""
 
     stamp: Stamp
+    asks: bool = False
+    """Whether the sender still lacks the receiver's, which may have come too early for it."""
 
 
 @message("done")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from p2ptrain.agreement.run_events import ViewDecided
 from p2ptrain.runtime.reports import TrainResult
-from p2ptrain.training.messages import Done
+from p2ptrain.training.messages import Done, Ready
 from tests.disturbed_runs import SECONDS_MAX, Disturbed, assert_same, request, undisturbed
 from tests.memory_group import memory_group
 
@@ -27,5 +28,45 @@ async def test_done_that_the_tie_breaker_missed_holds_nobody_up(
         group[1].drops = lambda message: isinstance(message, Done) and message.step == 5
         with trio.fail_after(SECONDS_MAX):
             await run.train(request(tmp_path, stages=2))
+    assert run.result is not None
+    assert_same(run.result, alone)
+
+
+async def test_ready_that_was_lost_is_said_again(tmp_path: Path, alone: TrainResult) -> None:
+    async with memory_group(tmp_path, 2) as group:
+        run = Disturbed(group)
+        lost: list[object] = []
+
+        def drops(message: object) -> bool:
+            """The first one, as by a member that did not know of the run yet."""
+            is_first = isinstance(message, Ready) and not lost
+            lost.extend([message] if is_first else [])
+            return is_first
+
+        group[1].drops = drops
+        with trio.fail_after(SECONDS_MAX):
+            await run.train(request(tmp_path, stages=2))
+    assert lost
+    assert run.result is not None
+    assert_same(run.result, alone)
+
+
+async def test_view_that_is_told_late_does_not_end_the_work_of_a_later_one(
+    tmp_path: Path, alone: TrainResult
+) -> None:
+    async with memory_group(tmp_path, 3) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, request(tmp_path, stages=3))
+                await run.wait_step(4)
+                member = group[0].runs.member
+                assert member is not None
+                first = member.view
+                assert first is not None
+                group.kill(group[2])
+                await run.wait_step(7)
+                assert member.view is not first
+                member.follow(ViewDecided(view=first))
     assert run.result is not None
     assert_same(run.result, alone)

@@ -149,7 +149,7 @@ def _go_back(world: RunWorld, node: RunNode) -> None:
     """A disk comes back as it was some seconds ago, perhaps of the one that links two camps.
 
     Everybody who has heard what it forgets stays there and can say so: where nobody can, nothing
-    helps.
+    helps. So a device that decides alone, as the home peer of two may, keeps its disk.
     """
     rng = world.rng
     if world.leaving or not all(each.up and not each.frozen for each in world.nodes.values()):
@@ -162,12 +162,19 @@ def _go_back(world: RunWorld, node: RunNode) -> None:
         world.deaf = {(a, b) for a in others for b in others if camps[a] != camps[b]}
         world.refresh()
     image = node.disk.copy()
+    had_company = not _decides_alone(node)
     world.run(rng.uniform(0.2, 6.0))
-    world.crash_to(node, image)
-    world.run(rng.uniform(0.05, 1.5))
-    _start(world, node)
-    world.run(RECALL_S)
+    if had_company and not _decides_alone(node):
+        world.crash_to(node, image)
+        world.run(rng.uniform(0.05, 1.5))
+        _start(world, node)
+        world.run(RECALL_S)
     world.crash_after_write = chance
+
+
+def _decides_alone(node: RunNode) -> bool:
+    view = node.machine.view
+    return view is not None and is_quorum(view.plan, [node.device])
 
 
 def _leave(world: RunWorld, node: RunNode) -> None:
