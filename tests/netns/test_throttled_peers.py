@@ -58,6 +58,8 @@ def test_group_gets_no_more_than_its_quota(where: cgroups.Hierarchy) -> None:
 
 
 def test_memory_limit_ends_who_passes_it(where: cgroups.Hierarchy) -> None:
+    if len(Path("/proc/swaps").read_text().splitlines()) > 1:
+        pytest.skip("this machine swaps, where a limit on memory slows and does not end")
     with cgroups.groups(["one"], where) as made:
         made["one"].limit(Limits(cores=0.5, memory_bytes=1 << 26))
         line = [*made["one"].prefix, sys.executable, "-c", "bytearray(1 << 28)"]

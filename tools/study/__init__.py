@@ -1,0 +1,1 @@
+"""The parallelism study: cells, figures, tables and plots, and what came out."""
