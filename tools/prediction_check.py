@@ -29,12 +29,15 @@ import trio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from p2ptrain.bundle.manifest import parse_manifest
 from p2ptrain.errors import P2PTrainError
-from p2ptrain.runtime.reports import PlanReport, TrainRequest
+from p2ptrain.planner.kinds import Kind
+from p2ptrain.runtime.reports import PlanReport, StageReport, TrainRequest
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.wire.codec import to_plain
 from tools.bench.processes import machine
 from tools.bench.workload import ROOT, write_texts
+from tools.study.cells import plan_text
 from tools.throttle.cgroups import Limits
 from tools.throttle.group import Cable, Network, Place, require_permitted, throttled_group
 from tools.throttle.session import Session, train_once
@@ -56,17 +59,19 @@ class Case:
     cores: tuple[float, ...]
     network: Network
     schedule: str = "1f1b"
+    codec: str = "fp32"
+    kind: Kind = "pipeline"
 
     @property
     def words(self) -> str:
         """The case in a table."""
         shares = " + ".join(f"{share:g}" for share in self.cores)
-        return f"{shares} cores, {network_words(self.network)}"
+        rounded = "" if self.codec == "fp32" else f", {self.codec}"
+        return f"{shares} cores, {network_words(self.network)}{rounded}"
 
 
 CASES: Final = (
     Case(name="one-device", cores=(0.6,), network=Cable(rate_mbit=1000)),
-    Case(name="two-even", cores=(0.45, 0.45), network=Cable(rate_mbit=100)),
     Case(name="two-uneven", cores=(0.6, 0.25), network=Cable(rate_mbit=1000)),
     Case(
         name="three-zb-h1", cores=(0.3, 0.3, 0.3), network=Cable(rate_mbit=1000), schedule="zb-h1"
@@ -74,8 +79,11 @@ CASES: Final = (
     Case(
         name="slow-link",
         cores=(0.4, 0.3, 0.2),
-        network=Air(rate_mbit=25, delay_ms=5, shared=False),
+        network=Air(rate_mbit=40, delay_ms=5, shared=False),
+        codec="bf16",
     ),
+    Case(name="data", cores=(0.5, 0.3), network=Cable(rate_mbit=100), kind="data"),
+    Case(name="hybrid", cores=(0.3, 0.3, 0.4), network=Cable(rate_mbit=100), kind="hybrid"),
 )
 
 
@@ -156,15 +164,21 @@ async def one(case: Case, steps: int, folder: Path, out: Path) -> Row:
 
 def request(case: Case, text: Path, steps: int) -> TrainRequest:
     """What both runs of a case are asked."""
+    bundle = ROOT / "onnx_models" / "gpt-nano"
+    segments = len(parse_manifest((bundle / "manifest.json").read_bytes()).segments)
+    names = [f"peer-{index + 1}" for index in range(len(case.cores))]
+    plan = plan_text(case.kind, names, segments)
     return TrainRequest(
-        bundle=str(ROOT / "onnx_models" / "gpt-nano"),
+        bundle=str(bundle),
         data=str(text),
         steps=steps,
-        stages=len(case.cores),
+        stages=len(case.cores) if plan is None else None,
+        plan=plan,
         microbatches=8,
-        microbatch_size=12,
+        microbatch_size=8,
         threads=1,
         schedule=case.schedule,
+        codec=case.codec,
         optimizer=OptimizerChoice(warmup_steps=0),
         heldout_microbatches=1,
         checkpoint_every=NO_CHECKPOINT,
@@ -194,10 +208,21 @@ def row(case: Case, session: Session) -> Row:
 
 
 def plan_words(plan: PlanReport) -> str:
-    """`1f1b, 6 + 4 segments`."""
-    counts = " + ".join(str(len(stage.segments)) for stage in plan.stages)
+    """`1f1b, 6 + 4 segments`; of stages that several share, each one's part of the stage."""
+    stages: dict[int, list[StageReport]] = {}
+    for line in plan.stages:
+        stages.setdefault(line.stage, []).append(line)
+    counts = " + ".join(_stage_words(lines) for lines in stages.values())
     shape = f"{counts} segments"
-    return shape if len(plan.stages) == 1 else f"{plan.schedule}, {shape}"
+    return shape if len(stages) == 1 else f"{plan.schedule}, {shape}"
+
+
+def _stage_words(lines: Sequence[StageReport]) -> str:
+    count = str(len(lines[0].segments))
+    if len(lines) == 1:
+        return count
+    parts = " to ".join(f"{100 * line.part:.0f}" for line in lines)
+    return f"{count} ({lines[0].split}, {parts} %)"
 
 
 def network_words(network: Network) -> str:

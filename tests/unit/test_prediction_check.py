@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def plan(*counts: int) -> PlanReport:
     )  # fmt: skip
 
 
-def test_five_cases_differ_and_can_be_kept() -> None:
-    assert len({case.name for case in CASES}) == len(CASES) == 5
+def test_cases_differ_and_can_be_kept() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) >= 5
     for case in CASES:
         checked([Place(limits=Limits(cores=share)) for share in case.cores])
         assert sum(case.cores) <= CORES_MAX
@@ -67,6 +68,26 @@ def test_words_name_plan_and_network() -> None:
     assert network_words(air) == "emulated links of 25 Mbit/s, 5 ms"
     lossy = Air(rate_mbit=50, delay_ms=3, loss_percent=1)
     assert network_words(lossy) == "emulated one medium of 50 Mbit/s, 3 ms, 1 % loss"
+
+
+def test_words_tell_each_part_of_a_stage_that_several_share() -> None:
+    first, second, third = plan(6, 6, 4).stages
+    shared = tuple(
+        dataclasses.replace(line, stage=0, split="replicas", part=part)
+        for line, part in ((first, 0.6), (second, 0.4))
+    )
+    both = dataclasses.replace(plan(10), stages=(*shared, dataclasses.replace(third, stage=1)))
+    assert plan_words(both) == "zb-h1, 6 (replicas, 60 to 40 %) + 4 segments"
+    assert plan_words(dataclasses.replace(both, stages=shared)) == (
+        "6 (replicas, 60 to 40 %) segments"
+    )
+
+
+def test_requests_ask_for_stages_or_for_a_plan() -> None:
+    for case in CASES:
+        asked = prediction_check.request(case, Path("text"), 10)
+        assert (asked.plan is None) == (case.kind == "pipeline")
+        assert asked.stages == (len(case.cores) if asked.plan is None else None)
 
 
 def test_prediction_is_written_down_with_its_plan_and_the_time(tmp_path: Path) -> None:
