@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,6 +30,18 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_registry() -> Iterator[None]:
+    """torch reads the source of each of its ONNX functions again for every trace, which is nearly
+    half of the time that a small model takes. What it makes of them only depends on the opset."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    made = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", made)
+        yield
 
 
 @pytest.fixture(scope="session")
