@@ -8,9 +8,11 @@ from typing import Final
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.input import LinkEstimate
-from p2ptrain.planner.plan import StagePlan
+from p2ptrain.planner.plan import Plan, StagePlan
 
 FLOAT32_BYTES: Final = 4
+GAIN_PERCENT: Final = 10
+"""By how much a step must get better before segments move for it."""
 
 LinkOf = Callable[[DeviceId, DeviceId], LinkEstimate]
 
@@ -49,6 +51,21 @@ def moving_ns(
     return whole_ns
 
 
-def pays(*, before_ns: int, after_ns: int, steps_left: int, moves_ns: int) -> bool:
-    """Whether shorter steps save more, over the steps that are left, than the moves cost."""
-    return (before_ns - after_ns) * steps_left > moves_ns
+def is_worth_moving(like: Plan, choice: Plan, *, steps_left: int, moves_ns: int) -> bool:
+    """Whether a step gets enough better, and all that are left save more than moving costs.
+
+    Better is shorter, or of fewer joules where that is the goal; a move then costs as many as the
+    steps that could be done meanwhile.
+
+    Args:
+        like: The plan with the fewest moves.
+        choice: The one to move for.
+        steps_left: Of the run.
+        moves_ns: In which nothing else goes on.
+    """
+    before, after, moves = like.step_ns, choice.step_ns, moves_ns
+    if choice.goal == "energy" and like.step_uj is not None and choice.step_uj is not None:
+        before, after = like.step_uj, choice.step_uj
+        moves = moves_ns * like.step_uj // max(1, like.step_ns)
+    enough = after * 100 <= before * (100 - GAIN_PERCENT)
+    return enough and (before - after) * steps_left > moves

@@ -18,7 +18,7 @@ from p2ptrain.planner.choose import choose_plan
 from p2ptrain.planner.input import PlanningInput
 from p2ptrain.planner.kinds import kinds_later
 from p2ptrain.planner.links import LinkTable, link_estimates
-from p2ptrain.planner.moves import moving_ns, pays
+from p2ptrain.planner.moves import is_worth_moving, moving_ns
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pace import AS_PLANNED, at_pace
 from p2ptrain.planner.plan import Plan
@@ -32,9 +32,6 @@ from p2ptrain.recovery.successor import Place, Succession, following_plan, succe
 from p2ptrain.runtime.placement import planning_profile, predicted_memory
 from p2ptrain.training.ties import tie_groups
 from p2ptrain.units import NS_PER_S
-
-GAIN_PERCENT = 10
-"""By how much a step must get shorter before segments move for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,9 +234,6 @@ class _Planner:
         return replace(choice, reasons=(self._given.reason, *choice.reasons))
 
     def _is_worth_it(self, like: Plan, choice: Plan) -> bool:
-        """Whether a step gets enough shorter, and all that are left save more than moving costs."""
-        if choice.step_ns * 100 > like.step_ns * (100 - GAIN_PERCENT):
-            return False
         contract, links = self._base.contract, LinkTable(self._planning(choice.home).links)
         moves_ns = moving_ns(
             like.stages,
@@ -248,9 +242,9 @@ class _Planner:
             optimizer=contract.optimizer.name,
             link=lambda a, b: links.between(self._profiles[a], self._profiles[b]),
         )
-        return pays(
-            before_ns=like.step_ns,
-            after_ns=choice.step_ns,
+        return is_worth_moving(
+            like,
+            choice,
             steps_left=contract.steps - self._wanted.resume_step,
             moves_ns=moves_ns + round(self._given.change_s * NS_PER_S),
         )

@@ -6,10 +6,12 @@ import dataclasses
 
 from p2ptrain.bundle.manifest import Manifest, UpdateRule
 from p2ptrain.ids import DeviceId, Digest
+from p2ptrain.planner.choose import choose_plan
 from p2ptrain.planner.input import LinkEstimate
-from p2ptrain.planner.moves import moving_ns, pays
-from p2ptrain.planner.plan import StagePlan
-from tests.planning_cases import device, manifest
+from p2ptrain.planner.moves import is_worth_moving, moving_ns
+from p2ptrain.planner.objective import Goal
+from p2ptrain.planner.plan import Plan, StagePlan
+from tests.planning_cases import device, manifest, planning_input, profile
 
 A, B, C = device("a"), device("b"), device("c")
 
@@ -52,7 +54,30 @@ def test_optimizer_state_travels_with_its_parameters() -> None:
     assert cost(model, stages((A, 5), (B, 3))) == 7 + 3 * 16 * 4 * 1_000
 
 
+PLAN = choose_plan(planning_input([profile("a", [(1, 2)])], segment_count=1)).plan
+
+
+def plan(step_ns: int, step_uj: int | None = None, goal: Goal = "time") -> Plan:
+    return dataclasses.replace(PLAN, step_ns=step_ns, step_uj=step_uj, goal=goal)
+
+
 def test_steps_that_are_left_decide() -> None:
-    gains = [pays(before_ns=12, after_ns=10, steps_left=left, moves_ns=200) for left in (100, 101)]
+    gains = [
+        is_worth_moving(plan(120), plan(100), steps_left=left, moves_ns=2000) for left in (100, 101)
+    ]
     assert gains == [False, True]
-    assert not pays(before_ns=10, after_ns=12, steps_left=10**6, moves_ns=0)
+    assert not is_worth_moving(plan(100), plan(120), steps_left=10**6, moves_ns=0)
+
+
+def test_a_step_has_to_get_better_by_a_tenth() -> None:
+    better = [
+        is_worth_moving(plan(100), plan(after), steps_left=10**6, moves_ns=0) for after in (91, 90)
+    ]
+    assert better == [False, True]
+
+
+def test_least_energy_counts_joules_also_of_the_move() -> None:
+    like, frugal = plan(100, 50, "energy"), plan(300, 20, "energy")
+    assert is_worth_moving(like, frugal, steps_left=11, moves_ns=600)  # 300 uJ of 330
+    assert not is_worth_moving(like, frugal, steps_left=10, moves_ns=600)
+    assert not is_worth_moving(plan(100), plan(300, goal="energy"), steps_left=10**6, moves_ns=0)
