@@ -48,6 +48,9 @@ class View:
     """Steps between checkpoints at the home peer; 0: after the last step only."""
     aim: tuple[SpanAt, ...] = ()
     """The stages that are to follow, once those who get segments have their states; empty: none."""
+    exact_from: int = 0
+    """A replay by one peer makes steps after this one with the same bits: before it, several peers
+    may have shared a stage that one has now."""
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -100,7 +103,7 @@ def is_quorum(plan: Plan, devices: Iterable[DeviceId]) -> bool:
 def _problem(view: View) -> str | None:
     if view.contract.digest != view.plan.contract:
         return "the contract is not the one the plan names"
-    if not 0 <= view.resume_step <= limits.STEPS_MAX:
+    if not 0 <= view.exact_from <= view.resume_step <= limits.STEPS_MAX:
         return "a view goes on from a step"
     if view.previous is not None and not is_digest(view.previous):
         return "the view before is named by a plan's digest"

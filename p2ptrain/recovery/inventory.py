@@ -62,10 +62,20 @@ class HeldLog:
     segment: int
     first_step: int
     last_step: int
+    microbatches: tuple[int, ...] = ()
+    """Those that are held, ascending; empty: all, as of a peer that runs its stage alone."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.first_step <= self.last_step:
             raise ValueError("a log covers at least one step")
+        check_microbatches(self.microbatches)
+
+
+def check_microbatches(microbatches: tuple[int, ...]) -> None:
+    """ValueError for what cannot be some of a step's microbatches."""
+    known = all(0 <= each < limits.MICROBATCHES_MAX for each in microbatches)
+    if not known or tuple(sorted(set(microbatches))) != microbatches:
+        raise ValueError("microbatches are named once, in order")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

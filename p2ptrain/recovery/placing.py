@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from p2ptrain.ids import DeviceId
 from p2ptrain.planner.choose import run_question
 from p2ptrain.planner.drafting import Drafting
 from p2ptrain.planner.explore import Explorer
 from p2ptrain.planner.input import PlanningInput
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.recovery.successor import Place, Placement
+from p2ptrain.recovery.successor import Place, Placement, Wish
+from p2ptrain.schedule.replicated import owners_by_weight
 
 
 def placing(planning: PlanningInput) -> Place:
@@ -22,20 +22,30 @@ def placing(planning: PlanningInput) -> Place:
     explorer = Explorer(pricing)
     known = {device.id: index for index, device in enumerate(pricing.devices)}
 
-    def place(spans: Sequence[tuple[DeviceId, range]]) -> Placement | None:
-        if any(device not in known for device, _ in spans):
+    def place(wishes: Sequence[Wish]) -> Placement | None:
+        if any(device not in known for wish in wishes for device in wish.devices):
             return None
-        groups = tuple((known[device],) for device, _ in spans)
-        arrangement = pricing.arrange(groups, planning.schedule)
+        groups = tuple(tuple(known[device] for device in wish.devices) for wish in wishes)
+        weights = tuple(_scaled(wish.weights, pricing.microbatches) for wish in wishes)
+        arrangement = pricing.arrange(groups, planning.schedule, weights)
         if arrangement is None:
             return None
-        for (replica,), (_, span) in zip(arrangement.stages, spans, strict=True):
-            if span.stop > pricing.longest_fit(replica, span.start):
+        for replicas, wish in zip(arrangement.stages, wishes, strict=True):
+            first, end = wish.segments.start, wish.segments.stop
+            if any(end > pricing.longest_fit(replica, first) for replica in replicas):
                 return None
-        candidate = explorer.candidate(arrangement, tuple(span.stop for _, span in spans))
+        candidate = explorer.candidate(arrangement, tuple(w.segments.stop for w in wishes))
         draft = Drafting(planning, pricing, candidate)
         return Placement(
             stages=draft.stages(), step_ns=candidate.price.step_ns, step_uj=draft.step_uj()
         )
 
     return place
+
+
+def _scaled(weights: tuple[int, ...], microbatches: int) -> tuple[int, ...]:
+    """Weights that come to as many as there are microbatches; equal ones where somebody would get
+    none."""
+    owners = owners_by_weight(weights, microbatches)
+    counts = tuple(owners.count(rank) for rank in range(len(weights)))
+    return counts if all(counts) else (1,) * len(weights)

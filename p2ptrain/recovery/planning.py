@@ -8,13 +8,20 @@ its inputs are logged up to that step, and replayed by whoever runs its first se
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from p2ptrain.agreement.view import View
 from p2ptrain.ids import DeviceId, short
 from p2ptrain.planner.plan import Plan
 from p2ptrain.recovery.inventory import Inventory, LiveStage, LogKind, SegmentSpan
-from p2ptrain.recovery.restoration import Replay, Restoration, SpanAt, TiedAt
+from p2ptrain.recovery.restoration import (
+    BoundaryKind,
+    LogPart,
+    Replay,
+    Restoration,
+    SpanAt,
+    TiedAt,
+)
 from p2ptrain.training.step_record import StepRecord
 
 Promises = Mapping[DeviceId, Inventory]
@@ -157,7 +164,7 @@ def _replay(losses: Losses, span: range) -> Replay | None:
 def _replay_from(losses: Losses, span: range, step: int) -> Replay | None:
     replayer = losses.plan.stages[losses.plan.stage_of_segment(span.start)].device
     replicas = _replicas(losses.promises, span, step, replayer)
-    if replicas is None or not _recorded(losses, step):
+    if replicas is None or not _recorded(losses, step) or not _has_same_bits(losses, span, step):
         return None
     ends = _ends(losses, span)
     if step == losses.resume_step:
@@ -167,14 +174,20 @@ def _replay_from(losses: Losses, span: range, step: int) -> Replay | None:
         )  # fmt: skip
     before = None if ends.begins else _giver(losses, "activation", span.start - 1, step, replayer)
     after = None if ends.ends else _giver(losses, "cotangent", span.stop - 1, step, replayer)
+    shared: dict[BoundaryKind, tuple[LogPart, ...] | None] = {}
+    if before is None and not ends.begins:
+        shared["activation"] = _parts(losses, "activation", span.start - 1, step, replayer)
+    if after is None and not ends.ends:
+        shared["cotangent"] = _parts(losses, "cotangent", span.stop - 1, step, replayer)
     ties = _tied(losses, span, step, replayer)
     data = _data_giver(losses, replayer) if ends.begins or ends.ends else None
-    complete = (before is not None or ends.begins) and (after is not None or ends.ends)
-    if not complete or ties is None or (data is None and (ends.begins or ends.ends)):
+    parts = [part for parts in shared.values() for part in parts or ()]
+    if None in shared.values() or ties is None or (data is None and (ends.begins or ends.ends)):
         return None
     return Replay(
         span=_span(span), step=step, replayer=replayer, replicas=replicas, activations_from=before,
         cotangents_from=after, tied_from=ties, data_from=data, cuts=_cuts(losses.base.plan, span),
+        parts=tuple(parts),
     )  # fmt: skip
 
 
@@ -253,12 +266,69 @@ def _giver(
         for device, held in sorted(losses.promises.items())
         if any(
             (log.kind, log.segment) == (kind, segment)
+            and not log.microbatches
             and log.first_step <= step + 1
             and log.last_step >= losses.resume_step
             for log in held.logs
         )
     ]
     return _preferred(losses.promises, found, replayer)
+
+
+def _parts(
+    losses: Losses, kind: BoundaryKind, segment: int, step: int, replayer: DeviceId
+) -> tuple[LogPart, ...] | None:
+    """Who of several logged which microbatches in every step after `step`; None: some lack."""
+    every = range(losses.base.contract.microbatches)
+    found: list[LogPart] = []
+    for at in range(step + 1, losses.resume_step + 1):
+        by_device: dict[DeviceId, list[int]] = {}
+        for microbatch in every:
+            loggers = _loggers(losses, kind, segment, at, microbatch)
+            giver = _preferred(losses.promises, loggers, replayer)
+            if giver is None:
+                return None
+            by_device.setdefault(giver, []).append(microbatch)
+        for device, own in sorted(by_device.items()):
+            _extend(found, LogPart(
+                kind=kind, device=device, first_step=at, last_step=at, microbatches=tuple(own)
+            ))  # fmt: skip
+    return tuple(found)
+
+
+def _extend(parts: list[LogPart], part: LogPart) -> None:
+    """Add one step's part to what its device gives in the step before, where that is the same."""
+    for index, before in enumerate(parts):
+        grown = replace(before, last_step=part.last_step)
+        if before.last_step + 1 == part.first_step and grown == replace(
+            part, first_step=before.first_step
+        ):
+            parts[index] = grown
+            return
+    parts.append(part)
+
+
+def _loggers(
+    losses: Losses, kind: BoundaryKind, segment: int, step: int, microbatch: int
+) -> list[DeviceId]:
+    return [
+        device
+        for device, held in sorted(losses.promises.items())
+        if any(
+            (log.kind, log.segment) == (kind, segment)
+            and log.first_step <= step <= log.last_step
+            and (not log.microbatches or microbatch in log.microbatches)
+            for log in held.logs
+        )
+    ]
+
+
+def _has_same_bits(losses: Losses, span: range, step: int) -> bool:
+    """Whether one peer would make the steps after `step` with the same bits: several that shared
+    the span added gradients up in another order."""
+    base = losses.base
+    shared = any(s.split != "none" and set(s.segments) & set(span) for s in base.plan.stages)
+    return step == losses.resume_step or (step >= base.exact_from and not shared)
 
 
 def _tied(losses: Losses, span: range, step: int, replayer: DeviceId) -> tuple[TiedAt, ...] | None:
@@ -291,9 +361,10 @@ def _unrecoverable(losses: Losses, spans: Sequence[range]) -> Unrecoverable:
     needed: set[DeviceId] = set()
     for segment in (segment for span in spans for segment in span):
         stage = base.stage_of_segment(segment)
-        owner = base.stages[stage].device
+        owners = base.stages[stage].devices
         keeper = base.replicas[stage] if base.replicas else None
-        needed |= {owner if owner not in promises or keeper is None else keeper}
+        gone = next((owner for owner in owners if owner not in promises), None)
+        needed |= {gone or keeper or owners[0]}
     devices = tuple(sorted(needed - set(promises) or set(base.members) - set(promises)))
     where = ", ".join(f"{span.start} to {span[-1]}" for span in spans)
     back = last_whole_set(promises, losses.plan.stages[-1].segments.stop)

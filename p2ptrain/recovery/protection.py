@@ -58,7 +58,9 @@ def _weakness(plan: Plan, known: Safeguards) -> str | None:
     present = set(plan.members) & set(known.present)
     if len(present) < 2:
         return "this device trains alone"
-    if any(keeper is None for keeper in plan.replicas) or not plan.replicas:
+    kept = zip(plan.stages, plan.replicas, strict=False)
+    lacking = any(keeper is None and stage.split != "replicas" for stage, keeper in kept)
+    if lacking or not plan.replicas:
         return "no other device keeps a replica"
     if known.whole_step is None:
         return "the next replica set is not yet whole"

@@ -1,5 +1,8 @@
 """Which replica sets are whole: every segment's state of one step, durable away from its owner.
 
+A stage that two present peers or more run each for themselves needs no copy of it: whoever is left
+has its state.
+
 Knowledge comes from `ReplicaStored` only. A decided view starts it anew: owners and members have
 changed, and every keeper says again what it still keeps, so a copy that vanished with a disk is
 not counted for long.
@@ -12,7 +15,7 @@ from collections.abc import Collection
 from p2ptrain.agreement.view import View
 from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest
-from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.plan import Plan, StagePlan
 from p2ptrain.training.messages import ReplicaStored
 
 
@@ -21,7 +24,7 @@ class ReplicaSets:
 
     def __init__(self) -> None:
         self._plan: Plan | None = None
-        self._logs_from = 0
+        self._logs_from = self._committed = 0
         self._keepers: dict[int, dict[int, set[DeviceId]]] = {}
         self._states: dict[tuple[int, int], set[Digest]] = {}
 
@@ -36,7 +39,7 @@ class ReplicaSets:
         Only a set made in this view protects: what had been logged before may have gone with a
         device, or be released by a member that knew a set to be whole which is so no longer.
         """
-        self._logs_from = view.resume_step
+        self._logs_from = self._committed = view.resume_step
         self._plan = view.plan
         self._keepers.clear()
         self._states.clear()
@@ -63,6 +66,10 @@ class ReplicaSets:
         """Steps of which a replica is known in this view."""
         return tuple(self._keepers)
 
+    def committed(self, step: int) -> None:
+        """A step of the view can no longer be lost."""
+        self._committed = max(self._committed, step)
+
     def keepers(self, step: int, segment: int) -> tuple[DeviceId, ...]:
         """Who is known to keep this segment's state of that step."""
         return tuple(sorted(self._keepers.get(step, {}).get(segment, ())))
@@ -71,7 +78,8 @@ class ReplicaSets:
         """The newest step from which any one lost stage of the present plan can be replayed.
 
         Every segment is kept by a present member other than the one that runs it, and all logs
-        since are complete. Step 0 needs no copies: its states are drawn. None: there is none.
+        since are complete. Step 0 needs no copies: its states are drawn. Where every stage has
+        siblings it is the newest committed step. None: there is none.
         """
         plan = self._plan
         if plan is None:
@@ -79,7 +87,10 @@ class ReplicaSets:
         steps = [step for step in self._keepers if step >= self._logs_from]
         whole = [step for step in steps if self._is_whole(plan, step, present)]
         drawn = [0] if self._logs_from == 0 else []
-        return max([*drawn, *whole], default=None)
+        if all(_has_siblings(stage, present) for stage in plan.stages):
+            return self._committed
+        alone = [s for s in plan.stages if s.split == "replicas" and not _has_siblings(s, present)]
+        return None if alone else max([*drawn, *whole], default=None)
 
     def releasable_step(self) -> int | None:
         """Logs, records and replicas of earlier steps (logs of it, too) may go; None: nothing.
@@ -98,6 +109,7 @@ class ReplicaSets:
         return all(
             self._is_kept(step, segment, set(present) - {stage.device})
             for stage in plan.stages
+            if stage.split != "replicas"
             for segment in stage.segments
         )
 
@@ -105,6 +117,10 @@ class ReplicaSets:
         keepers = self._keepers[step].get(segment, set())
         agree = len(self._states.get((step, segment), ())) == 1
         return agree and not keepers.isdisjoint(others)
+
+
+def _has_siblings(stage: StagePlan, present: Collection[DeviceId]) -> bool:
+    return stage.split == "replicas" and len(set(stage.devices) & set(present)) > 1
 
 
 def _segment_count(plan: Plan) -> int:

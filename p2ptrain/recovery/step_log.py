@@ -7,7 +7,7 @@ bound never drops anything; a log that has reached it says so, and steps become 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from p2ptrain.recovery.inventory import HeldLog, LogKind
@@ -47,10 +47,11 @@ class StepLog:
 
     Args:
         bytes_max: Where `full` begins; what is put is kept all the same.
+        microbatches: Of a step; a replica sends, and logs, only some of them.
     """
 
-    def __init__(self, *, bytes_max: int) -> None:
-        self._bytes_max = bytes_max
+    def __init__(self, *, bytes_max: int, microbatches: int = 1) -> None:
+        self._bytes_max, self._every = bytes_max, set(range(microbatches))
         self._whole: dict[_Place, dict[int, _Tensors]] = {}
         self._open: dict[int, dict[_Place, _Tensors]] = {}
         self._bytes = 0
@@ -75,10 +76,16 @@ class StepLog:
             self._bytes -= _size(steps.get(step, {}))
             steps[step] = tensors
 
-    def read(self, kind: LogKind, segment: int, step: int) -> tuple[bytes, ...] | None:
-        """All tensors of a whole step at one place by microbatch and index; None: not held."""
+    def read(
+        self, kind: LogKind, segment: int, step: int, microbatches: Collection[int] = ()
+    ) -> tuple[bytes, ...] | None:
+        """All tensors of a whole step at one place by microbatch and index, or those of some
+        microbatches; None: not held."""
         tensors = self._whole.get((kind, segment), {}).get(step)
-        return None if tensors is None else tuple(tensors[place] for place in sorted(tensors))
+        if tensors is None:
+            return None
+        wanted = set(microbatches)
+        return tuple(tensors[p] for p in sorted(tensors) if not wanted or p[0] in wanted)
 
     def release(self, up_to_step: int) -> None:
         """Forget steps that a whole replica set covers."""
@@ -92,10 +99,23 @@ class StepLog:
         """What is held of whole steps, each gap-free stretch on its own."""
         found = []
         for kind, segment in sorted(self._whole):
-            for first, last in _stretches(self._whole[kind, segment]):
-                held = HeldLog(kind=kind, segment=segment, first_step=first, last_step=last)
-                found.append(held)
+            by_share: dict[tuple[int, ...], list[int]] = {}
+            for step, tensors in self._whole[kind, segment].items():
+                by_share.setdefault(self._share(kind, tensors), []).append(step)
+            for share, steps in sorted(by_share.items()):
+                found += [
+                    HeldLog(
+                        kind=kind, segment=segment, first_step=first, last_step=last,
+                        microbatches=share,
+                    )
+                    for first, last in _stretches(steps)
+                ]  # fmt: skip
         return tuple(found)
+
+    def _share(self, kind: LogKind, tensors: _Tensors) -> tuple[int, ...]:
+        """Whose microbatches' tensors these are; empty: all of a step's."""
+        held = {microbatch for microbatch, _ in tensors}
+        return () if kind == "tied" or held >= self._every else tuple(sorted(held))
 
     def statistics(self) -> StepLogStatistics:
         """Sizes and steps."""

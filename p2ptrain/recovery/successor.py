@@ -1,7 +1,8 @@
 """Plans that could follow when members are lost, leave or join, with as little moved as can be.
 
-Stages whose device stays keep their segments. A lost stage goes whole to a member in reserve, or
-to the device of the stage before or after it. Which candidate is taken follows from the predicted
+Stages of which a peer stays keep their segments; of replicas those that are left go on with the
+lost one's microbatches. A lost stage goes whole to a member in reserve, or to the stage before or
+after it. Which candidate is taken follows from the predicted
 step time, and from whether the states can be restored for it (`recovery.planning`).
 """
 
@@ -30,9 +31,22 @@ class Placement:
     """Predicted microjoules of a step, where they are known."""
 
 
-Place = Callable[[Sequence[tuple[DeviceId, range]]], Placement | None]
-"""Prices stages given as (device, segments) in order; None: they do not fit, or a device's costs
-are unknown."""
+Peers = tuple[DeviceId, ...]
+"""Of one stage, by rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """A stage as it shall be."""
+
+    devices: Peers
+    weights: tuple[int, ...]
+    """By rank: parts of a step's microbatches."""
+    segments: range
+
+
+Place = Callable[[Sequence[Wish]], Placement | None]
+"""Prices stages in order; None: they do not fit, or a device's costs are unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +73,9 @@ def successor_plans(succession: Succession, place: Place) -> tuple[Plan, ...]:
         return ()
     found = []
     for owners in itertools.islice(_assignments(succession), CANDIDATES_MAX):
-        placement = place(_spans(succession.base, owners))
+        placement = place(_wishes(succession.base, owners))
         if placement is not None:
-            devices = tuple(stage.device for stage in placement.stages)
+            devices = tuple(stage.devices for stage in placement.stages)
             found.append((placement.step_ns, devices, placement))
     found.sort(key=lambda each: each[:2])
     return tuple(_plan(succession, home, placement) for _, _, placement in found)
@@ -70,8 +84,10 @@ def successor_plans(succession: Succession, place: Place) -> tuple[Plan, ...]:
 def following_plan(
     succession: Succession, spans: Sequence[tuple[DeviceId, range]], place: Place
 ) -> Plan | None:
-    """The plan with these stages; None where they do not fit or the data is missing."""
-    home, placement = _home(succession), place(spans)
+    """The plan with these stages of one peer each; None where they do not fit or the data is
+    missing."""
+    wishes = [Wish(devices=(device,), weights=(1,), segments=own) for device, own in spans]
+    home, placement = _home(succession), place(wishes)
     return None if home is None or placement is None else _plan(succession, home, placement)
 
 
@@ -87,39 +103,53 @@ def _home(succession: Succession) -> DeviceId | None:
     return next(iter([*known, *sorted(holding)]), None)
 
 
-def _assignments(succession: Succession) -> Iterator[tuple[DeviceId, ...]]:
-    """For every stage of the base, the device that takes its segments; each device one range."""
-    base, usable = succession.base, set(succession.usable)
-    kept = [stage.device if stage.device in usable else None for stage in base.stages]
-    reserves = sorted(usable - {device for device in kept if device is not None})
+def _assignments(succession: Succession) -> Iterator[tuple[Peers, ...]]:
+    """For every stage of the base, the peers that take its segments; each has one range."""
+    usable = set(succession.usable)
+    kept = [_left(stage, usable) for stage in succession.base.stages]
+    staying = {device for peers in kept if peers is not None for device in peers}
+    reserves = [(device,) for device in sorted(usable - staying)]
     yield from _extended((), kept, reserves)
 
 
+def _left(stage: StagePlan, usable: Collection[DeviceId]) -> Peers | None:
+    """Who goes on with a stage; None: nobody can. Shards need each other."""
+    left = tuple(device for device in stage.devices if device in usable)
+    whole = not stage.is_sharded or len(left) == len(stage.devices)
+    return left if left and whole else None
+
+
 def _extended(
-    taken: tuple[DeviceId, ...], kept: Sequence[DeviceId | None], reserves: Sequence[DeviceId]
-) -> Iterator[tuple[DeviceId, ...]]:
+    taken: tuple[Peers, ...], kept: Sequence[Peers | None], reserves: Sequence[Peers]
+) -> Iterator[tuple[Peers, ...]]:
     index = len(taken)
     if index == len(kept):
         yield taken
         return
     own = kept[index]
-    following = next((device for device in kept[index:] if device is not None), None)
+    following = next((peers for peers in kept[index:] if peers is not None), None)
     options = [*taken[-1:], following, *reserves] if own is None else [own]
-    for device in dict.fromkeys(options):
-        broken = device in taken and device != taken[-1]
-        if device is not None and not broken:
-            yield from _extended((*taken, device), kept, reserves)
+    for peers in dict.fromkeys(options):
+        broken = peers in taken and peers != taken[-1]
+        if peers is not None and not broken:
+            yield from _extended((*taken, peers), kept, reserves)
 
 
-def _spans(base: Plan, owners: Sequence[DeviceId]) -> list[tuple[DeviceId, range]]:
-    """Consecutive stages of one device as one."""
-    spans: list[tuple[DeviceId, range]] = []
-    for stage, device in zip(base.stages, owners, strict=True):
-        if spans and spans[-1][0] == device:
-            spans[-1] = (device, range(spans[-1][1].start, stage.segments.stop))
-        else:
-            spans.append((device, stage.segments))
-    return spans
+def _wishes(base: Plan, owners: Sequence[Peers]) -> list[Wish]:
+    """Consecutive stages of the same peers as one."""
+    weights = {
+        device: weight
+        for stage in base.stages
+        for device, weight in zip(stage.devices, stage.weights, strict=True)
+    }
+    wishes: list[Wish] = []
+    for stage, peers in zip(base.stages, owners, strict=True):
+        first = stage.first_segment
+        if wishes and wishes[-1].devices == peers:
+            first = wishes.pop().segments.start
+        own = tuple(weights.get(device, 1) for device in peers)
+        wishes.append(Wish(devices=peers, weights=own, segments=range(first, stage.segments.stop)))
+    return wishes
 
 
 def _plan(succession: Succession, home: DeviceId, placement: Placement) -> Plan:
@@ -144,8 +174,9 @@ def _plan(succession: Succession, home: DeviceId, placement: Placement) -> Plan:
 
 def _changes(base: Plan, stages: Sequence[StagePlan]) -> Iterator[str]:
     """One sentence for each stage that is not as it was."""
-    before = {(stage.device, stage.segments) for stage in base.stages}
+    before = {(stage.devices, stage.segments) for stage in base.stages}
     for index, stage in enumerate(stages):
-        if (stage.device, stage.segments) not in before:
+        if (stage.devices, stage.segments) not in before:
             first, last = stage.first_segment, stage.segments[-1]
-            yield f"stage {index} on {short(stage.device)} now runs segments {first} to {last}"
+            peers = ", ".join(map(short, stage.devices))
+            yield f"stage {index} on {peers} now runs segments {first} to {last}"

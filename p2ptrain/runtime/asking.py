@@ -36,15 +36,24 @@ class Asker:
             self._answers[key] = given
             self._signal.notify()
 
-    async def fetch(self, device: DeviceId, what: str, segment: int, step: int) -> bytes:
-        """Get one thing whole. Cancelled: nothing is kept.
+    async def fetch(
+        self,
+        device: DeviceId,
+        what: str,
+        segment: int,
+        step: int,
+        microbatches: tuple[int, ...] = (),
+    ) -> bytes:
+        """Get one thing whole, or of a step's log some microbatches. Cancelled: nothing is kept.
 
         Raises:
             NotThere: it does not have it, which may not matter.
             PeerLost: it went away, or did not have it ready in time; the view must change.
             RemoteProtocolError: what came is not what it announced.
         """
-        wanted = Wanted(stamp=self._stamp, what=what, segment=segment, step=step)
+        wanted = Wanted(
+            stamp=self._stamp, what=what, segment=segment, step=step, microbatches=microbatches
+        )
         key = (device, what, segment, step)
         self._answers[key] = None
         try:

@@ -217,7 +217,15 @@ class _Planner:
             restoration=found,
             journals=(),  # the machine names those that have a vote
             aim=candidate.aim,
+            exact_from=self._exact_from(plan),
         )
+
+    def _exact_from(self, plan: Plan) -> int:
+        """Where a stage that several peers shared goes to one, replays begin afterwards."""
+        shared = _shared_segments(self._base.plan)
+        parted = shared - _shared_segments(plan)
+        step = self._wanted.resume_step
+        return step if parted else min(step, self._base.exact_from)
 
     def _searched(self, nearest: Sequence[Plan]) -> Plan | None:
         """The planner's own choice, where it is enough better than staying, or the only one."""
@@ -278,3 +286,7 @@ class _Planner:
 def _one_by_one(plans: Iterable[Plan]) -> bool:
     """Whether every stage of these plans has one peer: what is replayed from a log."""
     return all(stage.split == "none" for plan in plans for stage in plan.stages)
+
+
+def _shared_segments(plan: Plan) -> set[int]:
+    return {segment for s in plan.stages if s.split != "none" for segment in s.segments}

@@ -33,6 +33,7 @@ from p2ptrain.training.replay_inputs import StepPlace, needed_places, step_input
 from p2ptrain.training.routing import Route
 from p2ptrain.training.shard_cuts import Share, share_of
 from p2ptrain.training.step_record import StepRecord
+from p2ptrain.training.step_tensors import expected_tensors, joined
 
 
 class Restorer:
@@ -140,7 +141,9 @@ class Restorer:
 
     async def _read_step(self, wanted: Wanted) -> bytes | None:
         place = StepPlace(wanted.what, wanted.segment)  # type: ignore[arg-type]  # checked: WANTED
-        found = await trio.to_thread.run_sync(self._state.read_log, place, wanted.step)
+        found = await trio.to_thread.run_sync(
+            self._state.read_log, place, wanted.step, wanted.microbatches
+        )
         return _there(found, f"the {wanted.what} of step {wanted.step}")
 
     # Our stage.
@@ -290,19 +293,36 @@ class Restorer:
         return worker
 
     async def _packed(self, replay: Replay, place: StepPlace, step: int) -> bytes:
-        giver = _giver(replay, place)
-        if giver is None:
+        givers = _givers(replay, place, step)
+        if not givers:
             raise InvariantBroken(f"the view names nobody for {place}")
+        parts = [(own, await self._part(device, place, step, own)) for device, own in givers]
+        if len(parts) == 1:
+            return parts[0][1]
+        state = self._state
+        expected = expected_tensors(state.manifest, state.contract, place.kind, place.segment)
+        return await trio.to_thread.run_sync(joined, expected, parts)
+
+    async def _part(
+        self, giver: DeviceId, place: StepPlace, step: int, microbatches: tuple[int, ...]
+    ) -> bytes:
         if giver != self._services.device:
-            return await self._fetch(giver, place.kind, place.segment, step)
-        content = await trio.to_thread.run_sync(self._state.read_log, place, step)
+            return await self._fetch(giver, place.kind, place.segment, step, microbatches)
+        content = await trio.to_thread.run_sync(self._state.read_log, place, step, microbatches)
         if content is None:
             raise PeerLost(f"the log of step {step} is not here any more")
         return content
 
-    async def _fetch(self, device: DeviceId, what: str, segment: int, step: int) -> bytes:
+    async def _fetch(
+        self,
+        device: DeviceId,
+        what: str,
+        segment: int,
+        step: int,
+        microbatches: tuple[int, ...] = (),
+    ) -> bytes:
         began_s = time.monotonic()
-        content = await self.asker.fetch(device, what, segment, step)
+        content = await self.asker.fetch(device, what, segment, step, microbatches)
         self._clock.fetch_s += time.monotonic() - began_s
         return content
 
@@ -326,14 +346,14 @@ def _device_of(spans: tuple[SpanAt, ...], segment: int) -> DeviceId:
     raise InvariantBroken(f"the view names nobody for segment {segment}")
 
 
-def _giver(replay: Replay, place: StepPlace) -> DeviceId | None:
+def _givers(
+    replay: Replay, place: StepPlace, step: int
+) -> tuple[tuple[DeviceId, tuple[int, ...]], ...]:
+    """Who gives which microbatches; none named: all."""
     match place.kind:
-        case "activation":
-            return replay.activations_from
-        case "cotangent":
-            return replay.cotangents_from
+        case "activation" | "cotangent":
+            return replay.givers(place.kind, step)
         case "tied":
-            tied = (at.device for at in replay.tied_from if at.segment == place.segment)
-            return next(tied, None)
+            return tuple((at.device, ()) for at in replay.tied_from if at.segment == place.segment)
         case _:
-            return replay.data_from
+            return () if replay.data_from is None else ((replay.data_from, ()),)

@@ -401,6 +401,7 @@ class RunMember:
         if work is not None and view is not None and work.stamp == stamp_of(view.plan):
             work.committed(record)
             self.recovery.committed()
+            self._release()
 
     def _remember(self, record: StepRecord, *, live: bool) -> None:
         if record.step in self.history:

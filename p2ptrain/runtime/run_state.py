@@ -43,6 +43,7 @@ from p2ptrain.training.shard_cuts import Share
 from p2ptrain.training.step_tensors import (
     PackedTensor,
     encoded,
+    expected_of,
     expected_tensors,
     pack,
     unpack,
@@ -105,7 +106,7 @@ class RunState:
         self.released_step = 0
         """The newest step whose update may be on its way into `worker`."""
         self.checkpoint_listing: dict[int, SavedSegment] = {}
-        self.log = StepLog(bytes_max=limits.STEP_LOG_BYTES_MAX)
+        self.log = self._empty_log()
         self.own_weights: Mapping[str, Array] | None = None
         self.data_copies: set[DeviceId] = set()
         """Members known to have the run's data."""
@@ -217,6 +218,9 @@ class RunState:
 
     # The log.
 
+    def _empty_log(self) -> StepLog:
+        return StepLog(bytes_max=limits.STEP_LOG_BYTES_MAX, microbatches=self.contract.microbatches)
+
     def log_sent(self, place: LogPlace, arrays: tuple[Array, ...]) -> None:
         """Keep a copy of what is sent at one place in a microbatch of a training step."""
         self.log_replayed(place.kind, place.step, place.microbatch, place.segment, arrays)
@@ -234,21 +238,29 @@ class RunState:
             key = LogKey(kind=kind, step=step, microbatch=microbatch, segment=segment, index=index)
             self.log.put(key, encoded(array))
 
-    def read_log(self, place: StepPlace, step: int) -> bytes | None:
-        """One step at a place, packed; None where it is not whole here. Blocking."""
+    def read_log(
+        self, place: StepPlace, step: int, microbatches: tuple[int, ...] = ()
+    ) -> bytes | None:
+        """One step at a place, or some microbatches of it, packed; None where they are not all
+        here. Blocking."""
         if place.kind == "input" or place.kind == "labels":  # narrows as `in` does not
             return self._read_feed(place.kind, step)
-        bodies = self.log.read(place.kind, place.segment, step)
-        if bodies is None:
+        bodies = self.log.read(place.kind, place.segment, step, microbatches)
+        expected = expected_of(
+            expected_tensors(self.manifest, self.contract, place.kind, place.segment), microbatches
+        )
+        if bodies is None or len(bodies) != len(expected):
             return None
-        expected = expected_tensors(self.manifest, self.contract, place.kind, place.segment)
         return pack([
             PackedTensor(microbatch=each.microbatch, index=each.index, body=body)
             for each, body in zip(expected, bodies, strict=True)
         ])  # fmt: skip
 
-    def inherit_log(self, place: StepPlace, step: int, content: bytes) -> None:
-        """Keep what another member had sent in a step and gives away, packed. Blocking.
+    def inherit_log(
+        self, place: StepPlace, step: int, content: bytes, microbatches: tuple[int, ...] = ()
+    ) -> None:
+        """Keep what another member had sent in a step, or some microbatches of it, and gives away,
+        packed. Blocking.
 
         Raises:
             RemoteProtocolError: it is not what is sent at that place; nothing was kept.
@@ -256,7 +268,7 @@ class RunState:
         if place.kind == "input" or place.kind == "labels":
             raise InvariantBroken("data is not logged")
         expected = expected_tensors(self.manifest, self.contract, place.kind, place.segment)
-        for tensor in unpack(content, expected):
+        for tensor in unpack(content, expected_of(expected, microbatches)):
             key = LogKey(
                 kind=place.kind, step=step, microbatch=tensor.microbatch, segment=place.segment,
                 index=tensor.index,
@@ -373,7 +385,7 @@ class RunState:
     def close(self) -> None:
         """The run is over here: give the memory back."""
         self.worker = None
-        self.log = StepLog(bytes_max=limits.STEP_LOG_BYTES_MAX)
+        self.log = self._empty_log()
 
     def open_disk(self) -> None:
         """Look what replicas are here, and put the model's graphs beside them, so that a restarted

@@ -184,6 +184,7 @@ class ViewWork:
     def committed(self, record: StepRecord) -> None:
         """A step of this view can no longer be lost: it may be applied."""
         self._commits[record.step] = record
+        self._state.sets.committed(record.step)
         self._barrier.skip_to(record.step)
         self._next_step = max(self._next_step, record.step + 1)
         self._record_complete()
@@ -438,6 +439,7 @@ def givers(view: View) -> tuple[DeviceId, ...]:
     for replay in view.restoration.replays:
         named |= {at.device for at in replay.replicas}
         named |= {at.device for at in replay.tied_from}
+        named |= {part.device for part in replay.parts}
         optional = (replay.activations_from, replay.cotangents_from, replay.data_from)
         named |= {device for device in optional if device is not None}
     return tuple(sorted(named - set(view.members)))

@@ -11,7 +11,7 @@ from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber, is_digest
 from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
-from p2ptrain.recovery.inventory import Inventory
+from p2ptrain.recovery.inventory import Inventory, check_microbatches
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.units import NS_PER_S
 from p2ptrain.wire.codec import message
@@ -248,10 +248,13 @@ class Wanted:
     named as its tensors are; `input`, `labels`: what a data holder feeds in that step."""
     segment: int
     step: int
+    microbatches: tuple[int, ...] = ()
+    """Of a boundary's log: only these; empty: all."""
 
     def __post_init__(self) -> None:
         if self.what not in WANTED or self.segment < 0 or self.step < 0:
             raise ValueError("something is wanted that nobody can give")
+        check_microbatches(self.microbatches)
 
 
 @message("given")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -97,6 +97,31 @@ def expected_tensors(
         for microbatch in range(contract.microbatches)
         for index, (shape, dtype) in enumerate(one)
     )
+
+
+def expected_of(
+    expected: Sequence[Expected], microbatches: Collection[int]
+) -> tuple[Expected, ...]:
+    """Those of some microbatches; of none: all of them."""
+    return tuple(each for each in expected if not microbatches or each.microbatch in microbatches)
+
+
+def joined(expected: Sequence[Expected], parts: Sequence[tuple[Collection[int], bytes]]) -> bytes:
+    """The packed form of a whole step of which several peers had some microbatches each.
+
+    Raises:
+        RemoteProtocolError: a part holds something else, or all of them are not the whole.
+    """
+    tensors = [
+        tensor
+        for microbatches, content in parts
+        for tensor in unpack(content, expected_of(expected, microbatches))
+    ]
+    tensors.sort(key=lambda each: (each.microbatch, each.index))
+    places = [(each.microbatch, each.index) for each in tensors]
+    if places != [(each.microbatch, each.index) for each in expected]:
+        raise RemoteProtocolError("the parts of a step are not the whole of it")
+    return pack(tensors)
 
 
 def packed_bytes(expected: Sequence[Expected]) -> int:

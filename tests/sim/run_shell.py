@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from p2ptrain.ids import DeviceId, Digest
-from p2ptrain.recovery.successor import Placement
+from p2ptrain.ids import Digest
+from p2ptrain.recovery.successor import Placement, Wish
 from tests.sim.run_model import Value
 from tests.sim.run_views import planned_stages
 
@@ -87,7 +87,7 @@ def digest(state: Value) -> Digest:
     return Digest(hashlib.sha256(state).hexdigest())
 
 
-def place(spans: Sequence[tuple[DeviceId, range]]) -> Placement:
+def place(wishes: Sequence[Wish]) -> Placement:
     """Every device can run everything; fewer and more even stages are faster."""
-    stages = planned_stages(*((device, len(segments)) for device, segments in spans))
+    stages = planned_stages(*((wish.devices[0], len(wish.segments)) for wish in wishes))
     return Placement(stages=stages, step_ns=max(stage.segment_count for stage in stages))

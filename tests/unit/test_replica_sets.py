@@ -10,6 +10,8 @@ from p2ptrain import limits
 from p2ptrain.agreement.view import View
 from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId
+from p2ptrain.planner.keepers import replica_keepers
+from p2ptrain.planner.plan import StageShare
 from p2ptrain.recovery.protection import Protected, Provisional, Safeguards, protection
 from p2ptrain.recovery.replica_sets import ReplicaSets
 from p2ptrain.training.messages import ReplicaStored, stamp_of
@@ -129,3 +131,42 @@ def test_each_weakness_makes_steps_provisional(changes: dict[str, object], reaso
 def test_stage_without_a_keeper_makes_steps_provisional() -> None:
     lone = replace(PLAN, replicas=(C, None, B))
     assert protection(lone, known()) == Provisional(reason="no other device keeps a replica")
+
+
+def shared_view(*stages: tuple[DeviceId, ...]) -> View:
+    """Of two segments each; several devices of a stage are replicas."""
+    base = staged_view(*((devices[0], 2) for devices in stages))
+    made = tuple(
+        replace(
+            stage, split="replicas",
+            shares=tuple(StageShare(device=d, weight=1, memory_bytes=1) for d in devices),
+        ) if len(devices) > 1 else stage
+        for stage, devices in zip(base.plan.stages, stages, strict=True)
+    )  # fmt: skip
+    members = tuple(sorted({each for devices in stages for each in devices}))
+    keepers = replica_keepers(made, members)
+    return replace(base, plan=replace(base.plan, stages=made, members=members, replicas=keepers))
+
+
+def test_siblings_need_no_copy_of_what_each_of_them_has() -> None:
+    sets, view = ReplicaSets(), shared_view((A, B), (C,))
+    sets.begin(view)
+    assert view.plan.replicas == (None, A)
+    assert sets.whole_step((A, B, C)) == 0
+    for segment in (2, 3):
+        sets.stored(stored(7, segment, view), A)
+    assert sets.whole_step((A, B, C)) == 7
+    assert sets.whole_step((A, C)) is None, "the last one of its stage may be lost next"
+    safe = known(present=(A, B, C), whole_step=7)
+    assert protection(view.plan, safe) == Protected(replica_step=7)
+
+
+def test_where_every_stage_has_siblings_the_newest_step_is_whole() -> None:
+    sets, view = ReplicaSets(), shared_view((A, B), (C, D))
+    sets.begin(view)
+    sets.committed(12)
+    sets.committed(11)
+    assert (sets.whole_step((A, B, C, D)), sets.releasable_step()) == (12, 12)
+    assert sets.whole_step((A, B, D)) is None
+    sets.begin(replace(view, resume_step=4, records=()))
+    assert sets.releasable_step() == 4

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from p2ptrain.ids import DeviceId
-from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.plan import Plan, StageShare
 from p2ptrain.recovery.inventory import (
     HeldLog,
     HeldState,
@@ -253,3 +253,66 @@ def test_restarted_owner_names_the_keeper_of_its_replica() -> None:
 def test_last_whole_set_is_what_forcing_goes_back_to() -> None:
     assert last_whole_set(WHOLE, 8) == REPLICA
     assert last_whole_set(without(D), 8) == 0
+
+
+def shared_log(kind: LogKind, segment: int, first: int, last: int, *own: int) -> HeldLog:
+    return HeldLog(
+        kind=kind, segment=segment, first_step=first, last_step=last, microbatches=tuple(own)
+    )
+
+
+EVERY = tuple(range(BASE.contract.microbatches))
+EVEN, ODD = EVERY[::2], EVERY[1::2]
+
+
+def test_a_stage_beside_replicas_is_replayed_from_the_logs_of_each_of_them() -> None:
+    """A and E shared the stage before the lost one, and changed their shares once."""
+    change = REPLICA + 3
+    logs = (
+        shared_log("activation", 1, REPLICA + 1, change, *EVEN),
+        shared_log("activation", 1, change + 1, STEP, *ODD),
+    )
+    others = (
+        shared_log("activation", 1, REPLICA + 1, change, *ODD),
+        shared_log("activation", 1, change + 1, STEP, *EVEN),
+    )
+    promises = without(B, a=replace(WHOLE[A], logs=logs), e=replace(WHOLE[E], logs=others))
+    found = restored(promises, (A, 2), (E, 2), (C, 2), (D, 2))
+    assert isinstance(found, Restoration)
+    (replay,) = found.replays
+    assert (replay.step, replay.activations_from, replay.cotangents_from) == (REPLICA, None, C)
+    for step in range(REPLICA + 1, STEP + 1):
+        first, second = (EVEN, ODD) if step <= change else (ODD, EVEN)
+        assert replay.givers("activation", step) == ((A, first), (E, second))
+        assert replay.givers("cotangent", step) == ((C, ()),)
+    assert len(replay.parts) == 4
+    gap = without(
+        B, a=replace(WHOLE[A], logs=logs), e=replace(WHOLE[E], logs=others[:1])
+    )  # fmt: skip
+    assert isinstance(restored(gap, (A, 2), (E, 2), (C, 2), (D, 2)), Unrecoverable)
+
+
+def test_replay_does_not_reach_back_to_where_several_shared_the_stage() -> None:
+    """They had added up in another order: one peer would not get their bits."""
+    stages = ((A, 2), (E, 2), (C, 2), (D, 2))
+    lost = Losses(
+        base=replace(BASE, exact_from=REPLICA, resume_step=REPLICA), plan=plan_of(*stages),
+        promises=without(B), resume_step=STEP, records=RECORDS[:STEP],
+    )  # fmt: skip
+    assert isinstance(restoration(lost), Restoration)
+    later = replace(lost.base, exact_from=REPLICA + 1, resume_step=REPLICA + 1)
+    assert isinstance(restoration(replace(lost, base=later)), Unrecoverable)
+    shares = tuple(StageShare(device=d, weight=1, memory_bytes=1) for d in (B, E))
+    together = replace(BASE.plan.stages[1], split="replicas", shares=shares)
+    plan = replace(
+        BASE.plan, stages=(BASE.plan.stages[0], together, *BASE.plan.stages[2:]), replicas=()
+    )
+    both_gone = replace(
+        lost,
+        base=replace(BASE, plan=plan),
+        promises=without(B, E),
+        plan=plan_of((A, 2), (C, 4), (D, 2)),
+    )
+    refused = restoration(both_gone)
+    assert isinstance(refused, Unrecoverable)
+    assert refused.devices_needed == (B,)

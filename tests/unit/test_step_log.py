@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from p2ptrain.recovery.inventory import HeldLog, LogKind
 from p2ptrain.recovery.step_log import LogKey, StepLog
@@ -22,6 +25,26 @@ def log_of(*steps: int, bytes_max: int = 1000) -> StepLog:
 
 def held(first: int, last: int, kind: LogKind = "activation", segment: int = 3) -> HeldLog:
     return HeldLog(kind=kind, segment=segment, first_step=first, last_step=last)
+
+
+def test_log_of_a_replica_says_which_microbatches_it_has() -> None:
+    log = StepLog(bytes_max=1000, microbatches=4)
+    for step, own in ((1, (0, 2)), (2, (0, 2)), (3, (1,)), (4, (0, 1, 2, 3))):
+        for microbatch in own:
+            log.put(key(step, microbatch), b"%d" % microbatch)
+        tied = LogKey(kind="tied", step=step, microbatch=0, segment=3, index=9)
+        log.put(tied, b"whole")
+        log.finish(step)
+    assert set(log.inventory()) == {
+        replace(held(1, 2), microbatches=(0, 2)),
+        replace(held(3, 3), microbatches=(1,)),
+        held(4, 4),
+        held(1, 4, "tied"),
+    }
+    assert log.read("activation", 3, 4, (3, 1)) == (b"1", b"3")
+    assert log.read("activation", 3, 1, (1, 2)) == (b"2",)
+    with pytest.raises(ValueError, match="named once"):
+        replace(held(1, 2), microbatches=(2, 0))
 
 
 def test_tensor_is_copied_and_read_in_order_of_microbatch_and_index() -> None:

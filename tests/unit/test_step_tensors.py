@@ -16,6 +16,7 @@ from p2ptrain.training.step_tensors import (
     PackedTensor,
     encoded,
     expected_tensors,
+    joined,
     pack,
     pack_bodies,
     packed_bytes,
@@ -134,6 +135,17 @@ def test_boundary_tensors_are_packed_as_they_were_encoded(codec: str, size: int)
         np.testing.assert_array_equal(array, value)
     assert not found[0].flags.writeable
     assert expected_tensors(MANIFEST, contract, "input", 0)[0].codec == "fp32"  # type: ignore[arg-type]  # as above
+
+
+def test_parts_of_several_peers_make_the_whole_step() -> None:
+    first, second = (
+        pack([t for t in unpack(packed(), EXPECTED) if t.microbatch == own]) for own in (0, 1)
+    )
+    assert joined(EXPECTED, [((1,), second), ((0,), first)]) == packed()
+    assert joined(EXPECTED, [((), packed())]) == packed()
+    for parts in ([((0,), first)], [((0,), second)], [((0,), first), ((0,), first)]):
+        with pytest.raises(RemoteProtocolError):
+            joined(EXPECTED, parts)
 
 
 def test_bodies_of_a_log_are_packed_only_if_all_are_there() -> None:
