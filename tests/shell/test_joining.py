@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from p2ptrain.planner.profile import KindCost
 from p2ptrain.recovery.advance import receivers
 from p2ptrain.runtime.reports import StepReport, TrainRequest, TrainResult
 from p2ptrain.runtime.run_state import WEIGHTS_FOLDER
+from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.training.messages import SegmentSaved, Wanted
 from tests.bundles import CONTEXT, VOCABULARY, tiny_bundle
 from tests.memory_group import Member, MemoryGroup, float_bits, memory_group, request_for, until
@@ -53,11 +56,37 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return trio.run(train)
 
 
+class Gate:
+    """Holds back every step after the allowed one, so that no run ends before its time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._allowed, self._changed = 3, threading.Condition()
+        forward = StageWorker.forward
+
+        def held(worker: StageWorker, **given: Any) -> object:  # Any: the method's own arguments
+            if given["training"]:
+                with self._changed:
+                    self._changed.wait_for(lambda: given["step"] <= self._allowed, SECONDS_MAX)
+            return forward(worker, **given)
+
+        monkeypatch.setattr(StageWorker, "forward", held)
+
+    def allow(self, step: int) -> None:
+        with self._changed:
+            self._allowed = step
+            self._changed.notify_all()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
 class Joined:
     """A run that somebody joins, and what became of it."""
 
-    def __init__(self, group: MemoryGroup) -> None:
-        self.group, self.results = group, list[TrainResult]()
+    def __init__(self, group: MemoryGroup, gate: Gate) -> None:
+        self.group, self.gate, self.results = group, gate, list[TrainResult]()
         self.scope = trio.CancelScope()
 
     @property
@@ -99,19 +128,22 @@ def asked_for(group: MemoryGroup, what: str) -> list[tuple[DeviceId, Wanted]]:
 
 @contextlib.asynccontextmanager
 async def joining(
-    path: Path, members: int, asked: TrainRequest
+    path: Path, members: int, asked: TrainRequest, gate: Gate
 ) -> contextlib.AsyncIterator[tuple[Joined, Member]]:
-    """A run of all members but the last, which is let in after a few steps, until its end."""
+    """A run of all members but the last, which is taken in after three steps, until its end."""
     async with memory_group(path, members) as group:
         joiner = group[members - 1]
         group.leave_out(joiner)
-        run = Joined(group)
+        run = Joined(group, gate)
         with trio.fail_after(SECONDS_MAX):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run.train, asked)
                 await run.wait_step(3)
                 group.let_in(joiner)
+                view = await run.wait_view(lambda view: joiner.device in view.members)
+                gate.allow(view.resume_step + 5)
                 yield run, joiner
+                gate.allow(STEPS)
 
 
 @contextlib.asynccontextmanager
@@ -132,9 +164,9 @@ def assert_same(run: Joined, alone: TrainResult) -> None:
 
 @pytest.mark.parametrize("members", [2, 3])
 async def test_state_comes_while_the_others_train_and_nothing_moves_at_the_change(
-    tmp_path: Path, alone: TrainResult, members: int
+    tmp_path: Path, alone: TrainResult, gate: Gate, members: int
 ) -> None:
-    async with joining(tmp_path, members, request(tmp_path)) as (run, joiner):
+    async with joining(tmp_path, members, request(tmp_path), gate) as (run, joiner):
         before = run.view()
         waiting = await run.wait_view(lambda view: bool(view.aim))
         assert layout(waiting) == layout(before)
@@ -145,6 +177,7 @@ async def test_state_comes_while_the_others_train_and_nothing_moves_at_the_chang
             await run.wait_step(waiting.resume_step + 4)
             assert run.view() == waiting
         after = await run.wait_view(lambda view: view.number > waiting.number)
+        gate.allow(STEPS)
         assert not asked_for(run.group, "state")
         await until(lambda: len(asked_for(run.group, "activation")) > 0)
     assert layout(after) == [(at.device, at.span.segments) for at in waiting.aim]
@@ -160,9 +193,9 @@ async def test_state_comes_while_the_others_train_and_nothing_moves_at_the_chang
 
 
 async def test_joiner_takes_a_stage_that_is_lost_while_states_come_at_once(
-    tmp_path: Path, alone: TrainResult
+    tmp_path: Path, alone: TrainResult, gate: Gate
 ) -> None:
-    async with joining(tmp_path, 3, request(tmp_path)) as (run, joiner):
+    async with joining(tmp_path, 3, request(tmp_path), gate) as (run, joiner):
         waiting = await run.wait_view(lambda view: bool(view.aim))
         async with nothing_sent_to(run, joiner):
             await run.wait_step(waiting.resume_step + 2)
@@ -173,8 +206,10 @@ async def test_joiner_takes_a_stage_that_is_lost_while_states_come_at_once(
     assert_same(run, alone)
 
 
-async def test_segments_move_at_once_where_new_cuts_round_other_values(tmp_path: Path) -> None:
-    async with joining(tmp_path, 3, request(tmp_path, codec="bf16")) as (run, joiner):
+async def test_segments_move_at_once_where_new_cuts_round_other_values(
+    tmp_path: Path, gate: Gate
+) -> None:
+    async with joining(tmp_path, 3, request(tmp_path, codec="bf16"), gate) as (run, joiner):
         after = await run.wait_view(lambda view: joiner.device in view.members)
         assert after.aim == ()
         assert after.plan.stage_of(joiner.device) is not None
@@ -182,7 +217,7 @@ async def test_segments_move_at_once_where_new_cuts_round_other_values(tmp_path:
 
 
 async def test_weights_that_are_frozen_come_in_advance_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     rng = np.random.Generator(np.random.Philox(4))
     tokens = rng.integers(0, VOCABULARY, (60, CONTEXT + 1))
@@ -197,7 +232,7 @@ async def test_weights_that_are_frozen_come_in_advance_too(
     monkeypatch.setattr("p2ptrain.runtime.known_profiles.profile_kinds", lambda *_, **__: costs)
     data = str(tmp_path / "data.npz")
     asked = request_for(tmp_path, bundle, data=data, steps=STEPS, replicate_every=EVERY)
-    async with joining(tmp_path, 2, asked) as (run, joiner):
+    async with joining(tmp_path, 2, asked, gate) as (run, joiner):
         run.group[0].drops = lambda message: isinstance(message, SegmentSaved)
         waiting = await run.wait_view(lambda view: bool(view.aim))
         names = {s: bundle.manifest.segments[s].name for s in receivers(waiting)}

@@ -52,6 +52,12 @@ async def disturbed(
     return run.result, group
 
 
+def takes_part(group: MemoryGroup, member: Member) -> bool:
+    """Whether the home peer is in a view with that member."""
+    home = group[0].runs.member
+    return home is not None and home.view is not None and member.device in home.view.members
+
+
 def kill_stage(run: Disturbed, index: int) -> Member:
     victim = run.group.members[run.stage_devices()[index]]
     assert victim.device != run.group[0].device
@@ -176,8 +182,9 @@ async def test_newcomer_gets_a_part_and_changes_no_bit(tmp_path: Path, alone: Tr
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run.train, request(tmp_path, stages=3, steps=STEPS))
                 await run.wait_step(3)
-                group.let_in(group[3])
-                await until(lambda: group[3].runs.member is not None or run.result is not None)
+                async with group.held_link(group[0].device, group[1].device):
+                    group.let_in(group[3])  # the run stands still: it does not end before
+                    await until(lambda: takes_part(group, group[3]))
     assert run.result is not None
     assert_same(run.result, alone)
     assert run.result.peers == 4
@@ -265,8 +272,9 @@ async def test_killed_stage_peer_that_returns_is_taken_in_again(
                 await run.wait_step(6)
                 group.kill(group[2])
                 await run.wait_step(10)
-                fresh = await group.restart(group[2])
-                await until(lambda: fresh.runs.member is not None or run.result is not None)
+                async with group.held_link(group[0].device, group[1].device):
+                    fresh = await group.restart(group[2])  # the run does not end before
+                    await until(lambda: takes_part(group, fresh))
     assert run.result is not None
     assert_same(run.result, alone)
     assert run.result.peers == 3
