@@ -18,7 +18,7 @@ class StepLedger:
         self._device = device
         self._records: list[StepRecord] = []
         self._acks: dict[int, dict[DeviceId, StepRecord]] = {}
-        self._resumed = self._lineage = 0
+        self._resumed = self._lineage = self._number = self._begun = 0
         self._newest_elsewhere = 0
         self.committed = 0
         """The newest step that a quorum is known to hold, in this life of the process."""
@@ -46,11 +46,16 @@ class StepLedger:
     def begin(self, view: View) -> None:
         """A view counts from now: what it gives comes first, what it leaves out never happened.
 
-        Of another lineage only what the view gives is kept: histories may have parted before.
+        Of another lineage only what the view gives is kept: histories may have parted before. So
+        they may have since the view known here, if this one is not the next: somebody else may
+        have made those steps again.
         """
         own = self._records if view.lineage == self._lineage else []
+        if view.number != self._number + 1:
+            own = [record for record in own if record.step <= self._begun]
         self._records = _succeed(own, view)
-        self._lineage = view.lineage
+        self._lineage, self._number = view.lineage, view.number
+        self._begun = view.resume_step
         self._acks.clear()
         self._newest_elsewhere = 0
         self._resumed = self.committed = view.resume_step

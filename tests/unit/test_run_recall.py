@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -20,8 +21,9 @@ from p2ptrain.agreement.run_memory import Heard, Memory
 from p2ptrain.agreement.run_outbox import Outbox
 from p2ptrain.agreement.run_recall import Recall
 from p2ptrain.agreement.run_rules import Rules
+from p2ptrain.agreement.run_steps import StepLedger
 from tests.sim.plans import device
-from tests.sim.run_views import first_view, make_step
+from tests.sim.run_views import first_view, followed, make_step
 from tests.unit.test_run_machine import three
 
 A, B, C = (device(index) for index in range(3))
@@ -215,3 +217,32 @@ def test_restarted_member_votes_once_it_was_reminded_or_nobody_is_there() -> Non
     net.wait(limits.RECALL_WAIT_S)
     net.complete(2, B)
     assert net.machines[B].records[-1] == make_step(2)
+
+
+def test_member_that_missed_a_view_keeps_no_record_of_a_step_that_was_made_again() -> None:
+    """B has a record of step 2 that nobody else had; views 2 and 3 were decided without it."""
+    ledger = StepLedger(B)
+    first = first_view(A, B, C)
+    ledger.begin(first)
+    for step in (1, 2):
+        ledger.hold(make_step(step, loss=7.0))
+    second = replace(
+        followed(first, (A, 1), (C, 1), resume_step=1), records=(make_step(1, loss=7.0),)
+    )
+    third = replace(
+        followed(second, (A, 1), (B, 1), (C, 1), resume_step=4),
+        records=(make_step(3), make_step(4)),
+    )
+    ledger.begin(third)
+    assert ledger.records == (make_step(3), make_step(4))
+
+
+def test_member_of_the_view_before_keeps_its_records() -> None:
+    ledger = StepLedger(B)
+    first = first_view(A, B, C)
+    ledger.begin(first)
+    for step in (1, 2):
+        ledger.hold(make_step(step))
+    view = followed(first, (A, 1), (B, 1), resume_step=3)
+    ledger.begin(replace(view, records=(make_step(3),)))
+    assert ledger.records == tuple(map(make_step, (1, 2, 3)))
