@@ -12,6 +12,8 @@ KINDS: Final[tuple[Kind, ...]] = (
 )  # fmt: skip
 RUNTIME_KINDS: Final[tuple[Kind, ...]] = KINDS
 """What this version can run; others would be what-if."""
+SHARDED_KINDS: Final[tuple[Kind, ...]] = ("tensor", "sequence")
+"""Only where somebody asks for them by name: a run may end with any of its devices."""
 EXACT_KINDS: Final[tuple[Kind, ...]] = ("one device", "pipeline")
 """Those whose runs have the bits of one peer, wherever their stages are."""
 
@@ -24,8 +26,9 @@ def kinds_at_start(asked: str) -> tuple[Kind, ...]:
     """
     if asked == "pipeline":
         return EXACT_KINDS
-    wanted = [kind for kind in KINDS if asked in ("auto", kind)]
-    return tuple(kind for kind in wanted if asked != "auto" or kind in RUNTIME_KINDS)
+    if asked == "auto":
+        return tuple(kind for kind in RUNTIME_KINDS if kind not in SHARDED_KINDS)
+    return tuple(kind for kind in KINDS if kind == asked)
 
 
 def kinds_later(asked: str) -> tuple[Kind, ...]:
@@ -35,6 +38,13 @@ def kinds_later(asked: str) -> tuple[Kind, ...]:
     smaller: dict[str, tuple[Kind, ...]] = {"hybrid": ("pipeline", "data")}
     wanted = {"one device", *kinds_at_start(asked), *smaller.get(asked, ())}
     return tuple(kind for kind in KINDS if kind in wanted)
+
+
+def kinds_compared(asked: str) -> tuple[Kind, ...]:
+    """Kinds that this version runs and that nobody has asked for: worth a word where faster."""
+    own = kinds_at_start(asked)
+    open_choice = asked in ("pipeline", "auto")
+    return tuple(kind for kind in RUNTIME_KINDS if open_choice and kind not in own)
 
 
 def refuse_what_if(kind: Kind) -> None:

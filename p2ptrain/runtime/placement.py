@@ -11,7 +11,7 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.planner.asked import Known
 from p2ptrain.planner.choose import asked_plan, choose_plan
 from p2ptrain.planner.input import LeftOut, PlanningInput, StageMemory
-from p2ptrain.planner.kinds import EXACT_KINDS, RUNTIME_KINDS, Kind, kinds_at_start
+from p2ptrain.planner.kinds import kinds_at_start, kinds_compared
 from p2ptrain.planner.links import LinkFigure, link_estimates
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import KindCost, PeerProfile
@@ -115,7 +115,7 @@ def _way(
         stages=request.stages,
         objective=wanted_objective(request),
         kinds=kinds_at_start(contract.parallelism),
-        compared=_compared(contract),
+        compared=kinds_compared(contract.parallelism),
         keep_data_here=request.keep_data_here,
         replica_every=request.replicate_every,
         links=link_estimates(group.links, {p.device: p.host for p in profiles}),
@@ -132,12 +132,6 @@ def _at_size(profile: PeerProfile, size: int, measured: Contract) -> PeerProfile
     if size == measured.microbatch_size:
         return replace(profile, other_sizes=())
     return profile.at_size(size)
-
-
-def _compared(contract: Contract) -> tuple[Kind, ...]:
-    """Kinds that this version runs and that nobody has asked for."""
-    asked = kinds_at_start(contract.parallelism)
-    return tuple(kind for kind in RUNTIME_KINDS if kind not in asked and asked == EXACT_KINDS)
 
 
 def _parallelism(contract: Contract, plan: Plan) -> str:

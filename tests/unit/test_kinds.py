@@ -9,13 +9,15 @@ from p2ptrain.planner import kinds
 from p2ptrain.planner.kinds import (
     EXACT_KINDS,
     KINDS,
-    RUNTIME_KINDS,
     Kind,
     kinds_at_start,
+    kinds_compared,
     kinds_later,
     refuse_what_if,
 )
 from p2ptrain.training.contract import PARALLELISMS
+
+RECOVERING: tuple[Kind, ...] = ("one device", "pipeline", "data", "hybrid")
 
 
 def test_every_run_has_a_kind() -> None:
@@ -28,7 +30,7 @@ def test_every_run_has_a_kind() -> None:
     ("asked", "start", "later"),
     [
         ("pipeline", EXACT_KINDS, EXACT_KINDS),
-        ("auto", RUNTIME_KINDS, RUNTIME_KINDS),
+        ("auto", RECOVERING, RECOVERING),
         ("data", ("data",), ("one device", "data")),
         ("tensor", ("tensor",), ("one device", "tensor")),
         ("hybrid", ("hybrid",), ("one device", "pipeline", "data", "hybrid")),
@@ -39,6 +41,12 @@ def test_what_is_asked_for_is_planned_and_less_after_a_loss(
 ) -> None:
     assert kinds_at_start(asked) == start
     assert kinds_later(asked) == later
+
+
+def test_others_are_compared_where_nobody_insists() -> None:
+    assert kinds_compared("pipeline") == ("data", "hybrid", "tensor", "sequence")
+    assert kinds_compared("auto") == ("tensor", "sequence")
+    assert kinds_compared("tensor") == kinds_compared("data") == ()
 
 
 def test_what_this_version_only_prices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ from p2ptrain.errors import ConfigError, PlanInfeasible
 from p2ptrain.planner import kinds
 from p2ptrain.planner.choose import choose_plan, run_question
 from p2ptrain.planner.input import LinkEstimate, PlanningInput, stage_shares
-from p2ptrain.planner.kinds import KINDS, Kind
+from p2ptrain.planner.kinds import KINDS, Kind, kinds_at_start, kinds_compared
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.profile import Power
+from p2ptrain.planner.profile import KindCost, Power
+from p2ptrain.store.bundles import load_bundle, shipped_bundles
 from tests.planning_cases import device, fast_links, planning_input, profile
 
 EQUAL = [(1_000_000, 2_000_000)] * 8
@@ -301,3 +302,32 @@ def test_a_schedule_that_shortens_the_step_is_chosen_where_it_may_be() -> None:
     whole = planning_input([profile(letter, EQUAL) for letter in "ab"], segment_count=8)
     equal = dataclasses.replace(whole, further_schedules=("zb-h1",))
     assert choose_plan(equal).plan.schedule == "1f1b", "the first among equals"
+
+
+def _shardable() -> PlanningInput:
+    """Two peers with gpt-nano, of which one is twice as fast, on links that cost nothing."""
+    shared = load_bundle(shipped_bundles()["gpt-nano"]).manifest
+    peers = [
+        dataclasses.replace(
+            profile(letter, []),
+            kinds={
+                kind: KindCost(forward_ns=10**9 * s, backward_ns=10**9 * s) for kind in shared.kinds
+            },
+        )
+        for letter, s in (("a", 1), ("b", 2))
+    ]
+    planning = planning_input(peers, segment_count=len(shared.segments))
+    return dataclasses.replace(planning, manifest=shared)
+
+
+def test_shards_are_named_where_they_are_faster_and_taken_by_name_only() -> None:
+    planning = dataclasses.replace(
+        _shardable(), kinds=kinds_at_start("auto"), compared=kinds_compared("auto")
+    )
+    contract = dataclasses.replace(planning.contract, microbatches=1)
+    plan = choose_plan(dataclasses.replace(planning, contract=contract)).plan
+    assert not any(stage.is_sharded for stage in plan.stages)
+    assert any(
+        "parallelism would take" in reason and "which auto does not choose" in reason
+        for reason in plan.reasons
+    )
