@@ -82,18 +82,23 @@ class Drafting:
         first, end = span
         candidate, manifest = self._candidate, self._planning.manifest
         own = [i for i, share in enumerate(candidate.price.shares) if share.stage == index]
-        devices = [self._names[candidate.price.shares[i].device] for i in own]
+        prices = [candidate.price.shares[i] for i in own]
         tensors = [t for i in range(first, end) for t in manifest.segment_tensors(i)]
         shares = tuple(
-            StageShare(device=device, weight=weight, memory_bytes=candidate.memory_bytes[i])
-            for device, weight, i in zip(devices, weights, own, strict=True)
+            StageShare(
+                device=self._names[price.device],
+                weight=weight,
+                step_compute_ns=price.passes_ns,
+                memory_bytes=candidate.memory_bytes[i],
+            )
+            for price, weight, i in zip(prices, weights, own, strict=True)
         )
         return StagePlan(
-            device=devices[0],
+            device=self._names[prices[0].device],
             first_segment=first,
             segment_count=end - first,
             in_flight_max=self._in_flight(index),
-            step_compute_ns=self._compute_ns(index, span),
+            step_compute_ns=max(price.passes_ns for price in prices),
             memory_bytes=max(candidate.memory_bytes[i] for i in own),
             parameter_count=sum(tensor.elements for tensor in tensors),
             split=split,
@@ -105,13 +110,6 @@ class Drafting:
         if arrangement is None:
             return 1
         return max(replica.holds.in_flight for replica in arrangement.stages[index])
-
-    def _compute_ns(self, index: int, span: tuple[int, int]) -> int:
-        """Forwards and backwards of a step, as a stage tells them, where they take longest."""
-        arrangement = self._candidate.arrangement
-        if arrangement is None:
-            return max(share.compute_ns for share in self._candidate.price.shares)
-        return max(replica.busy_ns(*span) for replica in arrangement.stages[index])
 
     def _replica_every(self, members: int) -> tuple[int, list[str]]:
         candidate = self._candidate

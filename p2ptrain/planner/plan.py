@@ -26,6 +26,8 @@ class StageShare:
     device: DeviceId
     weight: int
     """Its part of the sum of all weights: of a step's microbatches, or of the units of an axis."""
+    step_compute_ns: int
+    """Predicted time of all its forwards and backwards of one step."""
     memory_bytes: int
     """Predicted peak there."""
 
@@ -44,7 +46,7 @@ class StagePlan:
     in_flight_max: int
     """Microbatches whose stash is held at once."""
     step_compute_ns: int
-    """Predicted compute time of one step."""
+    """Predicted time of all forwards and backwards of one step."""
     memory_bytes: int
     """Predicted peak of parameters, optimizer state, gradients, stash and buffers."""
     parameter_count: int
@@ -71,6 +73,11 @@ class StagePlan:
         """Predicted peak at one of its peers."""
         own = (share.memory_bytes for share in self.shares if share.device == device)
         return next(own, self.memory_bytes)
+
+    def compute_ns_of(self, device: DeviceId) -> int:
+        """Predicted time of the forwards and backwards of one step at one of its peers."""
+        own = (share.step_compute_ns for share in self.shares if share.device == device)
+        return next(own, self.step_compute_ns)
 
     @property
     def is_sharded(self) -> bool:

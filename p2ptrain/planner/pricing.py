@@ -51,7 +51,10 @@ class Share:
     device: int
     stage: int
     microbatches: int
+    passes_ns: int
+    """All forwards and backwards: what a stage tells of a step."""
     compute_ns: int
+    """The update and copies for replica sets, too."""
     sent_bytes: int
     moved_bytes: int
     """Sent and received."""
@@ -340,13 +343,14 @@ class Pricing:
                     after.returned_bytes + (before.sent_bytes if before else 0)
                 )
                 update = self.update_ns(r.device, self._gradients[end] - self._gradients[first])
-                sent = out + reduced + own
+                sent, passes = out + reduced + own, r.busy_ns(first, end)
                 found.append(
                     Share(
                         device=r.device,
                         stage=stage,
                         microbatches=r.microbatches,
-                        compute_ns=r.busy_ns(first, end) + update + own * SET_NS_PER_BYTE,
+                        passes_ns=passes,
+                        compute_ns=passes + update + own * SET_NS_PER_BYTE,
                         sent_bytes=sent,
                         moved_bytes=sent + into + reduced + kept[r.device],
                     )

@@ -204,12 +204,14 @@ class _Step:
         shares = []
         for i, device in enumerate(devices):
             sent = self._sent[i] * count + reduce.ring_bytes(len(devices))
+            passes = count * self._own_ns[i]
             shares.append(
                 Share(
                     device=device,
                     stage=0,
                     microbatches=count,
-                    compute_ns=count * self._own_ns[i] + updates[i],
+                    passes_ns=passes,
+                    compute_ns=passes + updates[i],
                     sent_bytes=sent,
                     moved_bytes=2 * sent,
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Callable
@@ -9,9 +10,9 @@ from collections.abc import Callable
 import pytest
 
 from p2ptrain import limits
-from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
+from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
 from p2ptrain.planner.pace import AS_PLANNED, STEPS_MIN, PaceWatch, at_pace
-from p2ptrain.planner.plan import Plan, StagePlan
+from p2ptrain.planner.plan import Plan, StagePlan, StageShare
 from tests.planning_cases import device as make_device
 from tests.planning_cases import profile
 
@@ -106,6 +107,24 @@ def test_paces_of_all_stages_are_known_after_a_few_steps() -> None:
     assert watch.paces() == {OTHER: 2 * AS_PLANNED}
     watch.note(OTHER, 10**18, 6000.0)
     assert max(watch.paces().values()) <= limits.PACE_PERMILLE_MAX
+
+
+@pytest.mark.parametrize("device", [OWN, OTHER])
+def test_uneven_replicas_that_run_to_plan_ask_for_nothing(device: DeviceId) -> None:
+    """Seven microbatches as four and three."""
+    part_ns = {OWN: 4 * STEP_NS, OTHER: 3 * STEP_NS}
+    shares = tuple(
+        StageShare(device=d, weight=own // STEP_NS, step_compute_ns=own, memory_bytes=1)
+        for d, own in part_ns.items()
+    )
+    stage = dataclasses.replace(
+        plan(4 * STEP_NS).stages[0], split="replicas", segment_count=2, shares=shares
+    )
+    watch = PaceWatch(device)
+    watch.begin(dataclasses.replace(plan(), stages=(stage,)))
+    for now in range(0, 1000, 8):
+        assert not any(watch.note(d, own, float(now)) for d, own in part_ns.items())
+    assert watch.paces() == {OWN: AS_PLANNED, OTHER: AS_PLANNED}
 
 
 def test_profile_at_a_pace_scales_every_time() -> None:

@@ -63,6 +63,8 @@ def test_replicas_get_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (shared.split, shared.device, shared.devices) == ("replicas", C, (C, B))
     assert (shared.weights, single.split, single.shares) == ((3, 1), "none", ())
     assert shared.step_compute_ns == 6 * 6 * 3_000_000, "of the busier replica"
+    assert [shared.compute_ns_of(device) for device in (C, B)] == [108_000_000, 36_000_000]
+    assert single.compute_ns_of(A) == single.step_compute_ns
     assert shared.memory_bytes == max(share.memory_bytes for share in shared.shares)
     assert plan.replicas[0] is None, "its sibling has the state"
     assert plan.replicas[1] in (B, C)

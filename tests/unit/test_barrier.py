@@ -156,7 +156,7 @@ def test_resumed_run_counts_from_its_first_step() -> None:
 
 def test_what_replicas_tell_is_added_in_the_order_of_ranks() -> None:
     shares = tuple(
-        StageShare(device=device(i), weight=1, memory_bytes=1) for i in (1, 2, 0)
+        StageShare(device=device(i), weight=1, step_compute_ns=1, memory_bytes=1) for i in (1, 2, 0)
     )  # fmt: skip
     whole = dataclasses.replace(
         PLAN.stages[0], device=device(1), segment_count=4, split="replicas", shares=shares

@@ -19,7 +19,7 @@ def _stage(
 ) -> StagePlan:
     devices = [device(letter) for letter in letters]
     shares = tuple(
-        StageShare(device=d, weight=w, memory_bytes=1)
+        StageShare(device=d, weight=w, step_compute_ns=1, memory_bytes=1)
         for d, w in zip(devices, weights, strict=False)
     )
     return StagePlan(

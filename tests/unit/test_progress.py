@@ -51,7 +51,9 @@ def test_evaluation_is_complete_when_all_replicas_have_told_it() -> None:
     reports: list[EvaluationReport] = []
     progress = tracker(0, cast(list[object], reports))
     base = first_view(HOME, OTHER).plan
-    shares = tuple(StageShare(device=d, weight=1, memory_bytes=1) for d in (OTHER, HOME))
+    shares = tuple(
+        StageShare(device=d, weight=1, step_compute_ns=1, memory_bytes=1) for d in (OTHER, HOME)
+    )
     stage = dataclasses.replace(
         base.stages[0], device=OTHER, segment_count=len(base.stages), split="replicas",
         shares=shares,

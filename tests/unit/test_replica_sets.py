@@ -139,7 +139,9 @@ def shared_view(*stages: tuple[DeviceId, ...]) -> View:
     made = tuple(
         replace(
             stage, split="replicas",
-            shares=tuple(StageShare(device=d, weight=1, memory_bytes=1) for d in devices),
+            shares=tuple(
+                StageShare(device=d, weight=1, step_compute_ns=1, memory_bytes=1) for d in devices
+            ),
         ) if len(devices) > 1 else stage
         for stage, devices in zip(base.plan.stages, stages, strict=True)
     )  # fmt: skip

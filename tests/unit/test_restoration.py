@@ -302,7 +302,9 @@ def test_replay_does_not_reach_back_to_where_several_shared_the_stage() -> None:
     assert isinstance(restoration(lost), Restoration)
     later = replace(lost.base, exact_from=REPLICA + 1, resume_step=REPLICA + 1)
     assert isinstance(restoration(replace(lost, base=later)), Unrecoverable)
-    shares = tuple(StageShare(device=d, weight=1, memory_bytes=1) for d in (B, E))
+    shares = tuple(
+        StageShare(device=d, weight=1, step_compute_ns=1, memory_bytes=1) for d in (B, E)
+    )
     together = replace(BASE.plan.stages[1], split="replicas", shares=shares)
     plan = replace(
         BASE.plan, stages=(BASE.plan.stages[0], together, *BASE.plan.stages[2:]), replicas=()

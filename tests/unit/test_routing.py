@@ -16,7 +16,7 @@ from tests.sim.plans import device, make_contract, make_plan
 
 def stage(index: int, devices: tuple[DeviceId, ...], weights: tuple[int, ...]) -> StagePlan:
     shares = tuple(
-        StageShare(device=each, weight=weight, memory_bytes=1)
+        StageShare(device=each, weight=weight, step_compute_ns=1, memory_bytes=1)
         for each, weight in zip(devices, weights, strict=True)
     )
     return StagePlan(

@@ -122,7 +122,7 @@ def shared_base(*stages: tuple[int, str, tuple[int, ...]]) -> Plan:
     for count, letters, weights in stages:
         devices = [DeviceId(letter * 26) for letter in letters]
         shares = tuple(
-            StageShare(device=device, weight=weight, memory_bytes=1)
+            StageShare(device=device, weight=weight, step_compute_ns=1, memory_bytes=1)
             for device, weight in zip(devices, weights, strict=True)
         )
         made.append(

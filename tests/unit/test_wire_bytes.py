@@ -145,3 +145,15 @@ def bert_base_as_exported() -> Manifest:
         segments=(*small.segments[:3], *segments, *small.segments[3:]),
         tensors=(*small.tensors, *tensors),
     )
+
+
+def test_what_a_shard_tells_of_a_step_is_priced_without_its_update() -> None:
+    asked = bert_question("ab", "tensor")
+    rated = [dataclasses.replace(each, memory_bytes_per_s=10**9) for each in asked.devices]
+    shared = Sharded(kind="tensor", devices=(0, 1))
+    plain = ShardedPricing(Pricing(asked)).price(shared)
+    price = ShardedPricing(Pricing(dataclasses.replace(asked, devices=tuple(rated)))).price(shared)
+    assert price.step_ns > plain.step_ns
+    for rank in (0, 1):
+        assert price.shares[rank].passes_ns == plain.shares[rank].passes_ns
+        assert price.shares[rank].passes_ns < price.shares[rank].compute_ns
