@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.runtime.reports import TrainRequest, TrainResult
 from tests.bundles import tiny_bundle, write_bundle
-from tests.e2e.peers import PeerProcess, job, train
+from tests.e2e.peers import TRAIN_TIMEOUT_S, PeerProcess, job, train
 from tests.netns.stations import running_peers, wait_found
 from tools.wifi_emulator.medium import Air
 from tools.wifi_emulator.namespaces import Unavailable, require_permitted
@@ -48,6 +48,8 @@ QUIET_S: Final = (0.5, 4.0)
 AWAY_S: Final = (2.0, 12.0)
 PROTECTED_WITHIN_S: Final = 120.0
 POLL_S: Final = 0.2
+STEP_TIMEOUT_S: Final = 2.0
+"""A step of a run that is disturbed takes longer only where the run has stopped for good."""
 Say = Callable[[str], None]
 
 
@@ -129,6 +131,7 @@ class Soak:
 
 async def soak(steps: int, seed: int, directory: Path, say: Say) -> Counter[str]:
     """A whole campaign; SoakFailed when the result is not that of an undisturbed run."""
+    limit_s = TRAIN_TIMEOUT_S + steps * STEP_TIMEOUT_S
     with wifi(STATIONS, Air(rate_mbit=100, delay_ms=30, loss_percent=1), seed=seed) as air:
         async with running_peers(air, directory) as peers:
             await wait_found(peers)
@@ -136,7 +139,7 @@ async def soak(steps: int, seed: int, directory: Path, say: Say) -> Counter[str]
             began_s = time.monotonic()
             async with trio.open_nursery() as nursery:
                 asked = request(directory, steps, stages=3)
-                nursery.start_soon(conduct, peers[0], asked, say)
+                nursery.start_soon(conduct, peers[0], asked, limit_s, say)
                 nursery.start_soon(campaign.disturb)
                 while not models(peers):  # noqa: ASYNC110 other processes
                     await trio.sleep(POLL_S)
@@ -144,7 +147,8 @@ async def soak(steps: int, seed: int, directory: Path, say: Say) -> Counter[str]
             say(f"finished after {time.monotonic() - began_s:.0f} s; now undisturbed")
             found = models(peers)
             await restore(air, peers)
-            alone, _ = await train(peers[0], request(directory, steps, stages=1))
+            undisturbed = request(directory, steps, stages=1)
+            alone, _ = await train(peers[0], undisturbed, timeout_s=limit_s)
     await trio.to_thread.run_sync(check, found, alone)
     return campaign.counts
 
@@ -168,10 +172,10 @@ async def restore(air: Wifi, peers: tuple[PeerProcess, ...]) -> None:
     await peers[0].start()
 
 
-async def conduct(peer: PeerProcess, asked: TrainRequest, say: Say) -> None:
+async def conduct(peer: PeerProcess, asked: TrainRequest, limit_s: float, say: Say) -> None:
     """Start the run; when its home peer is hit, others go on with it."""
     try:
-        await train(peer, asked)
+        await train(peer, asked, timeout_s=limit_s)
     except P2PTrainError as error:
         say(f"who asked for the run was told: {error.message}")
 
