@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import trio
 
 from p2ptrain.planner.traffic import all_reduce_bytes
 from p2ptrain.runtime.reports import TrainRequest, TrainResult
 from p2ptrain.store.bundles import load_bundle, shipped_bundles
 from p2ptrain.training.contract import OptimizerChoice
-from tests.e2e.peers import PeerProcess, job, peer_group, train
+from tests.e2e.peers import PeerProcess, Watched, job, peer_group, train
 from tests.replicated import TOLERANCE, Layout, assert_near, deviation, parameters, plan_text
 
 SGD: Final = OptimizerChoice(name="sgd", peak_learning_rate=0.05, warmup_steps=4, clip_norm=1.0)
@@ -106,3 +108,28 @@ async def test_bert_on_mixed_stages_agrees_with_one_peer(tmp_path: Path) -> None
         shared, _ = await run(home, asked, layout, tmp_path)
     assert_near(shared, one)
     assert deviation(parameters(trained), alone) < TOLERANCE
+
+
+async def test_stage_beside_replicas_is_killed_and_replayed_from_the_logs_of_both(
+    tmp_path: Path, text: Path
+) -> None:
+    layout: Layout = [([1, 2], 6, [2, 1]), ([3], len(GPT.segments) - 6, [1])]
+    asked = dataclasses.replace(
+        job(text), plan=plan_text(layout), optimizer=SGD, replicate_every=2, steps=30
+    )
+    async with peer_group(tmp_path, 3) as (home, _, lost):
+        whole, _ = await train(home, asked)
+        watched, results = Watched(), list[TrainResult]()
+
+        async def conduct() -> None:
+            result, _ = await train(home, asked, watched)
+            results.append(result)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(conduct)
+            await watched.wait_step(8)
+            lost.send(signal.SIGKILL)
+            reached = watched.reached
+    (result,) = results
+    assert result.losses[:reached] == whole.losses[:reached]
+    assert_near(result, whole)
