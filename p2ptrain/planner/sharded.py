@@ -56,7 +56,9 @@ def objection(pricing: Pricing, kind: Kind, degree: int) -> str | None:
     Where the bundle says how, its own word counts; else what its parameters look like, which is
     enough for what-if questions only.
     """
-    manifest = pricing.question.manifest
+    manifest, contract = pricing.question.manifest, pricing.question.contract
+    if contract.form != "portable" or contract.rematerialise:
+        return "shards run the portable graphs and keep their stash: no --form, no --rematerialise"
     told = manifest.sharding.get(kind)
     if told is None:
         if pricing.question.for_run:

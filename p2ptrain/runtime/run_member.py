@@ -41,6 +41,7 @@ from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.proposing import Proposing
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.run_state import RunState
+from p2ptrain.runtime.slice_joining import has_lone_slices
 from p2ptrain.runtime.stage_weights import OfferedWeights
 from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.runtime.view_work import ViewWork, WorkHooks, givers, unreachable
@@ -255,7 +256,7 @@ class RunMember:
         helpers = () if self._work is None else self._work.helpers
         if plan is None or device not in (*plan.members, *helpers):
             return
-        if not self.started or is_sharded(plan):
+        if not self.started or has_lone_slices(self.state.manifest, plan):
             name = self._services.directory.name_of(device)
             self.fail(PeerLost(f"peer {name} ({device[:8]}) is gone: {reason}"))
             return
@@ -310,7 +311,7 @@ class RunMember:
         plan, own = self.plan, self._services.device
         if plan is None or not self.started:
             return "the run has not begun"
-        if len(plan.members) == 1 or is_sharded(plan):
+        if len(plan.members) == 1 or has_lone_slices(self.state.manifest, plan):
             return "nobody else could take this peer's part over"
         if plan.keep_data_here and plan.home == own:
             return "the run's data stays on this device"

@@ -19,14 +19,6 @@ from p2ptrain.training.segment_state import SegmentState
 from p2ptrain.training.shard_cuts import Share, has_slices, share_of
 from p2ptrain.training.shard_states import joined_values, no_residuals, slices_bytes
 
-KEEPERS_MAX = 2
-"""Devices that keep whole states of a sharded model: whichever is lost, another one has them."""
-
-
-def shard_keepers(stage: StagePlan) -> tuple[DeviceId, ...]:
-    """Who keeps the states of a sharded stage: the first of its peers; of others nobody."""
-    return stage.devices[:KEEPERS_MAX] if stage.is_sharded else ()
-
 
 def savers(manifest: Manifest, stage: StagePlan) -> tuple[DeviceId, ...]:
     """Whose snapshots make up the states of a stage: all that have slices, else the first."""
@@ -34,6 +26,11 @@ def savers(manifest: Manifest, stage: StagePlan) -> tuple[DeviceId, ...]:
         return (stage.device,)
     mode: Mode = "tensor" if stage.split == "tensor" else "sequence"
     return stage.devices if has_slices(manifest, mode) else stage.devices[:1]
+
+
+def has_lone_slices(manifest: Manifest, plan: Plan) -> bool:
+    """Whether some peer of a plan has parameters that nobody else has in memory or on disk."""
+    return any(stage.is_sharded and len(savers(manifest, stage)) > 1 for stage in plan.stages)
 
 
 @dataclass(slots=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import pytest
 
+from p2ptrain.bundle.shard_traffic import shard_traffic
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.store.bundles import load_bundle, shipped_bundles
 from p2ptrain.training.contract import OptimizerChoice
@@ -29,8 +31,8 @@ Plan = tuple[str, tuple[int, ...]]
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """Short texts with labels."""
-    rows = [{"text": f"the {word} says {word}", "label": word} for word in ("one", "two") * 8]
+    """Short texts with as many labels as bert-mini has classes."""
+    rows = [{"text": f"text {i} says {i % 20}", "label": f"class {i % 20}"} for i in range(60)]
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -41,7 +43,7 @@ def job(name: str, data: Path, folder: Path) -> TrainRequest:
     path = folder / name
     write_bundle(path, short_context(load_bundle(shipped_bundles()[name])))
     return TrainRequest(
-        bundle=str(path), data=str(data), steps=STEPS, microbatches=2, microbatch_size=2,
+        bundle=str(path), data=str(data), steps=STEPS, microbatches=1, microbatch_size=2,
         threads=1, heldout_microbatches=1, optimizer=SGD,
     )  # fmt: skip
 
@@ -94,13 +96,36 @@ async def test_shards_agree_with_one_peer(
 
 
 async def test_the_same_plan_gives_the_same_bits(tmp_path: Path, text: Path) -> None:
-    short = dataclasses.replace(job("gpt-nano", text, tmp_path), steps=5)
+    short = dataclasses.replace(job("gpt-nano", text, tmp_path), steps=3)
     async with peer_group(tmp_path, 3) as (home, *_):
         for mode, weights in (("tensor", (3, 2, 1)), ("sequence", (3, 2, 1))):
             first, _ = await train(home, shared(short, mode, weights))
             again, _ = await train(home, shared(short, mode, weights))
             assert again.losses == first.losses
             assert again.state_digest == first.state_digest
+
+
+@pytest.mark.parametrize("mode", ["tensor", "sequence"])
+async def test_bytes_at_the_sockets_are_the_predicted_ones(
+    mode: str, tmp_path: Path, text: Path
+) -> None:
+    """Frames of the full context, whose headers weigh little."""
+    ranks, steps, size = 3, 2, 4
+    path = shipped_bundles()["gpt-nano"]
+    asked = dataclasses.replace(
+        job("gpt-nano", text, tmp_path), bundle=str(path), steps=steps, microbatch_size=size
+    )
+    async with peer_group(tmp_path, ranks) as (home, *_):
+        result, _ = await train(home, shared(asked, mode, (1,) * ranks))
+    traffic = shard_traffic(load_bundle(path).manifest, mode, batch=size)
+    costs = [cost for each in traffic for cost in (*each.forward, *each.backward)]
+    predicted = asked.microbatches * sum(cost.ring_bytes(ranks) for cost in costs)
+    predicted += sum(2 * (ranks - 1) * each.step_bytes // ranks for each in traffic)
+    sent = Counter({report.sender: 0 for report in result.traffic})
+    for report in result.traffic:
+        sent[report.sender] += report.bytes_sent if report.kind in ("reduce", "gather") else 0
+    assert len(sent) == ranks
+    assert list(sent.values()) == pytest.approx([steps * predicted] * ranks, rel=0.02)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import trio
 
 from p2ptrain.bundle.sharding import Mode
 from p2ptrain.errors import PeerLost
-from p2ptrain.runtime.reports import PlanReport, TrainRequest, TrainResult
+from p2ptrain.runtime.reports import PlanReport, StepReport, TrainRequest, TrainResult
 from p2ptrain.store.bundles import Bundle, load_bundle, shipped_bundles
 from p2ptrain.training.contract import OptimizerChoice
 from tests.bundles import write_bundle
@@ -132,3 +132,28 @@ async def test_a_lost_shard_ends_the_run_with_a_checkpoint_to_go_on_from(tmp_pat
             result = await group[0].train(request_for(tmp_path, resume=run, plan=text))
         assert result.first_step in (2, 4)
         assert result.steps == 8
+
+
+async def test_under_sequence_sharding_the_others_go_on_with_what_they_have(
+    tmp_path: Path,
+) -> None:
+    """Every shard has all parameters: no committed step is lost or done again."""
+    whole, _ = await train(tmp_path, "sequence", (1, 1, 1), steps=8)
+    async with memory_group(tmp_path, 3) as group:
+        text, results = plan_text(group, "sequence", (1, 1, 1)), list[TrainResult]()
+
+        async def conduct() -> None:
+            asked = request_for(tmp_path, steps=8, plan=text)
+            results.append(await group[0].train(asked))
+
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(conduct)
+                await group.wait(lambda: len(group.reports("step")) >= 3)
+                group.kill(group[2])
+        (result,) = results
+        steps = [report.step for report in group.reports("step") if isinstance(report, StepReport)]
+    assert result.steps == 8
+    assert steps == sorted(set(steps))
+    assert float_bits(result.losses[:3]) == float_bits(whole.losses[:3])
+    np.testing.assert_allclose(result.losses, whole.losses, rtol=TOLERANCE)

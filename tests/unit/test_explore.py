@@ -135,6 +135,15 @@ def test_all_reduce_is_partly_hidden_behind_the_last_backward() -> None:
     assert pricing.price(arrangement, (3,)).step_ns == compute_ns + 500_000
 
 
+@pytest.mark.parametrize("change", [{"form": "training"}, {"rematerialise": True}])
+def test_shards_take_portable_graphs_that_keep_their_stash(change: dict[str, object]) -> None:
+    asked = question(equal_devices("ab", segment_count=4), segment_count=4)
+    contract = dataclasses.replace(asked.contract, **change)
+    found = _find(dataclasses.replace(asked, contract=contract))
+    for kind in ("tensor", "sequence"):
+        assert "portable graphs" in found.objections[kind]
+
+
 def test_memory_decides_before_speed_and_says_so() -> None:
     taking_part = equal_devices("ab", segment_count=4, memory_bytes=100)
     found = _find(question(taking_part, segment_count=4))
