@@ -81,6 +81,8 @@ class Recall:
         if not self._is_named or self._was_volatile:
             return not self._is_named
         self._own.read_start(self._own.start)
+        if self._volatile:  # the journal says so before anything is told from this start
+            self._out.writes.append(self.identity())
         self._out.writes.append(StartRecord(start=self._own.start))
         self.heard.note(self._out.device, self.memory())
         if not self._rules.trusts_disk():

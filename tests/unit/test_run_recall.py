@@ -30,10 +30,12 @@ A, B, C = (device(index) for index in range(3))
 VIEW = ViewRecord(view=first_view(A, B, C), abstains=False)
 
 
-def recall(seed: int, disk: list[RunJournalRecord] | None = None) -> Recall:
+def recall(
+    seed: int, disk: list[RunJournalRecord] | None = None, *, volatile: bool = False
+) -> Recall:
     """A process of A that begins with this journal at 10 s."""
     out = Outbox(A, loopback=lambda message, sender, now: None)
-    made = Recall(out, random.Random(seed), Rules())
+    made = Recall(out, random.Random(seed), Rules(), volatile=volatile)
     for record in disk or []:
         made.read(decode_run_record(encode_run_record(record)))
     made.restarted(10.0)
@@ -122,6 +124,41 @@ def test_volatile_journal_is_never_voted_from_again() -> None:
     assert again.journal != said.journal
     assert again.take((said,), B)
     assert not again.waits  # a journal that is begun anew has promised nothing
+
+
+def test_journal_of_the_disk_is_marked_by_a_start_that_keeps_steps_in_memory() -> None:
+    disk: list[RunJournalRecord] = []
+    first = says(recall(1), disk, VIEW)
+    slow = recall(2, disk, volatile=True)
+    assert slow.take((first,), B)  # what was on the disk is remembered
+    second = says(slow, disk)
+    assert second.journal == first.journal
+    marks = [record.volatile for record in disk if isinstance(record, IdentityRecord)]
+    assert marks == [False, True]
+    again = Recall(Outbox(A, loopback=lambda message, sender, now: None), random.Random(3), Rules())
+    for record in disk:
+        again.read(decode_run_record(encode_run_record(record)))
+    assert again.memory() == Memory(journal=first.journal, start=again.memory().start, count=2)
+    assert not again.restarted(10.0)
+
+
+def test_device_that_went_from_disk_to_memory_has_no_vote_after_a_crash() -> None:
+    """Nor where all others lost what they heard from it: of a power cut only its mark tells."""
+    net = three()
+    net.complete(1, A, B, C)
+    net.slow = {B}
+    net.start(B)
+    net.see()
+    net.see(A, B, C)
+    assert net.machines[B].standing.stance is Stance.MEMBER
+    net.complete(2, A, B, C)
+    assert net.committed(B)[-1] == 2
+    for each in (A, B, C):
+        net.start(each)
+    net.see()
+    net.see(A, B, C)
+    assert net.machines[A].standing.stance is Stance.MEMBER
+    assert net.machines[B].standing.stance is Stance.ABSTAINING
 
 
 def test_journal_of_version_1_is_read() -> None:
