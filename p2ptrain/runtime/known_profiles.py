@@ -38,7 +38,12 @@ def known_or_measured(
     manifest, now_s = bundle.manifest, time.time()
     keys = {
         kind: profile_key(
-            manifest, kind, form=offer.form, build=engine.build, threads=offer.threads
+            manifest,
+            kind,
+            form=offer.form,
+            build=engine.build,
+            threads=offer.threads,
+            quota_cores=stopwatch.cores,
         )
         for kind in manifest.kinds
     }

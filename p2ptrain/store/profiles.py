@@ -1,6 +1,6 @@
 """Measured segment times on disk, so that a device measures nothing twice.
 
-    cache/profiles/<key>.json    one distinct segment under one runtime build and thread count
+    cache/profiles/<key>.json    one distinct segment under one runtime build, thread count, quota
 
 The key names everything that the times follow from. A file that is damaged, foreign or old is as
 good as none: it is measured again and replaced.
@@ -21,7 +21,8 @@ from p2ptrain.planner.profile import KindCost
 from p2ptrain.store.atomic import write_atomic
 from p2ptrain.training.contract import RuntimeBuild
 
-PROFILE_VERSION: Final = 1
+PROFILE_VERSION: Final = 2
+"""2: below a CPU quota a time is what many calls in a row take."""
 PROFILE_BYTES_MAX: Final = 8192
 PROFILES_MAX: Final = 2048
 """Files; beyond them the oldest go."""
@@ -34,9 +35,19 @@ _SAMPLES_MAX: Final = 1 << 20
 
 
 def profile_key(
-    manifest: Manifest, kind: str, *, form: str, build: RuntimeBuild, threads: int
+    manifest: Manifest,
+    kind: str,
+    *,
+    form: str,
+    build: RuntimeBuild,
+    threads: int,
+    quota_cores: float | None,
 ) -> str:
-    """Names all that the time of a segment follows from: its graphs, axis sizes, build, threads."""
+    """Names all that the time of a segment follows from.
+
+    That is its graphs and axis sizes, the build, threads, and the quota of processor seconds per
+    second (None: there is none), to a hundredth.
+    """
     sizes = {name: symbol.size for name, symbol in manifest.symbols.items()}
     document = [
         PROFILE_VERSION,
@@ -44,6 +55,7 @@ def profile_key(
         sizes,
         dataclasses.asdict(build),
         threads,
+        None if quota_cores is None else round(quota_cores * 100),
     ]
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 

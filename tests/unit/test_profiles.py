@@ -11,7 +11,7 @@ from p2ptrain.engine.contract import Engine
 from p2ptrain.engine.onnxruntime_engine import OnnxRuntimeEngine
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.runtime import known_profiles
-from p2ptrain.runtime.stopwatch import NO_QUOTA
+from p2ptrain.runtime.stopwatch import NO_QUOTA, Stopwatch
 from p2ptrain.store import profiles
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.profiles import KEPT_S, SIZES_MAX, ProfileStore, profile_key
@@ -41,11 +41,11 @@ def test_what_was_written_is_read_again_until_it_is_old(tmp_path: Path) -> None:
     "content",
     [
         b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 5000, b"{}" + b" " * 9000,
-        b'{"version": 2, "measured_at_s": 1, "sizes": {}}',
-        b'{"version": 1, "measured_at_s": "1", "sizes": {}}',
-        b'{"version": 1, "measured_at_s": 1, "sizes": []}',
-        b'{"version": 1, "measured_at_s": 1, "sizes": {"x": {}}}',
-        b'{"version": 1, "measured_at_s": NaN, "sizes": {}}',
+        b'{"version": 1, "measured_at_s": 1, "sizes": {}}',
+        b'{"version": 2, "measured_at_s": "1", "sizes": {}}',
+        b'{"version": 2, "measured_at_s": 1, "sizes": []}',
+        b'{"version": 2, "measured_at_s": 1, "sizes": {"x": {}}}',
+        b'{"version": 2, "measured_at_s": NaN, "sizes": {}}',
     ],
 )  # fmt: skip
 def test_damaged_file_is_as_good_as_none(tmp_path: Path, content: bytes) -> None:
@@ -80,14 +80,17 @@ def test_disk_that_refuses_is_no_error(tmp_path: Path) -> None:
     assert store.read("key", now_s=1.0) == {}
 
 
-def test_key_follows_from_graphs_threads_and_build() -> None:
+def test_key_follows_from_graphs_threads_build_and_quota() -> None:
     manifest = BUNDLE.manifest
     keys = {
-        profile_key(manifest, kind, form="portable", build=BUILD, threads=threads)
+        profile_key(
+            manifest, kind, form="portable", build=BUILD, threads=threads, quota_cores=cores
+        )
         for kind in manifest.kinds
         for threads in (1, 2)
+        for cores in (None, 0.4, 1.0)
     }
-    assert len(keys) == 2 * len(manifest.kinds)
+    assert len(keys) == 6 * len(manifest.kinds)
 
 
 def test_second_time_nothing_is_measured_that_is_known(
@@ -107,14 +110,14 @@ def test_second_time_nothing_is_measured_that_is_known(
     engine, store = OnnxRuntimeEngine(threads=1), ProfileStore(tmp_path)
     everything = frozenset(BUNDLE.manifest.kinds)
 
-    def ask(batch: int, *, in_parts: bool = False) -> int:
+    def ask(batch: int, *, in_parts: bool = False, stopwatch: Stopwatch = NO_QUOTA) -> int:
         base = sample(Offer)
         offer = Offer(
             run=base.run, view=base.view, bundle=base.bundle, bundle_bytes=1,
             microbatch_size=batch, form="portable", threads=1, in_parts=in_parts,
             other_sizes=(1, 2, 8, 64),
         )  # fmt: skip
-        known = known_profiles.known_or_measured(store, engine, BUNDLE, offer, NO_QUOTA)
+        known = known_profiles.known_or_measured(store, engine, BUNDLE, offer, stopwatch)
         found = known.kinds
         assert found.keys() == everything
         told = [(o.microbatch_size, o.kinds["block"].forward_ns) for o in known.other_sizes]
@@ -130,3 +133,7 @@ def test_second_time_nothing_is_measured_that_is_known(
     next(iter(tmp_path.iterdir())).write_bytes(b"damaged")
     ask(4)
     assert [len(kinds) for _, kinds in measured[4:]] == [1, 1]
+    measured.clear()
+    for cores in (0.4, 0.4, 0.8):
+        ask(4, stopwatch=Stopwatch(cores=cores))
+    assert measured == 2 * [(2, everything), (4, everything)], "once below each quota"
