@@ -16,7 +16,7 @@ from p2ptrain.planner.drafting import Drafting
 from p2ptrain.planner.explore import Candidate, Explorer, Found
 from p2ptrain.planner.infeasible import infeasible
 from p2ptrain.planner.input import LeftOut, PlanChoice, PlanningInput
-from p2ptrain.planner.kinds import SHARDED_KINDS, refuse_what_if
+from p2ptrain.planner.kinds import BY_NAME_ONLY, refuse_what_if
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.plan_file import AskedPlan
 from p2ptrain.planner.pricing import Pricing
@@ -177,11 +177,8 @@ class _Chosen:
             return []
         step = format_seconds(other.price.step_ns / NS_PER_S)
         allows = "--parallelism auto allows it"
-        if other.kind in SHARDED_KINDS:
-            allows = (
-                f"--parallelism {other.kind} allows it, which auto does not choose "
-                "since such a run may end with any of its devices"
-            )
+        if other.kind in BY_NAME_ONLY:
+            allows = f"--parallelism {other.kind} allows it, but {BY_NAME_ONLY[other.kind]}"
         return [
             f"{other.kind} parallelism would take {step} a step, and give other bits than one "
             f"peer: {allows}"

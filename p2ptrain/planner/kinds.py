@@ -12,8 +12,11 @@ KINDS: Final[tuple[Kind, ...]] = (
 )  # fmt: skip
 RUNTIME_KINDS: Final[tuple[Kind, ...]] = KINDS
 """What this version can run; others would be what-if."""
-SHARDED_KINDS: Final[tuple[Kind, ...]] = ("tensor", "sequence")
-"""Only where somebody asks for them by name: a run may end with any of its devices."""
+BY_NAME_ONLY: Final[dict[Kind, str]] = {
+    "tensor": "a lost device ends such a run",
+    "sequence": "such a run takes nobody in",
+}
+"""Kinds that a run has only where somebody asks for them, and why."""
 EXACT_KINDS: Final[tuple[Kind, ...]] = ("one device", "pipeline")
 """Those whose runs have the bits of one peer, wherever their stages are."""
 
@@ -27,7 +30,7 @@ def kinds_at_start(asked: str) -> tuple[Kind, ...]:
     if asked == "pipeline":
         return EXACT_KINDS
     if asked == "auto":
-        return tuple(kind for kind in RUNTIME_KINDS if kind not in SHARDED_KINDS)
+        return tuple(kind for kind in RUNTIME_KINDS if kind not in BY_NAME_ONLY)
     return tuple(kind for kind in KINDS if kind == asked)
 
 

@@ -346,7 +346,11 @@ class RunMember:
             self._admission.answered(device, answer)
 
     def want(self, reason: str, *, after_s: float) -> None:
-        """Ask for a new view."""
+        """Ask for a new view, or end the run where it would lose slices."""
+        plan = self.plan
+        if plan is not None and has_lone_slices(self.state.manifest, plan):
+            self.fail(PeerLost(f"shards go on in no other view, which was wanted: {reason}"))
+            return
         self.driver.call(RunMachine.want, reason, self.driver.now(), after_s=after_s)
 
     def _want_now(self, reason: str) -> None:
@@ -442,10 +446,7 @@ class RunMember:
         if step is not None and step > self._released:
             self._released = step
             self.driver.call(RunMachine.forget_before, step)
-            self._start(self._forget_replicas, step)
-
-    async def _forget_replicas(self, step: int) -> None:
-        await trio.to_thread.run_sync(self.state.forget_replicas, step)
+            self._start(trio.to_thread.run_sync, self.state.forget_replicas, step)
 
     # Views.
 

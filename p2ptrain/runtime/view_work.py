@@ -13,7 +13,7 @@ from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import NumericsError, P2PTrainError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId
-from p2ptrain.planner.plan import StagePlan
+from p2ptrain.planner.plan import StagePlan, is_sharded
 from p2ptrain.runtime.advancing import Advance
 from p2ptrain.runtime.bodies import BodyReader, discard
 from p2ptrain.runtime.giving import Giver
@@ -294,7 +294,8 @@ class ViewWork:
             if self._stage_run is not None and self._snapshots is not None:
                 nursery.start_soon(self._snapshots.run)
                 nursery.start_soon(self._stage_run.run)
-                nursery.start_soon(self._state.pacing.run, self.view)
+                if not is_sharded(self.plan):  # shards keep their parts
+                    nursery.start_soon(self._state.pacing.run, self.view)
             nursery.start_soon(self._advance.run)
             await self._signal.wait_until(lambda: self._finished)
             nursery.cancel_scope.cancel()

@@ -12,12 +12,11 @@ import trio
 
 from p2ptrain import limits
 from p2ptrain.agreement.run_messages import ViewPrepare
-from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.reports import StepReport, TrainResult
 from p2ptrain.training.messages import Done
 from tests.bundles import tiny_bundle
-from tests.counted_work import CountedEngine, WorkClock
+from tests.counted_work import count_work
 from tests.memory_group import MemoryGroup, float_bits, memory_group, request_for, until
 
 BUNDLE = tiny_bundle(blocks=7)
@@ -41,15 +40,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
             return await group[0].train(request_for(path, BUNDLE, steps=STEPS))
 
     return trio.run(train)
-
-
-def count_work(group: MemoryGroup) -> dict[DeviceId, WorkClock]:
-    clocks = {device: WorkClock() for device in group.members}
-    for device, member in group.members.items():
-        clock = clocks[device]
-        member.clock_ns = clock
-        member.open_engine = lambda threads, clock=clock: CountedEngine(clock, threads)
-    return clocks
 
 
 async def wait_step(group: MemoryGroup, step: int) -> None:

@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import trio
 
+from p2ptrain import limits
+from p2ptrain.agreement.run_machine import RunMachine
+from p2ptrain.agreement.run_messages import ViewPrepare
 from p2ptrain.bundle.sharding import Mode
 from p2ptrain.errors import PeerLost
+from p2ptrain.planner.pace import STEPS_MIN
 from p2ptrain.runtime.reports import PlanReport, StepReport, TrainRequest, TrainResult
 from p2ptrain.store.bundles import Bundle, load_bundle, shipped_bundles
 from p2ptrain.training.contract import OptimizerChoice
 from tests.bundles import write_bundle
+from tests.counted_work import count_work
 from tests.memory_group import MemoryGroup, float_bits, memory_group, tiny_text
 from tests.shipped_training import short_context
 
@@ -157,3 +162,60 @@ async def test_under_sequence_sharding_the_others_go_on_with_what_they_have(
     assert steps == sorted(set(steps))
     assert float_bits(result.losses[:3]) == float_bits(whole.losses[:3])
     np.testing.assert_allclose(result.losses, whole.losses, rtol=TOLERANCE)
+
+
+async def test_tensor_shards_end_with_a_checkpoint_where_another_view_is_wanted(
+    tmp_path: Path,
+) -> None:
+    """Slices are only where they are computed: whoever plans would begin again from step 0."""
+    async with memory_group(tmp_path, 2) as group:
+        text = plan_text(group, "tensor", (1, 1))
+        asked = request_for(tmp_path, steps=500, checkpoint_every=1, plan=text)
+        with trio.fail_after(SECONDS_MAX), pytest.RaisesGroup(PeerLost) as caught:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(group[0].train, asked)
+                await group.wait(lambda: len(group.reports("step")) >= 3)
+                member = group[0].runs.member
+                assert member is not None
+                member.driver.call(RunMachine.want, "a test", member.driver.now(), after_s=0.0)
+        (lost,) = caught.value.exceptions
+        assert "no other view, which was wanted: a test" in str(lost)
+        assert isinstance(lost, PeerLost)
+        assert "go on from step" in lost.hint
+
+
+async def test_tensor_shards_end_at_once_where_a_member_wants_another_view(tmp_path: Path) -> None:
+    async with memory_group(tmp_path, 2) as group:
+        text = plan_text(group, "tensor", (1, 1))
+        asked = request_for(tmp_path, steps=500, plan=text)
+        with trio.fail_after(SECONDS_MAX), pytest.RaisesGroup(PeerLost, flatten_subgroups=True):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(group[0].train, asked)
+                await group.wait(lambda: len(group.reports("step")) >= 2)
+                member = group[0].runs.member
+                assert member is not None
+                member.want("a test", after_s=1000.0)
+
+
+@pytest.mark.parametrize("mode", ["tensor", "sequence"])
+async def test_a_shard_that_becomes_slow_keeps_its_part(
+    mode: Mode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "DRIFT_FOR_S", 0.0)
+    monkeypatch.setattr(limits, "DRIFT_SAMPLE_S", 0.0)
+    steps = 2 * STEPS_MIN + 12
+    async with memory_group(tmp_path, 2) as group:
+        clocks = count_work(group)
+
+        async def slow_down() -> None:
+            await group.wait(lambda: len(group.reports("step")) >= 2)
+            clocks[group[1].device].slowness = 4
+
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(slow_down)
+                asked = request_for(tmp_path, steps=steps, plan=plan_text(group, mode, (1, 1)))
+                result = await group[0].train(asked)
+        told = [message for member in group.members.values() for message in member.received]
+    assert result.steps == steps
+    assert not any(isinstance(message, ViewPrepare) for message in told)

@@ -328,6 +328,5 @@ def test_shards_are_named_where_they_are_faster_and_taken_by_name_only() -> None
     plan = choose_plan(dataclasses.replace(planning, contract=contract)).plan
     assert not any(stage.is_sharded for stage in plan.stages)
     assert any(
-        "parallelism would take" in reason and "which auto does not choose" in reason
-        for reason in plan.reasons
+        "parallelism would take" in reason and "allows it, but" in reason for reason in plan.reasons
     )
