@@ -81,9 +81,22 @@ class Soak:
 
     async def _wait_protected(self) -> None:
         """Some member says that any one device may vanish, and everybody takes part."""
-        with trio.fail_after(PROTECTED_WITHIN_S):
+        with trio.move_on_after(PROTECTED_WITHIN_S):
             while not await self._is_protected():  # noqa: ASYNC110 other processes
                 await trio.sleep(POLL_S)
+            return
+        told = "; ".join([await self._told(peer) for peer in self._peers])
+        raise SoakFailed(f"not protected {PROTECTED_WITHIN_S:.0f} s after everything works: {told}")
+
+    async def _told(self, peer: PeerProcess) -> str:
+        """What a peer says of its run and of the others, in one line."""
+        status = await peer.member.status()
+        if status is None:
+            return f"{peer.name} does not answer"
+        run = status.run_status
+        if run is None:
+            return f"{peer.name} has no run, it is {status.run_state}"
+        return f"{peer.name}: {run}"
 
     async def _is_protected(self) -> bool:
         for peer in self._peers:
