@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+import trio
+
+from p2ptrain import limits
 from p2ptrain.agreement.view import View
 from p2ptrain.errors import PeerLost
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.services import Services
+from p2ptrain.runtime.signal import Signal
 from p2ptrain.schedule.actions import delays_gradients
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.messages import Declined, Offer, Profiled
@@ -32,6 +36,9 @@ class Admission:
         self._published: list[Digest] = []
         self._newcomers: dict[DeviceId, PeerProfile] = {}
         self.declined: dict[DeviceId, str] = {}
+        self._waits_s: dict[DeviceId, float] = {}
+        self._again_at_s: dict[DeviceId, float] = {}
+        self._signal, self._scope = Signal(), trio.CancelScope()
 
     @property
     def profiles(self) -> tuple[PeerProfile, ...]:
@@ -46,8 +53,25 @@ class Admission:
         for record in self._services.directory.alive():
             self.arrived(record.device)
 
+    async def run(self) -> None:
+        """Ask those again who could not take part, at growing distances, until `close`.
+
+        What kept them out may pass without anybody here noticing: a way between two others that
+        was cut, another run, memory that was taken.
+        """
+        with self._scope:
+            while True:
+                await self._signal.wait_until(lambda: bool(self._again_at_s))
+                await trio.sleep_until(min(self._again_at_s.values()))
+                for device, at_s in list(self._again_at_s.items()):
+                    if at_s <= trio.current_time():
+                        del self._again_at_s[device]
+                        self._offered.discard(device)
+                        self.arrived(device)
+
     def close(self) -> None:
         """The view is over: nothing is offered any more."""
+        self._scope.cancel()
         for digest in self._published:
             self._services.blobs.withdraw(digest)
         self._published.clear()
@@ -76,6 +100,7 @@ class Admission:
         """A device went away: when it returns it is asked again."""
         self._offered.discard(device)
         self._newcomers.pop(device, None)
+        self._again_at_s.pop(device, None)
 
     def answered(self, device: DeviceId, answer: Profiled | Declined) -> None:
         """Take a newcomer's answer."""
@@ -83,11 +108,18 @@ class Admission:
             return
         reason = answer.reason if isinstance(answer, Declined) else self._objection(device, answer)
         if reason is not None:
-            self.declined[device] = reason
+            self._refused(device, reason)
             return
         if isinstance(answer, Profiled) and device not in self._newcomers:
             self._newcomers[device] = answer.profile
             self._admit(f"{self._services.directory.name_of(device)} joins")
+
+    def _refused(self, device: DeviceId, reason: str) -> None:
+        self.declined[device] = reason
+        wait_s = self._waits_s.get(device, limits.ADMISSION_RETRY_S)
+        self._waits_s[device] = min(2 * wait_s, limits.ADMISSION_RETRY_MAX_S)
+        self._again_at_s[device] = trio.current_time() + wait_s
+        self._signal.notify()
 
     def _objection(self, device: DeviceId, answer: Profiled | Declined) -> str | None:
         if isinstance(answer, Declined):

@@ -579,6 +579,7 @@ class RunMember:
             admit=self._want_now,
         )
         self._admission.begin()
+        self._start(self._admission.run)
 
     def _close_admission(self) -> None:
         if self._admission is not None:
