@@ -2,7 +2,8 @@
 
 A segment is live where its stage's memory has it at the step where the view resumes. What is live
 nowhere is lost: each gap-free range of lost segments is loaded from the newest replicas from which
-its inputs are logged up to that step, and replayed by whoever runs its first segment next.
+its inputs are logged up to that step, and replayed by whoever runs its first segment next. Where
+nothing else helps, live segments whose logs are gone are made again together with the lost ones.
 """
 
 from __future__ import annotations
@@ -50,29 +51,92 @@ class Losses:
     resume_step: int
     tie_segments: Sequence[Collection[int]] = ()
     """Groups of segments that hold copies of one tensor."""
+    remakes_live: bool = False
+    """Whether live segments may be replayed, too, where a lost one cannot be without them."""
 
 
 def restoration(losses: Losses) -> Restoration | Unrecoverable:
     """Sources of all segments and the replays that some need first; deterministic."""
-    sources: dict[int, DeviceId] = {}
-    for segment, owner in _owners(losses.plan):
-        live = _live(losses, segment, owner)
-        if live is not None:
-            sources[segment] = live
-    lost = [segment for segment, _ in _owners(losses.plan) if segment not in sources]
-    replays, hopeless = _advanced(losses, sources) if losses.base.aim else [], []
+    live = {
+        segment: device
+        for segment, owner in _owners(losses.plan)
+        if (device := _live(losses, segment, owner)) is not None
+    }
+    lost = {segment for segment, _ in _owners(losses.plan)} - set(live)
+    tried = _try_replays(losses, lost)
+    if losses.remakes_live:
+        tried = _widened(losses, tried)
+    found = [replay for replay in tried.values() if replay is not None]
+    if len(found) < len(tried):
+        return _unrecoverable(losses, [span for span in tried if tried[span] is None])
+    made = {segment for span in tried for segment in span}
+    sources = {segment: device for segment, device in live.items() if segment not in made}
+    replays = [*(_advanced(losses, sources) if losses.base.aim else ()), *found]
     for replay in replays:
         sources |= dict.fromkeys(replay.span.segments, replay.replayer)
-    for span in _ranges(lost):
-        found = _replay(losses, span)
-        if found is None:
-            hopeless.append(span)
-        else:
-            replays.append(found)
-            sources |= dict.fromkeys(span, found.replayer)
-    if hopeless:
-        return _unrecoverable(losses, hopeless)
     return Restoration(replays=tuple(replays), sources=_merged(sources))
+
+
+_Tried = Mapping[range, Replay | None]
+"""Gap-free ranges that are to be made again, and how; None: it cannot be done."""
+
+
+def _try_replays(losses: Losses, segments: Collection[int]) -> _Tried:
+    return {span: _replay(losses, span) for span in _ranges(sorted(segments))}
+
+
+def _widened(losses: Losses, tried: _Tried) -> _Tried:
+    """The same with as few live segments beside the lost ones as the replays take, if that helps.
+
+    What is live and what a replay makes have the same bits, so either may count.
+    """
+    while (hopeless := next((s for s in tried if tried[s] is None), None)) is not None:
+        made = {segment for span in tried for segment in span}
+        wider = _wider(losses, hopeless, made)
+        if wider is None:
+            break
+        tried = _try_replays(losses, made | set(wider))
+    return tried
+
+
+def _wider(losses: Losses, span: range, made: Collection[int]) -> range | None:
+    """The range to replay in place of a hopeless one, from the newest step that allows it.
+
+    That is the least replay: what is logged since an older step is logged since a newer one, too.
+    """
+    for step in _replica_steps(losses):
+        wider = _closed(losses, span, step, made)
+        if _replay_from(losses, wider, step) is not None:
+            return wider
+    return None
+
+
+def _closed(losses: Losses, span: range, step: int, made: Collection[int]) -> range:
+    """The span, widened until whatever crosses its ends after `step` is logged: over live segments
+    one by one, over others that are replayed whole, and over tied copies without a log."""
+    count = losses.plan.stages[-1].segments.stop
+    while True:
+        first, end = span.start, span.stop
+        unknown = _untold(losses, span, step)
+        if first > 0 and (first - 1 in made or not _crossed(losses, "activation", span, step)):
+            span = range(first - 1, end)
+        elif end < count and (end in made or not _crossed(losses, "cotangent", span, step)):
+            span = range(first, end + 1)
+        elif unknown:
+            span = range(min(first, *unknown), max(end, *(each + 1 for each in unknown)))
+        else:
+            return span
+
+
+def _crossed(losses: Losses, kind: BoundaryKind, span: range, step: int) -> bool:
+    """Whether what came into a span at one of its ends is logged in every step after `step`."""
+    if step == losses.resume_step:
+        return True
+    replayer = _replayer(losses, span)
+    segment = span.start - 1 if kind == "activation" else span.stop - 1
+    if _giver(losses, kind, segment, step, replayer) is not None:
+        return True
+    return _parts(losses, kind, segment, step, replayer) is not None
 
 
 def last_whole_set(promises: Promises, segment_count: int) -> int:
@@ -152,17 +216,22 @@ def _ranges(segments: Sequence[int]) -> Iterator[range]:
 
 def _replay(losses: Losses, span: range) -> Replay | None:
     """From the newest replicas whose inputs since are all there; None: there are none."""
+    replays = (_replay_from(losses, span, step) for step in _replica_steps(losses))
+    return next((replay for replay in replays if replay is not None), None)
+
+
+def _replica_steps(losses: Losses) -> list[int]:
+    """Steps of which somebody keeps a replica, the newest first; 0: the beginning."""
     steps = {held.step for each in losses.promises.values() for held in each.states} | {0}
-    for step in sorted(steps, reverse=True):
-        if step <= losses.resume_step:
-            found = _replay_from(losses, span, step)
-            if found is not None:
-                return found
-    return None
+    return sorted((step for step in steps if step <= losses.resume_step), reverse=True)
+
+
+def _replayer(losses: Losses, span: range) -> DeviceId:
+    return losses.plan.stages[losses.plan.stage_of_segment(span.start)].device
 
 
 def _replay_from(losses: Losses, span: range, step: int) -> Replay | None:
-    replayer = losses.plan.stages[losses.plan.stage_of_segment(span.start)].device
+    replayer = _replayer(losses, span)
     replicas = _replicas(losses.promises, span, step, replayer)
     if replicas is None or not _recorded(losses, step) or not _has_same_bits(losses, span, step):
         return None
@@ -333,6 +402,16 @@ def _has_same_bits(losses: Losses, span: range, step: int) -> bool:
 
 def _tied(losses: Losses, span: range, step: int, replayer: DeviceId) -> tuple[TiedAt, ...] | None:
     """Who logged the gradients of copies outside the range whose tensor it shares."""
+    found = []
+    for segment in _tied_outside(losses, span):
+        giver = _giver(losses, "tied", segment, step, replayer)
+        if giver is None:
+            return None
+        found.append(TiedAt(segment=segment, device=giver))
+    return tuple(found)
+
+
+def _tied_outside(losses: Losses, span: range) -> list[int]:
     outside = {
         segment
         for group in losses.tie_segments
@@ -340,13 +419,17 @@ def _tied(losses: Losses, span: range, step: int, replayer: DeviceId) -> tuple[T
         for segment in group
         if segment not in span
     }
-    found = []
-    for segment in sorted(outside):
-        giver = _giver(losses, "tied", segment, step, replayer)
-        if giver is None:
-            return None
-        found.append(TiedAt(segment=segment, device=giver))
-    return tuple(found)
+    return sorted(outside)
+
+
+def _untold(losses: Losses, span: range, step: int) -> list[int]:
+    """Segments outside with tied copies whose gradients nobody has logged."""
+    replayer = _replayer(losses, span)
+    return [
+        segment
+        for segment in _tied_outside(losses, span)
+        if step < losses.resume_step and _giver(losses, "tied", segment, step, replayer) is None
+    ]
 
 
 def _data_giver(losses: Losses, replayer: DeviceId) -> DeviceId | None:

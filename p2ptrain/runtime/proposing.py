@@ -55,13 +55,16 @@ class Proposing:
             self._driver.call(RunMachine.cannot_propose, answer, now, ballot=wanted.ballot)
 
     async def _with_outsiders(self, given: NextView) -> View | None:
-        """The view that is possible with what others keep; None: none, or nobody does."""
+        """The view that is possible with what others keep, or else with more replay than of what
+        is lost; None: none."""
         outsiders = await self.holdings.outside(given.wanted.base)
-        if not outsiders:
-            return None
         given = replace(given, outsiders=outsiders, newcomers=())
-        answer = await trio.to_thread.run_sync(next_view, given)
-        return answer if isinstance(answer, View) else None
+        for remakes_live in (False, True) if outsiders else (True,):
+            wider = replace(given, remakes_live=remakes_live)
+            answer = await trio.to_thread.run_sync(next_view, wider)
+            if isinstance(answer, View):
+                return answer
+        return None
 
     async def forced(self) -> View:
         """The first view of a new lineage with whoever can be reached.

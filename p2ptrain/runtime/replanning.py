@@ -50,6 +50,8 @@ class NextView:
     """Per mille of the planned time that stages have taken; segments may move because of it."""
     outsiders: tuple[PromisedInventory, ...] = ()
     """Devices that are no members, and what they still keep and can give."""
+    remakes_live: bool = False
+    """Whether segments that are live may be replayed where a lost one cannot be without them."""
     change_s: float = 0.0
     """What the change of view itself takes, where it is still to be decided on."""
 
@@ -61,6 +63,8 @@ def forced_view(given: NextView) -> View | str:
     have a replica of everything. What the others did since is given up.
     """
     found = next_view(given)
+    if isinstance(found, str):
+        found = next_view(replace(given, remakes_live=True))
     if isinstance(found, str):
         found = next_view(_fallen_back(given))
     if isinstance(found, str):
@@ -203,6 +207,7 @@ class _Planner:
                     {holder.segment for holder in group.holders}
                     for group in tie_groups(self._given.manifest)
                 ),
+                remakes_live=self._given.remakes_live,
             )
         )
         if isinstance(found, Unrecoverable):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -337,11 +338,13 @@ class RunNode:
             base=wanted.base.plan, usable=usable, holding=holding, reason=reason
         )
         problem = "the data is not here"
-        for plan in successor_plans(succession, place):
+        plans = successor_plans(succession, place)
+        for remakes_live, plan in itertools.product((False, True), plans):
             found = restoration(
                 Losses(
                     base=wanted.base, plan=plan, promises=promises, records=wanted.records,
                     resume_step=wanted.resume_step, tie_segments=self.world.model.ties,
+                    remakes_live=remakes_live,
                 )
             )  # fmt: skip
             if isinstance(found, Unrecoverable):

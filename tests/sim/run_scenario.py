@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -233,11 +234,12 @@ def _candidate(
     newest = max(base.resume_step, records[-1].step if records else 0)
     holding = [device for device in sources if nodes[device].disk.has_data]
     succession = Succession(base=base.plan, usable=tuple(nodes), holding=holding, reason="forced")
-    for plan in successor_plans(succession, place):
+    plans = successor_plans(succession, place)
+    for remakes_live, plan in itertools.product((False, True), plans):
         found = restoration(
             Losses(
                 base=base, plan=plan, promises=promises, records=records, resume_step=newest,
-                tie_segments=world.model.ties,
+                tie_segments=world.model.ties, remakes_live=remakes_live,
             )
         )  # fmt: skip
         if isinstance(found, Restoration):

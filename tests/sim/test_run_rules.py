@@ -203,6 +203,23 @@ def test_rule_6_second_loss_pauses_and_names_whose_return_suffices() -> None:
     assert world.newest_view().lineage == 0  # type: ignore[union-attr]
 
 
+def test_live_stage_without_logs_is_replayed_with_the_lost_one_beside_it() -> None:
+    world = world_of(1, 1, 1, reserves=2, replica_every=5)
+    commits(world, 7)
+    world.run(0.5)
+    newest = world.checker.reference.newest
+    world.nodes[A].stage.log.release(newest)
+    world.crash(world.nodes[B])
+    commits(world, 3)
+    view = world.newest_view()
+    assert view is not None
+    assert (view.lineage, view.number) == (0, 2)
+    assert view.restoration is not None
+    (replay,) = view.restoration.replays
+    assert (replay.span.first, replay.span.count, replay.step) == (0, 2, 5)
+    assert view.resume_step >= newest
+
+
 def test_rule_6_forcing_falls_back_to_the_last_whole_set() -> None:
     world = world_of(1, 1, 1, reserves=2, replica_every=5)
     world.train_until(8)

@@ -318,3 +318,96 @@ def test_replay_does_not_reach_back_to_where_several_shared_the_stage() -> None:
     refused = restoration(both_gone)
     assert isinstance(refused, Unrecoverable)
     assert refused.devices_needed == (B,)
+
+
+def widened(
+    promises: Mapping[DeviceId, Inventory], *stages: tuple[DeviceId, int],
+    ties: tuple[tuple[int, ...], ...] = (), first_record: int = REPLICA + 1,
+) -> Restoration | Unrecoverable:  # fmt: skip
+    """With live segments that may be made again, once it has failed without."""
+    lost = Losses(
+        base=BASE, plan=plan_of(*stages), promises=promises, resume_step=STEP,
+        records=RECORDS[first_record - 1 :], tie_segments=ties,
+    )  # fmt: skip
+    assert isinstance(restoration(lost), Unrecoverable)
+    return restoration(replace(lost, remakes_live=True))
+
+
+def unlogged(held: Inventory, *kinds: LogKind) -> Inventory:
+    return replace(held, logs=tuple(each for each in held.logs if each.kind not in kinds))
+
+
+def test_live_stage_without_logs_is_replayed_with_the_lost_one_beside_it() -> None:
+    before = without(B, a=unlogged(WHOLE[A], "activation"))
+    found = widened(before, *MIDDLE)
+    assert isinstance(found, Restoration)
+    assert found.replays == (
+        Replay(
+            span=span(0, 4), step=REPLICA, replayer=A, replicas=(at(0, 2, C), at(2, 2, D)),
+            activations_from=None, cotangents_from=C, tied_from=(), data_from=A, cuts=(1,),
+        ),
+    )  # fmt: skip
+    assert found.sources == (at(0, 4, A), at(4, 2, C), at(6, 2, D))
+    after = without(B, c=unlogged(WHOLE[C], "cotangent"))
+    found = widened(after, *MIDDLE)
+    assert isinstance(found, Restoration)
+    (replay,) = found.replays
+    assert (replay.span, replay.activations_from, replay.cotangents_from) == (span(2, 4), A, D)
+
+
+def test_no_more_is_replayed_than_up_to_the_next_log() -> None:
+    """Inside a live stage, too, where an earlier view had a cut there."""
+    logs = (log("cotangent", 4, REPLICA + 1), *WHOLE[C].logs[:1])
+    found = widened(without(B, c=replace(WHOLE[C], logs=logs)), *MIDDLE)
+    assert isinstance(found, Restoration)
+    assert [replay.span for replay in found.replays] == [span(2, 3)]
+    assert found.sources == (at(0, 2, A), at(2, 3, E), at(5, 1, C), at(6, 2, D))
+
+
+def test_whole_young_model_is_replayed_from_its_beginning_without_any_replica_or_log() -> None:
+    bare = {each: replace(held, states=(), logs=()) for each, held in without(B).items()}
+    assert isinstance(widened(bare, *MIDDLE), Unrecoverable)  # the first records are gone
+    found = widened(bare, *MIDDLE, first_record=1)
+    assert isinstance(found, Restoration)
+    (replay,) = found.replays
+    assert (replay.span, replay.step, replay.replayer) == (span(0, 8), 0, A)
+    assert found.sources == (at(0, 8, A),)
+    dry = {each: replace(held, has_data=False) for each, held in bare.items()}
+    assert isinstance(widened(dry, *MIDDLE, first_record=1), Unrecoverable)
+
+
+def test_wider_replay_begins_at_the_newest_step_of_which_all_of_it_is_kept() -> None:
+    promises = without(B, a=unlogged(WHOLE[A], "activation"))
+    promises[E] = replace(WHOLE[E], states=(HeldState(span=span(0, 3), step=STEP - 2),))
+    found = widened(promises, *MIDDLE)
+    assert isinstance(found, Restoration)
+    assert [(replay.span, replay.step) for replay in found.replays] == [(span(0, 4), REPLICA)]
+    promises[E] = replace(WHOLE[E], states=(HeldState(span=span(0, 4), step=STEP - 2),))
+    found = widened(promises, *MIDDLE)
+    assert isinstance(found, Restoration)
+    assert [(replay.span, replay.step) for replay in found.replays] == [(span(0, 4), STEP - 2)]
+
+
+def test_tied_copy_without_a_log_is_replayed_together_with_the_lost_one() -> None:
+    promises = without(B, a=member(0, keeps=(4, 6), data=True), d=unlogged(WHOLE[D], "tied"))
+    found = widened(promises, *MIDDLE, ties=((2, 6),))
+    assert isinstance(found, Restoration)
+    (replay,) = found.replays
+    assert (replay.span, replay.tied_from) == (span(2, 6), ())
+    assert (replay.activations_from, replay.data_from) == (A, A)
+
+
+def test_two_losses_are_one_replay_where_what_is_between_them_has_no_logs() -> None:
+    promises = without(B, D, c=unlogged(WHOLE[C], "activation", "cotangent"))
+    promises[E] = member(None, keeps=(2, 4))
+    promises[A] = member(0, keeps=(4, 6), data=True)
+    found = widened(promises, (A, 2), (E, 2), (C, 4))
+    assert isinstance(found, Restoration)
+    assert [(replay.span, replay.replayer) for replay in found.replays] == [(span(2, 6), E)]
+
+
+def test_nothing_live_is_replayed_where_the_lost_can_be_without_it() -> None:
+    lost = Losses(
+        base=BASE, plan=plan_of(*MIDDLE), promises=without(B), resume_step=STEP, records=RECORDS
+    )
+    assert restoration(replace(lost, remakes_live=True)) == restoration(lost)
