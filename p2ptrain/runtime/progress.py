@@ -13,6 +13,7 @@ from p2ptrain.errors import InvariantBroken, NumericsError
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.energy_report import energy_report
+from p2ptrain.runtime.feeder import ITEMS_AHEAD_MAX
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.plan_report import predicted_boundary_bytes
 from p2ptrain.runtime.reports import (
@@ -58,7 +59,8 @@ class ProgressTracker:
         self._step_began_s: float | None = None
         self._training_s = 0.0
         self._views = 0
-        self._evaluated: dict[DeviceId, Evaluated] = {}
+        self._evaluated: dict[int, dict[DeviceId, float]] = {}
+        """By step, of those that not all peers of the last stage have told; the newest few."""
         self._view_steps_s: deque[float] = deque(maxlen=TIMED_STEPS_MAX)
         self.completed_items = 0
         self.evaluated_at: int | None = None
@@ -79,17 +81,20 @@ class ProgressTracker:
         """
         match message:
             case Evaluated() if device in self._plan.stages[-1].devices:
-                self._evaluated[device] = message
+                self._evaluated.setdefault(message.step, {})[device] = message.loss
                 self._add_up_evaluation(message.step)
             case Usage() if device == message.booking.device:
                 self._usage[device] = message
 
     def _add_up_evaluation(self, step: int) -> None:
         """Complete one that all peers of the last stage have told of, in the order of ranks."""
-        told = [self._evaluated.get(device) for device in self._plan.stages[-1].devices]
-        losses = [each.loss for each in told if each is not None and each.step == step]
-        if len(losses) == len(told):
+        told, devices = self._evaluated[step], self._plan.stages[-1].devices
+        if len(told) == len(devices):
+            losses = [told[device] for device in devices]
+            del self._evaluated[step]
             self._evaluation_complete(step, sum(losses[1:], losses[0]))
+        while len(self._evaluated) > ITEMS_AHEAD_MAX:  # no more than that is fed ahead
+            del self._evaluated[min(self._evaluated)]
 
     def _evaluation_complete(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):

@@ -8,7 +8,8 @@ from typing import cast
 
 import pytest
 
-from p2ptrain.planner.plan import StageShare
+from p2ptrain.ids import DeviceId
+from p2ptrain.planner.plan import Plan, StageShare
 from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.progress import ProgressTracker
 from p2ptrain.runtime.reports import EvaluationReport
@@ -47,9 +48,8 @@ def test_loss_keeps_the_step_it_belongs_to(first_step: int) -> None:
     assert len(reports) == 7
 
 
-def test_evaluation_is_complete_when_all_replicas_have_told_it() -> None:
-    reports: list[EvaluationReport] = []
-    progress = tracker(0, cast(list[object], reports))
+def replicated() -> Plan:
+    """One stage of two replicas, OTHER the first of them."""
     base = first_view(HOME, OTHER).plan
     shares = tuple(
         StageShare(device=d, weight=1, step_compute_ns=1, memory_bytes=1) for d in (OTHER, HOME)
@@ -58,7 +58,12 @@ def test_evaluation_is_complete_when_all_replicas_have_told_it() -> None:
         base.stages[0], device=OTHER, segment_count=len(base.stages), split="replicas",
         shares=shares,
     )  # fmt: skip
-    plan = dataclasses.replace(base, stages=(stage,), replicas=())
+    return dataclasses.replace(base, stages=(stage,), replicas=())
+
+
+def test_evaluation_is_complete_when_all_replicas_have_told_it() -> None:
+    reports: list[EvaluationReport] = []
+    progress, plan = tracker(0, cast(list[object], reports)), replicated()
     progress.begin_view(plan)
     for step, told in ((0, (1.5, 2.0)), (2, (0.5, 1.0))):
         for index, (loss, teller) in enumerate(zip(told, (HOME, OTHER), strict=True)):
@@ -67,3 +72,25 @@ def test_evaluation_is_complete_when_all_replicas_have_told_it() -> None:
             progress.receive(teller, message)
         assert progress.evaluated_at == step
     assert [report.heldout_loss for report in reports] == [3.5, 1.5]
+
+
+def test_evaluation_that_one_replica_is_ahead_of_is_completed_by_the_slower_one() -> None:
+    reports: list[EvaluationReport] = []
+    progress, plan = tracker(0, cast(list[object], reports)), replicated()
+    progress.begin_view(plan)
+
+    def hear(teller: DeviceId, *steps: int) -> None:
+        for step in steps:
+            told = Evaluated(stamp=stamp_of(plan), step=step, loss=1.0 + step)
+            progress.receive(teller, told)
+
+    hear(OTHER, 0, 2)
+    assert progress.evaluated_at is None
+    hear(HOME, 0)
+    assert (progress.completed_items, progress.evaluated_at) == (1, 0)
+    hear(HOME, 2)
+    assert (progress.completed_items, progress.evaluated_at) == (2, 2)
+    assert [report.heldout_loss for report in reports] == [2.0, 6.0]
+    hear(OTHER, *range(3, 99))  # more than is ever fed ahead: the newest are kept
+    hear(HOME, 3, 98)
+    assert (progress.completed_items, progress.evaluated_at) == (3, 98)
