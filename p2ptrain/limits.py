@@ -225,6 +225,8 @@ DISK_RESERVE_BYTES: Final = 256 * 1024 * 1024
 REPLICA_BYTES_MAX: Final = 1 << 38
 REPLICA_RETRY_S: Final = 5.0
 REPLICA_WAIT_S: Final = 30.0
+ADVANCE_S: Final = 600.0
+"""So long, at most, no replica set follows one that joiners are still fetching."""
 DATA_PART_BYTES: Final = 16 * 1024 * 1024
 DATA_FILES_MAX: Final = 200_000
 DATA_FOLDER_DEPTH_MAX: Final = 32

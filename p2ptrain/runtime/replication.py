@@ -47,6 +47,7 @@ class SnapshotStatistics:
 class _Snapshot:
     stamp: Stamp
     step: int
+    taken_at_s: float
     images: dict[int, SegmentImage]
     collector: DeviceId | None = None
     """Who collects it as part of a checkpoint; it stays until that is stored."""
@@ -95,13 +96,27 @@ class SnapshotOwner:
             announce: Sends a message to a keeper; PeerLost when there is no link.
         """
         self._worker, self._bundle = worker, bundle
-        self._keepers = frozenset({*receivers, *itertools.product(keepers, worker.segments)})
+        self._receivers = frozenset(receivers)
+        self._keepers = frozenset(itertools.product(keepers, worker.segments))
+        self._places = self._keepers | self._receivers
         self._blobs, self._announce = blobs, announce
         self._signal = Signal()
         self._fresh: _Snapshot | None = None
         self._offered: _Snapshot | None = None
         self._taken_count = self._replaced_count = 0
         self._stored_step: int | None = None
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether a receiver still lacks some of the newest snapshot, not taken long ago.
+
+        One that is replaced meanwhile never reaches a receiver whose link needs longer than the
+        time between two sets, so the caller leaves out the next set, unless logs lack the room.
+        """
+        newest = self._offered if self._fresh is None else self._fresh
+        if newest is None or self._receivers <= newest.stored:
+            return False
+        return trio.current_time() - newest.taken_at_s < limits.ADVANCE_S
 
     async def snapshot(
         self,
@@ -113,10 +128,11 @@ class SnapshotOwner:
     ) -> None:
         """Copy the stage's memory as it is after `step`: all that training waits for.
 
-        Between two steps, while `run` runs. Waits until the snapshot before is stored, because a
-        set that the next one overtakes is never whole; for a keeper that does not store, no longer
-        than REPLICA_WAIT_S, and then takes its place. Always waits for a checkpoint's collector.
-        A cancellation leaves the stage as it is, without a snapshot.
+        Between two steps, while `run` runs. Waits until keepers have stored the snapshot before,
+        because a set that the next one overtakes is never whole; for one that does not store, no
+        longer than REPLICA_WAIT_S, and then takes its place. Always waits for a checkpoint's
+        collector, never for receivers. A cancellation leaves the stage as it is, without a
+        snapshot.
 
         Args:
             stamp: Of the view.
@@ -128,7 +144,13 @@ class SnapshotOwner:
             await self._signal.wait_until(self._is_idle)
         await self._signal.wait_until(lambda: self._fresh is None and not self._is_awaited())
         images = await trio.to_thread.run_sync(self._copy, stamp, step, limiter=limiter)
-        self._fresh = _Snapshot(stamp=stamp, step=step, images=images, collector=collector)
+        self._fresh = _Snapshot(
+            stamp=stamp,
+            step=step,
+            taken_at_s=trio.current_time(),
+            images=images,
+            collector=collector,
+        )
         self._taken_count += 1
         self._signal.notify()
 
@@ -144,12 +166,12 @@ class SnapshotOwner:
             self._withdraw()
 
     def stored(self, device: DeviceId, step: int, segment: int, state: Digest) -> bool:
-        """A keeper says that it has stored a segment; whether all keepers have all of that step.
+        """A keeper says that it has stored a segment; whether all have all of that step.
 
         A digest that is not the announced one counts for nothing.
         """
         snapshot = self._offered
-        if snapshot is None or snapshot.step != step or (device, segment) not in self._keepers:
+        if snapshot is None or snapshot.step != step or (device, segment) not in self._places:
             return False
         if snapshot.states.get(segment) == state:
             snapshot.stored.add((device, segment))
@@ -193,13 +215,13 @@ class SnapshotOwner:
         )
 
     def _is_stored(self, snapshot: _Snapshot) -> bool:
-        """Whether every keeper has all that it keeps."""
-        return snapshot.stored == self._keepers
+        """Whether every keeper and receiver has all that is for it."""
+        return snapshot.stored == self._places
 
     def _is_idle(self) -> bool:
-        """Whether nothing waits to be offered or stored."""
+        """Whether nothing waits to be offered, or to be stored by keepers."""
         offered = self._offered
-        return self._fresh is None and (offered is None or self._is_stored(offered))
+        return self._fresh is None and (offered is None or self._keepers <= offered.stored)
 
     def _is_awaited(self) -> bool:
         """Whether a checkpoint's collector may still fetch what is offered."""
@@ -234,7 +256,7 @@ class SnapshotOwner:
             self._blobs.publish(image.values, digest=snapshot.states[segment], flow=flow)
         self._signal.notify()
         collector = set() if snapshot.collector is None else {snapshot.collector}
-        for device in sorted({keeper for keeper, _ in self._keepers} | collector):
+        for device in sorted({keeper for keeper, _ in self._places} | collector):
             self._announce_to(device, snapshot)
 
     def _announce_to(self, device: DeviceId, snapshot: _Snapshot) -> None:
@@ -243,7 +265,7 @@ class SnapshotOwner:
         with contextlib.suppress(PeerLost):  # `peer_up` tells it later, or a view without it
             for segment in snapshot.images:
                 place = (device, segment)
-                if place not in snapshot.stored and (collects or place in self._keepers):
+                if place not in snapshot.stored and (collects or place in self._places):
                     self._announce(device, _saved(snapshot, segment))
 
     def _withdraw(self) -> None:

@@ -390,9 +390,16 @@ class ViewWork:
     async def _save(self, item: Item) -> None:
         """Snapshot our stage for its keeper, and for home where it is a checkpoint."""
         keeper, checkpoint = self._own_keeper(), item.kind == "checkpoint" and self._is_first()
+        if not checkpoint and self._receivers_first():
+            return
         if self._snapshots is not None and (keeper is not None or checkpoint):
             home = self.plan.home if checkpoint else None
             await self._snapshots.snapshot(self.stamp, item.step, collector=home)
+
+    def _receivers_first(self) -> bool:
+        """Whether this set is left out, so that who joins gets the whole of the one before."""
+        receiving = self._snapshots is not None and self._snapshots.is_receiving
+        return receiving and not self._state.log.full
 
     def _own_keeper(self) -> DeviceId | None:
         index = self.plan.stage_of(self._services.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import trio
 
+from p2ptrain import limits
 from p2ptrain.agreement.view import View
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.profile import KindCost
@@ -189,6 +191,20 @@ async def test_state_comes_while_the_others_train_and_nothing_moves_at_the_chang
     assert {replay.step for replay in after.restoration.replays} == {waiting.resume_step}
     assert run.results[0].stages == members
     assert not asked_for(run.group, "state")
+    assert_same(run, alone)
+
+
+async def test_sets_wait_for_the_joiner_and_training_does_not(
+    tmp_path: Path, alone: TrainResult, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "REPLICA_WAIT_S", math.inf)
+    async with joining(tmp_path, 2, request(tmp_path, replicate_every=1), gate) as (run, joiner):
+        waiting = await run.wait_view(lambda view: bool(view.aim))
+        async with nothing_sent_to(run, joiner):
+            await run.wait_step(waiting.resume_step + 4)
+            assert run.view() == waiting
+        after = await run.wait_view(lambda view: view.number > waiting.number)
+    assert layout(after) == [(at.device, at.span.segments) for at in waiting.aim]
     assert_same(run, alone)
 
 

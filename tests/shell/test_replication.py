@@ -48,7 +48,10 @@ def engine() -> Engine:
 class Pair:
     """An owner of the whole model, its keepers, and the messages between them."""
 
-    def __init__(self, net: BlobNet, engine: Engine, path: Path, keepers: tuple[int, ...]) -> None:
+    def __init__(
+        self, net: BlobNet, engine: Engine, path: Path, keepers: tuple[int, ...],
+        receives: tuple[int, ...],
+    ) -> None:  # fmt: skip
         self.net = net
         contract = contract_for(BUNDLE)
         self.pipeline = LocalPipeline.make(engine, BUNDLE, contract, (), TEXT)
@@ -59,9 +62,12 @@ class Pair:
         self.whole: list[int] = []
         self.hold = False
         """Keepers hear of nothing."""
+        self.receives = receives
+        """Segments that the third device gets next; it is told nothing of them by itself."""
         self.owner = SnapshotOwner(
             worker=self.worker, bundle=BUNDLE.digest,
             keepers=[net.devices[index] for index in keepers], blobs=net[0],
+            receivers=[(OTHER, segment) for segment in receives],
             announce=self._announce,
         )  # fmt: skip
         self.stores = {index: ReplicaStore(path / f"{index}" / PLAN.run, BUNDLE.manifest, NAMES)
@@ -86,7 +92,7 @@ class Pair:
         if keeper in self.net.down:
             raise PeerLost("there is no link")
         self.announced.append((keeper, saved))
-        if not self.hold:
+        if not self.hold and not (keeper == OTHER and self.receives):
             self.keepers[self.net.devices.index(keeper)].announce(OWNER, saved)
         self.changed.notify()
 
@@ -102,11 +108,11 @@ class Pair:
 
 @asynccontextmanager
 async def running(
-    engine: Engine, path: Path, keepers: tuple[int, ...] = (1,)
+    engine: Engine, path: Path, keepers: tuple[int, ...] = (1,), receives: tuple[int, ...] = ()
 ) -> AsyncIterator[Pair]:
     async with trio.open_nursery() as nursery:
         net = BlobNet(nursery, 3, (OWNER, KEEPER, OTHER))
-        pair = Pair(net, engine, path, keepers)
+        pair = Pair(net, engine, path, keepers, receives)
         nursery.start_soon(pair.owner.run)
         for keeper in pair.keepers.values():
             nursery.start_soon(keeper.run)
@@ -173,6 +179,32 @@ async def test_newer_snapshot_takes_the_place_of_one_that_nobody_stored(
         second = next(saved for _, saved in pair.announced if saved.step == 2)
         assert second.state == at_two[0]
         assert not pair.owner.stored(KEEPER, 2, 0, second.state), "of a snapshot that is gone"
+
+
+async def test_set_is_receiving_until_the_joiner_has_its_segments_of_it(
+    engine: Engine, tmp_path: Path, mock_clock: MockClock
+) -> None:
+    async with running(engine, tmp_path, receives=(1, 2)) as pair:
+        assert not pair.owner.is_receiving
+        states = pair.train(1)
+        await pair.owner.snapshot(STAMP, 1)
+        assert pair.owner.is_receiving
+        await pair.wait(SEGMENTS)
+        told = [saved.segment for device, saved in pair.announced if device == OTHER]
+        assert told == [1, 2]
+        assert not pair.owner.stored(OTHER, 1, 1, states[1])
+        assert pair.owner.is_receiving, "the keeper has everything, the joiner one segment of two"
+        assert pair.owner.stored(OTHER, 1, 2, states[2])
+        assert not pair.owner.is_receiving
+        pair.train(2)
+        await pair.owner.snapshot(STAMP, 2)
+        assert pair.owner.is_receiving
+        await pair.wait(2 * SEGMENTS)
+        before = trio.current_time()
+        await pair.owner.snapshot(STAMP, 3)
+        assert trio.current_time() == before, "nobody waits for the joiner"
+        mock_clock.jump(limits.ADVANCE_S)
+        assert not pair.owner.is_receiving, "a joiner that stores nothing holds back no more sets"
 
 
 def state_bytes(pair: Pair, step: int) -> list[int]:
