@@ -16,7 +16,7 @@ from typing import Final
 
 from p2ptrain.bundle.shard_traffic import CollectiveCost
 from p2ptrain.ids import DeviceId
-from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups, Hop, Replica, kind_of
+from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups, Hop, Replica
 from p2ptrain.planner.input import SAME_HOST_BYTES_PER_S, LinkEstimate
 from p2ptrain.planner.links import LinkTable
 from p2ptrain.planner.question import Question
@@ -187,7 +187,7 @@ class Pricing:
         owners = tuple(owners_by_weight(own, self.microbatches) for own in parts)
         if any(len(set(own)) < len(group) for own, group in zip(owners, groups, strict=True)):
             return None
-        if delays_gradients(schedule) and kind_of(groups) != "pipeline":
+        if delays_gradients(schedule) and any(len(group) > 1 for group in groups):
             schedule = "1f1b"
         actions = replicated_actions(schedule, owners, [len(group) for group in groups])
         stages = tuple(

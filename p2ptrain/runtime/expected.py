@@ -28,6 +28,11 @@ class ExpectedPlan:
         """The run whose decision is awaited."""
         return None if self._plan is None else self._plan.run
 
+    @property
+    def home(self) -> DeviceId | None:
+        """Who will conduct it."""
+        return None if self._plan is None else self._plan.home
+
     def expect(self, plan: Plan) -> None:
         """This device accepts `plan`; an older one of the same run is over."""
         self._plan, self._early = plan, []

@@ -83,6 +83,7 @@ class Founding:
             self._note(f"{name} has no stage: {left.reason}")
         plan, contract = placement.plan, placement.contract
         self._profiles = {d: placement.profiles[d] for d in plan.members if d in profiles}
+        await self._wait_until(lambda: not self._stopping)  # or given up: then nobody is asked
         await self._agree(plan, contract)
         await trio.to_thread.run_sync(self._write_run, contract)
         manifest, name_of = self.job.bundle.manifest, self._services.directory.name_of

@@ -577,10 +577,11 @@ class RunService:
         )
 
     async def _wait_cleared(self) -> None:
-        """A run that is over, or has to end, may still be in a thread or on the disk."""
+        """A run that has to end may still be in a thread, on the disk or a promise to ourselves."""
 
         def cleared() -> bool:
-            ending = self._conduct is not None and self._conduct.is_ending
+            conduct, own = self._conduct, self._expected.home == self._services.device
+            ending = own if conduct is None else conduct.is_ending
             return not ending and (self._part is None or not self._part.is_ending)
 
         await self._restored.wait()

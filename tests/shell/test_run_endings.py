@@ -137,7 +137,7 @@ async def test_next_run_waits_for_one_that_ends_while_it_is_planned(
                 assert not second.ended
                 go.set()
                 await until(lambda: second.ended)
-            assert second.result is not None
+            assert second.result is not None, second.error
             assert first.result is None
 
 
