@@ -75,11 +75,6 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "resume not read from promises": Mutation(rules=ResumeAtBase(), says=("lost step",)),
     "commit not fenced by promise": Mutation(rules=NoFence(), says=("lost step", "fenced by")),
-    "old disk trusted": Mutation(
-        rules=TrustDisk(),
-        fault="old disk",
-        says=("two views are decided", "lost step", "fenced by"),
-    ),
     "records in memory counted as durable": Mutation(
         rules=TrustDisk(),
         flaws=Flaws(count_memory=True),
