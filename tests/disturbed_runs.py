@@ -8,6 +8,7 @@ from pathlib import Path
 
 import trio
 
+from p2ptrain.errors import PeerLost
 from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.reports import PlanReport, StepReport, TrainRequest, TrainResult
 from p2ptrain.runtime.run_member import LeftOut
@@ -50,7 +51,12 @@ class Disturbed:
         self.result: TrainResult | None = None
 
     async def train(self, asked: TrainRequest) -> None:
-        self.result = await self.group[0].train(asked)
+        """Have the first member conduct the run; where that is killed, it tells nobody anything."""
+        try:
+            self.result = await self.group[0].train(asked)
+        except PeerLost:
+            if self.group[0].lives:
+                raise
 
     async def train_or_hand_over(self, asked: TrainRequest) -> None:
         """The same where the home peer leaves: whoever watches is told that others go on."""
