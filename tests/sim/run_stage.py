@@ -268,6 +268,9 @@ class SimStage:
         span = replay.span.segments
 
         def logged(kind: LogKind, segment: int, step: int, giver: DeviceId | None) -> Value | None:
+            for part in replay.parts:
+                if part.kind == kind and part.first_step <= step <= part.last_step:
+                    giver = part.device  # there is one microbatch, so one giver for each step
             if giver is None or not self._linked(giver):
                 return None
             found = self.world.nodes[giver].stage.log.read(kind, segment, step)
