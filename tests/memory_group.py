@@ -310,6 +310,10 @@ class MemoryGroup:
                 self._scopes[pair].discard(scope)
             self.check_link(here, there)
 
+    def is_sending(self, here: DeviceId, there: DeviceId) -> bool:
+        """Whether a tensor or chunk is on its way from one to the other."""
+        return self._locks[here, there].locked()
+
     @contextlib.asynccontextmanager
     async def held_link(self, here: DeviceId, there: DeviceId) -> AsyncIterator[None]:
         """Nothing but control messages goes from one to the other meanwhile: a run stands still."""
