@@ -31,8 +31,9 @@ Plan = tuple[str, tuple[int, ...]]
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """Short texts with as many labels as bert-mini has classes."""
-    rows = [{"text": f"text {i} says {i % 20}", "label": f"class {i % 20}"} for i in range(60)]
+    """Short texts with as many labels as bert-mini has classes, of which most have one."""
+    classes = [*range(20), *[0] * 380]
+    rows = [{"text": f"text {i}", "label": f"class {n}"} for i, n in enumerate(classes)]
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -70,7 +71,7 @@ def plan_text(
 async def assert_agree(home: PeerProcess, request: TrainRequest, plans: Sequence[Plan]) -> None:
     """Every plan's losses are those of one peer, within the tolerance of DESIGN section 10."""
     single, _ = await train(home, alone(request))
-    assert single.heldout_last != single.heldout_first  # it trains at all
+    assert single.heldout_last < single.heldout_first
     for mode, weights in plans:
         found, watched = await train(home, shared(request, mode, weights))
         (plan,) = watched.named("plan")
