@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from p2ptrain.bundle.manifest import Tensor
 from p2ptrain.engine.contract import Array, Buffer, Engine
 from p2ptrain.errors import ConfigError, InvariantBroken
-from p2ptrain.ids import Digest
 from p2ptrain.runtime.segment_memory import SegmentMemory
 from p2ptrain.runtime.segment_runner import (
     Boundary,
@@ -25,7 +24,6 @@ from p2ptrain.runtime.segment_runner import (
     Fed,
     StageSetting,
 )
-from p2ptrain.runtime.segment_updater import SegmentUpdater, UpdateScalars
 from p2ptrain.runtime.shard_segment import (
     ShardPlace,
     ShardSegment,
@@ -33,6 +31,7 @@ from p2ptrain.runtime.shard_segment import (
     runs_backward,
 )
 from p2ptrain.runtime.shard_sums import ShardSums
+from p2ptrain.runtime.stage_updater import StageUpdater
 from p2ptrain.runtime.starting_values import starting_value
 from p2ptrain.runtime.whole_segment import WholeSegment
 from p2ptrain.store.bundles import Bundle
@@ -45,7 +44,6 @@ from p2ptrain.training.segment_image import SegmentImage
 from p2ptrain.training.segment_state import SegmentState, StateHeader
 from p2ptrain.training.shard_cuts import KindCuts, Share, sharding_of, tensor_cuts
 from p2ptrain.training.shard_states import cut_state, no_residuals, slice_shapes
-from p2ptrain.training.squares import CHUNK_ELEMENTS
 
 
 class ShardWorker:
@@ -91,12 +89,7 @@ class ShardWorker:
         }
         self._memories = {index: self._make_memory(index) for index in self.segments}
         self._segments = self._make_segments()
-        self._scalars = UpdateScalars(engine, self._rule)
-        program = engine.compile(bundle.graph(Digest(self._rule.graph)))
-        self._updaters = [
-            SegmentUpdater(engine, program, self._rule, memory, self._scalars)
-            for memory in self._memories.values()
-        ]
+        self._updater = StageUpdater(engine, bundle, contract.optimizer, self._memories.values())
         self._sums = ShardSums(
             bundle.manifest,
             self._sharding,
@@ -105,7 +98,6 @@ class ShardWorker:
             memories=self._memories,
             sites=[segment.sites for segment in self._segments],
         )
-        self._work = np.empty(CHUNK_ELEMENTS)
         self._begun = False
         self._accumulated = 0
         self._summed = False
@@ -263,30 +255,14 @@ class ShardWorker:
         copies of tied ones give 0; what is not finite gives infinity or NaN.
         """
         self._check_summed()
-        sums: dict[str, float] = {}
-        for memory in self._memories.values():
-            sums |= memory.square_sums(self._work)
-        tensors = self._manifest.tensors
-        own = [
-            sums.get(tensors[index].name, 0.0) if self._reports(tensors[index]) else 0.0
-            for index in self.tensor_indices
-        ]
-        return np.array(own, np.float64)
+        tensors = [self._manifest.tensors[index] for index in self.tensor_indices]
+        return self._updater.square_sums(tensors, self._reports)
 
     def update(self, *, step: int, learning_rate: float, clip_scale: float) -> None:
         """Apply the step's update to this shard's slices, and start a new sum; arguments as those
         of `StageWorker.update`."""
         self._check_summed()
-        self._scalars.set_for(
-            self._contract.optimizer,
-            step=step,
-            learning_rate=learning_rate,
-            clip_scale=clip_scale,
-        )
-        for updater in self._updaters:
-            updater.run()
-        for memory in self._memories.values():
-            memory.commit_running()
+        self._updater.apply(step=step, learning_rate=learning_rate, clip_scale=clip_scale)
         self._accumulated, self._summed = 0, False
         self._steps = dict.fromkeys(self.segments, step)
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from p2ptrain.bundle.manifest import Manifest, Tensor, UpdateRule
+from p2ptrain.bundle.manifest import Manifest, Tensor
 from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.errors import ConfigError, InvariantBroken
-from p2ptrain.ids import Digest
 from p2ptrain.runtime.segment_memory import FloatArray, SegmentMemory
 from p2ptrain.runtime.segment_programs import SegmentPrograms, compile_programs
 from p2ptrain.runtime.segment_runner import (
@@ -27,9 +26,9 @@ from p2ptrain.runtime.segment_runner import (
     SegmentRunner,
     StageSetting,
 )
-from p2ptrain.runtime.segment_updater import SegmentUpdater, UpdateScalars
 from p2ptrain.runtime.stage_residuals import load_residuals, residuals
 from p2ptrain.runtime.stage_rings import RingMaker, places
+from p2ptrain.runtime.stage_updater import StageUpdater
 from p2ptrain.runtime.starting_values import starting_value
 from p2ptrain.schedule.actions import Held
 from p2ptrain.store.bundles import Bundle
@@ -38,7 +37,6 @@ from p2ptrain.training.contract import Contract
 from p2ptrain.training.layout import flat_layout
 from p2ptrain.training.segment_image import SegmentImage
 from p2ptrain.training.segment_state import SegmentState, StateHeader
-from p2ptrain.training.squares import CHUNK_ELEMENTS
 from p2ptrain.training.tensor_codec import (
     ErrorFeedback,
     ResidualKey,
@@ -113,9 +111,7 @@ class StageWorker:
         self._cuts = {cut: rings.boundary(cut + 1) for cut in (cuts if lossy else ())}
         self._runners = self._make_runners(bundle)
         self._feedback = ErrorFeedback(contract.codec)
-        self._scalars = UpdateScalars(engine, self._rule)
-        self._updaters = self._make_updaters(bundle, self._rule)
-        self._work = np.empty(CHUNK_ELEMENTS)
+        self._updater = StageUpdater(engine, bundle, contract.optimizer, self._memories.values())
         self._waiting: set[int] = set()
         self._passed_back = self._accumulated = 0
         self._ties = self._find_ties()
@@ -428,12 +424,8 @@ class StageWorker:
         not finite gives infinity or NaN.
         """
         self._check_ties()
-        sums: dict[str, float] = {}
-        for memory in self._memories.values():
-            sums |= memory.square_sums(self._work)
         tensors = [self._manifest.tensors[index] for index in self.tensor_indices]
-        own = [sums.get(tensor.name, 0.0) if tensor.tied_to is None else 0.0 for tensor in tensors]
-        return np.array(own, np.float64)
+        return self._updater.square_sums(tensors, lambda tensor: tensor.tied_to is None)
 
     def update(self, *, step: int, learning_rate: float, clip_scale: float) -> None:
         """Apply the step's update with the accumulated gradients, and start a new sum.
@@ -446,16 +438,7 @@ class StageWorker:
         if self._waiting or not self._has_gradients:
             raise InvariantBroken("an update needs every backward of its step")
         self._check_ties()
-        self._scalars.set_for(
-            self._contract.optimizer,
-            step=step,
-            learning_rate=learning_rate,
-            clip_scale=clip_scale,
-        )
-        for updater in self._updaters:
-            updater.run()
-        for memory in self._memories.values():
-            memory.commit_running()
+        self._updater.apply(step=step, learning_rate=learning_rate, clip_scale=clip_scale)
         self._feedback.commit()
         self._begin_sum()
         self._steps = dict.fromkeys(self._segments, step)
@@ -567,13 +550,6 @@ class StageWorker:
             trains=bool(self._memories[segment_index].layout.places),
             delays=self._delayed > 0,
         )
-
-    def _make_updaters(self, bundle: Bundle, rule: UpdateRule) -> list[SegmentUpdater]:
-        program = self._engine.compile(bundle.graph(Digest(rule.graph)))
-        return [
-            SegmentUpdater(self._engine, program, rule, memory, self._scalars)
-            for memory in self._memories.values()
-        ]
 
 
 def _check_contract(
