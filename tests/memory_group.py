@@ -418,3 +418,17 @@ def request_for(path: Path, made: Bundle, /, **changes: object) -> TrainRequest:
 def float_bits(values: Sequence[float]) -> bytes:
     """The bits of losses, for comparisons that no tolerance blurs."""
     return struct.pack(f"<{len(values)}d", *values)
+
+
+async def stopped_after(group: MemoryGroup, step: int, wanted: TrainRequest) -> TrainResult:
+    """A session that ends soon after the group has reported so many steps in all."""
+    results: list[TrainResult] = []
+
+    async def conduct() -> None:
+        results.append(await group[0].train(wanted))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(conduct)
+        await group.wait(lambda: len(group.reports("step")) >= step)
+        group[0].runs.stop()
+    return results[0]

@@ -12,7 +12,7 @@ first keeps for the second lies in a ring as long as gradients may be missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -83,6 +83,18 @@ class Fed:
     """One array for each data port of the first segment, in port order."""
     labels: Array | None
     loss_weight: float
+
+    def by_port(self, ports: Iterable[Port]) -> Iterator[tuple[Port, Array | float | None]]:
+        """What each of a segment's fed ports gets."""
+        inputs = iter(self.inputs or ())
+        for port in ports:
+            match port.role:
+                case "data":
+                    yield port, next(inputs, None)
+                case "labels":
+                    yield port, self.labels
+                case _:
+                    yield port, self.loss_weight
 
 
 @dataclass(slots=True)
@@ -285,15 +297,7 @@ class SegmentRunner:
         }
 
     def _feed(self, slot: _Slot, fed: Fed) -> None:
-        inputs = iter(fed.inputs or ())
-        for port in self._fed:
-            match port.role:
-                case "data":
-                    value: Array | float | None = next(inputs, None)
-                case "labels":
-                    value = fed.labels
-                case _:
-                    value = fed.loss_weight
+        for port, value in fed.by_port(self._fed):
             target = slot.values[port.value.name].host()
             if value is None or (isinstance(value, np.ndarray) and value.shape != target.shape):
                 raise InvariantBroken(f"segment {self._index} needs {port.role} {target.shape}")

@@ -303,16 +303,8 @@ class ShardSegment:
         return self._engine.allocate(self._shapes.of(value), np.dtype(value.dtype))
 
     def _feed(self, fed: Fed) -> None:
-        inputs = iter(fed.inputs or ())
-        for port in self._fed:
+        for port, value in fed.by_port(self._fed):
             name = port.value.name
-            match port.role:
-                case "data":
-                    value: Array | float | None = next(inputs, None)
-                case "labels":
-                    value = fed.labels
-                case _:
-                    value = fed.loss_weight
             whole = self._whole[name]
             if value is None or (isinstance(value, np.ndarray) and value.shape != whole):
                 raise InvariantBroken(

@@ -50,3 +50,12 @@ async def _train_alone(directory: Path, text: Path) -> TrainResult:
     async with peer_group(directory, 1) as (peer,):
         result, _ = await train(peer, job(text, stages=1))
     return result
+
+
+@pytest.fixture
+def stock_python() -> str:
+    """The interpreter of an environment that has stock onnxruntime."""
+    named = os.environ.get("P2PTRAIN_STOCK_PYTHON", "")
+    if not Path(named).is_file():
+        pytest.skip(f"P2PTRAIN_STOCK_PYTHON names no interpreter with stock onnxruntime: {named!r}")
+    return named

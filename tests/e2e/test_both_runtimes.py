@@ -31,15 +31,6 @@ print(json.dumps({
 """
 
 
-@pytest.fixture
-def stock_python() -> str:
-    """The interpreter of an environment that has stock onnxruntime."""
-    named = os.environ.get("P2PTRAIN_STOCK_PYTHON", "")
-    if not Path(named).is_file():
-        pytest.skip(f"P2PTRAIN_STOCK_PYTHON names no interpreter with stock onnxruntime: {named!r}")
-    return named
-
-
 @pytest.mark.stock
 @pytest.mark.parametrize(
     ("optimizer", "tolerance"), [(SGD, 1e-5), (ADAMW, 1e-4)], ids=["sgd", "adamw"]

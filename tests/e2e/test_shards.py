@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,15 +126,6 @@ async def test_bytes_at_the_sockets_are_the_predicted_ones(
         sent[report.sender] += report.bytes_sent if report.kind in ("reduce", "gather") else 0
     assert len(sent) == ranks
     assert list(sent.values()) == pytest.approx([steps * predicted] * ranks, rel=0.02)
-
-
-@pytest.fixture
-def stock_python() -> str:
-    """The interpreter of an environment that has stock onnxruntime."""
-    named = os.environ.get("P2PTRAIN_STOCK_PYTHON", "")
-    if not Path(named).is_file():
-        pytest.skip(f"P2PTRAIN_STOCK_PYTHON names no interpreter with stock onnxruntime: {named!r}")
-    return named
 
 
 @pytest.mark.stock

@@ -71,7 +71,7 @@ async def test_who_lacked_a_link_joins_once_it_has_it(
     assert group.offered_at_s == [0.0]
     group.answer(HOME)
     assert group.admission.declined == {LEFT_OUT: "it has no link with b"}
-    await trio.sleep(6.0)
+    await trio.sleep(6.0)  # of the mocked clock
     assert group.offered_at_s == [0.0, 5.0]
     group.answer(HOME, MEMBER)
     assert group.wanted == ["c joins"]
@@ -87,13 +87,13 @@ async def test_who_declines_is_asked_more_and_more_seldom_until_the_view_ends(
     for _ in range(6):
         declined = Declined(run=VIEW.run, view=ViewNumber(2), reason="busy")
         group.admission.answered(LEFT_OUT, declined)
-        await trio.sleep(61.0)
+        await trio.sleep(61.0)  # of the mocked clock
     asked_at_s = range(0, 6 * 61, 61)
     waits_s = [b - a for a, b in zip(asked_at_s, group.offered_at_s[1:], strict=True)]
     assert waits_s == [5.0, 10.0, 20.0, 40.0, 60.0, 60.0]
     group.admission.answered(LEFT_OUT, declined)
     group.admission.close()
-    await trio.sleep(100.0)
+    await trio.sleep(100.0)  # of the mocked clock
     assert len(group.offered_at_s) == 7
 
 
@@ -105,7 +105,7 @@ async def test_who_goes_away_is_asked_when_it_comes_back(
     nursery.start_soon(group.admission.run)
     group.answer(HOME)
     group.admission.gone(LEFT_OUT)
-    await trio.sleep(30.0)
+    await trio.sleep(30.0)  # of the mocked clock
     assert group.offered_at_s == [0.0]
     group.admission.arrived(LEFT_OUT)
     assert group.offered_at_s == [0.0, 30.0]

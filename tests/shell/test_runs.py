@@ -20,7 +20,14 @@ from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.training.messages import SegmentSaved, Usage
 from p2ptrain.training.safetensors import raw_bytes
 from tests.bundles import tiny_bundle
-from tests.memory_group import MemoryGroup, float_bits, memory_group, request_for, until
+from tests.memory_group import (
+    MemoryGroup,
+    float_bits,
+    memory_group,
+    request_for,
+    stopped_after,
+    until,
+)
 
 CLIPPING = OptimizerChoice(warmup_steps=2, clip_norm=0.05, peak_learning_rate=0.02)
 BUNDLE = tiny_bundle()
@@ -162,19 +169,6 @@ async def test_stop_and_resume_on_other_stages_gives_the_same_curve(tmp_path: Pa
     assert second.heldout_first == first.heldout_last
     # A resumed session is charged for itself alone.
     assert sum(peer.samples for peer in second.energy.peers) == 8 * len(second.losses)
-
-
-async def stopped_after(group: MemoryGroup, step: int, wanted: TrainRequest) -> TrainResult:
-    results: list[TrainResult] = []
-
-    async def conduct() -> None:
-        results.append(await group[0].train(wanted))
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(conduct)
-        await group.wait(lambda: len(group.reports("step")) >= step)
-        group[0].runs.stop()
-    return results[0]
 
 
 async def test_stop_before_the_first_step_interrupts(tmp_path: Path) -> None:

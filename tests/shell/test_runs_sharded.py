@@ -20,7 +20,13 @@ from p2ptrain.store.bundles import Bundle, load_bundle, shipped_bundles
 from p2ptrain.training.contract import OptimizerChoice
 from tests.bundles import write_bundle
 from tests.counted_work import count_work
-from tests.memory_group import MemoryGroup, float_bits, memory_group, tiny_text
+from tests.memory_group import (
+    MemoryGroup,
+    float_bits,
+    memory_group,
+    stopped_after,
+    tiny_text,
+)
 from tests.shipped_training import short_context
 
 SGD = OptimizerChoice(name="sgd", peak_learning_rate=0.05, warmup_steps=2, clip_norm=0.5)
@@ -102,20 +108,6 @@ async def test_stop_and_resume_by_other_shards_or_none(mode: Mode, tmp_path: Pat
     losses = (*first.losses, *second.losses, *third.losses)
     np.testing.assert_allclose(losses, whole.losses, rtol=TOLERANCE)
     assert second.heldout_first == pytest.approx(first.heldout_last, rel=TOLERANCE)
-
-
-async def stopped_after(group: MemoryGroup, step: int, wanted: TrainRequest) -> TrainResult:
-    """A session that ends soon after the group has reported so many steps in all."""
-    results: list[TrainResult] = []
-
-    async def conduct() -> None:
-        results.append(await group[0].train(wanted))
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(conduct)
-        await group.wait(lambda: len(group.reports("step")) >= step)
-        group[0].runs.stop()
-    return results[0]
 
 
 async def test_a_lost_shard_ends_the_run_with_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
