@@ -152,6 +152,7 @@ async def _train_somewhere(
         while not _models([peer.member.home for peer in peers]):
             for peer in peers:
                 _wake(peer, struck)
+                _check_none_failed(peer.member.home)
             await trio.sleep(0.1)  # between two looks at files of other processes
         nursery.cancel_scope.cancel()
 
@@ -191,6 +192,13 @@ def _wake(peer: PeerProcess, struck: Path) -> None:
     for event in _events(struck / f"{peer.name}.jsonl"):
         if event.get("fault") == "stop" and event["at"] + 15.0 < time.time():
             peer.resume()
+
+
+def _check_none_failed(home: Path) -> None:
+    """Raise the reason that a peer gives for the end of its run, rather than wait for a model."""
+    for path in home.glob("runs/*/ended.json"):
+        end = json.loads(path.read_text())
+        assert end["outcome"] != "failed", end["reason"]
 
 
 def _models(homes: list[Path]) -> list[Path]:

@@ -260,9 +260,9 @@ def _count_states(saboteur: Saboteur) -> None:
     inner = Asker.fetch
 
     async def fetch(
-        asker: Asker, device: Any, what: str, segment: int, step: int
-    ) -> bytes:  # Any: an id
-        content = await inner(asker, device, what, segment, step)
+        asker: Asker, device: Any, what: str, segment: int, step: int, *rest: Any
+    ) -> bytes:  # Any: the method's own
+        content = await inner(asker, device, what, segment, step, *rest)
         if what == "state":
             saboteur.note(state=segment, step=step, bytes=len(content))
         return content
