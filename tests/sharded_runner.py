@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from p2ptrain.bundle.manifest import Manifest, Segment, SegmentKind, parse_manifest
+from p2ptrain.bundle.manifest import Manifest, Segment, SegmentKind
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.bundle.sharding import Collective, ShardedKind, Sharding, ShardSlice
 from p2ptrain.graph.measured import gradient_error
 from p2ptrain.graph.runner import Ran, Runner

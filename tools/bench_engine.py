@@ -16,7 +16,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from p2ptrain.bundle.manifest import parse_manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.errors import ConfigError, P2PTrainError
 from tools.bench.engine_report import Case, Reading, markdown, print_cases, to_json
 from tools.bench.engine_workloads import WORKLOADS, EngineWorkload, exported, write_workload

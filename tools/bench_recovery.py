@@ -15,7 +15,8 @@ import trio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from p2ptrain.bundle.manifest import Manifest, parse_manifest
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.errors import P2PTrainError, PeerLost
 from p2ptrain.runtime.reports import PlanReport
 from tools.bench.peer_contender import PeerGroup, Session, open_group

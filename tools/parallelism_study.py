@@ -34,7 +34,7 @@ import trio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from p2ptrain.bundle.manifest import parse_manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.errors import ConfigError, P2PTrainError, PlanInfeasible
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.training.contract import OptimizerChoice

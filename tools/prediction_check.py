@@ -29,7 +29,7 @@ import trio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from p2ptrain.bundle.manifest import parse_manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.planner.kinds import Kind
 from p2ptrain.runtime.reports import PlanReport, StageReport, TrainRequest

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from p2ptrain.bundle.manifest import parse_manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.demo.baselines import Baselines, baselines
 from p2ptrain.demo.corpus import standard_corpus, write_corpus
 from p2ptrain.demo.generate import Sampling, write_text

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from p2ptrain import limits
 from p2ptrain.bundle import manifest as words
+from p2ptrain.bundle.reading import check_manifest
 from p2ptrain.errors import ConfigError, GraphError
 from p2ptrain.graph.adapters import Adapted, add_adapters
 from p2ptrain.graph.asked import counted_cuts, named_cuts, scopes_of
@@ -93,7 +94,7 @@ def export(
     )
     manifest = replace(manifest, golden_parameters=parameters_digest(manifest, 0))
     manifest = with_weights(manifest, source.weights)
-    words.check_manifest(manifest)
+    check_manifest(manifest)
     report = _report(flow, found, pieces, manifest)
     return Bundle(
         manifest=manifest,

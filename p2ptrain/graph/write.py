@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from p2ptrain.bundle.graph_checks import check_graph
-from p2ptrain.bundle.manifest import Manifest, parse_manifest
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.errors import ConfigError, InvariantBroken
 from p2ptrain.graph.export import Bundle
 from p2ptrain.graph.measured import Measured

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import trio
 
 from p2ptrain import limits
-from p2ptrain.bundle.manifest import parse_manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.engine.contract import Engine
 from p2ptrain.errors import BundleError, PeerLost
 from p2ptrain.ids import DeviceId, Digest, RunId, short

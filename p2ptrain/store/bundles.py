@@ -18,7 +18,8 @@ from typing import Final
 import p2ptrain
 from p2ptrain import limits
 from p2ptrain.bundle.graph_checks import check_graph
-from p2ptrain.bundle.manifest import Manifest, parse_manifest
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.errors import BundleError, NotFound
 from p2ptrain.ids import Digest
 

@@ -18,7 +18,8 @@ import numpy as np
 from p2ptrain import limits
 from p2ptrain.bundle.contradictions import contradictions
 from p2ptrain.bundle.graph_checks import graph_problems
-from p2ptrain.bundle.manifest import Manifest, Tensor, decode_manifest
+from p2ptrain.bundle.manifest import Manifest, Tensor
+from p2ptrain.bundle.reading import decode_manifest
 from p2ptrain.errors import BundleError, CheckpointError, NotFound
 from p2ptrain.ids import Digest
 from p2ptrain.store.bundles import (

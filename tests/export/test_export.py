@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from onnx_models.gpt import Gpt, gpt
-from p2ptrain.bundle.manifest import FORMS, check_manifest, parse_manifest
+from p2ptrain.bundle.manifest import FORMS
 from p2ptrain.bundle.protobuf import append_initialisers
+from p2ptrain.bundle.reading import check_manifest, parse_manifest
 from p2ptrain.errors import BundleError, GraphError
 from p2ptrain.graph.canonical import canonicalise
 from p2ptrain.graph.check import check_masks, check_values, verify

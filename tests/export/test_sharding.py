@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from onnx_models.gpt import gpt
 from p2ptrain.bundle.graph_checks import graph_problems
-from p2ptrain.bundle.manifest import parse_manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.bundle.shard_traffic import shard_traffic
 from p2ptrain.bundle.sharding import ShardedKind
 from p2ptrain.graph.check import check_masks, check_values

@@ -3,7 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from p2ptrain.bundle.manifest import Loss, parse_manifest
+from p2ptrain.bundle.manifest import Loss
+from p2ptrain.bundle.reading import parse_manifest
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2ptrain.bundle.graph_checks import graph_problems
-from p2ptrain.bundle.manifest import parse_manifest
 from p2ptrain.bundle.onnx_reader import read_graph
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.errors import BundleError
 from p2ptrain.ids import Digest
 from p2ptrain.store.bundles import find_bundle, load_bundle

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from p2ptrain.bundle.manifest import Manifest, check_manifest
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.bundle.reading import check_manifest
 from p2ptrain.planner.plan import Plan, StagePlan
 from p2ptrain.training.arrivals import FedValue, TieKey, arrivals, tied_sends
 from tests.bundles import CONTEXT, contract_for, tiny_bundle

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from p2ptrain.bundle.manifest import Manifest, parse_manifest
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.errors import PeerLost
 from p2ptrain.ids import DeviceId, RunId
 from p2ptrain.planner.profile import KindCost

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from p2ptrain.bundle.manifest import Manifest, parse_manifest
+from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.bundle.protobuf import append_initialisers
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.training.random import draw_parameter
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "onnx_models" / "gpt-nano"

@@ -12,7 +12,7 @@ import pytest
 from p2ptrain import limits
 from p2ptrain.bundle.contradictions import contradictions
 from p2ptrain.bundle.graph_checks import graph_problems
-from p2ptrain.bundle.manifest import check_manifest, decode_manifest, parse_manifest
+from p2ptrain.bundle.reading import check_manifest, decode_manifest, parse_manifest
 from p2ptrain.engine import onnxruntime_engine
 from p2ptrain.errors import BundleError
 from p2ptrain.ids import Digest, RunId

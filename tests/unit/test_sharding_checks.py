@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from p2ptrain.bundle.manifest import parse_manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.bundle.report import bundle_report
 from p2ptrain.bundle.shard_traffic import CollectiveCost, shard_traffic
 from p2ptrain.cli.tables import bundle_lines

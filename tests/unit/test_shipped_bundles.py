@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from p2ptrain.bundle.manifest import Manifest, parse_manifest
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.training.random import parameters_digest
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from p2ptrain.bundle.manifest import Manifest, parse_manifest
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.bundle.shard_traffic import shard_traffic
 from p2ptrain.planner.explore import Explorer
 from p2ptrain.planner.kinds import Kind

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import trio
 
-from p2ptrain.bundle.manifest import Manifest, parse_manifest
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.errors import ConfigError
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.runtime.reports import PlanReport
