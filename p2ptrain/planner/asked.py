@@ -118,6 +118,13 @@ def _arranged(
             f"{asked.file}: the model's running statistics are made of all microbatches in order",
             hint="give each stage one device",
         )
+    if not pricing.keeps_residuals(groups):
+        stage = next(index for index, group in enumerate(groups) if index and len(group) > 1)
+        raise PlanInfeasible(
+            f"{asked.file}: stage {stage} has replicas, but under the codec int8 only the first "
+            "stage may: each would keep what it rounds off to itself, and a checkpoint lacks it",
+            hint=f"use --codec bf16 or fp32, or give stage {stage} one device",
+        )
     arrangement = pricing.arrange(groups, schedule, weights)
     if arrangement is None:
         raise PlanInfeasible(

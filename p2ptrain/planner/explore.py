@@ -266,6 +266,8 @@ class Explorer:
         stages = self._pricing.question.stages
         if stages is not None and stages > 1 and kind in ("one device", "data"):
             return "it has one stage"
+        if kind == "hybrid" and self._pricing.question.contract.codec == "int8":
+            return "none fits the memory whose first stage alone has replicas, as int8 needs it"
         return "none fits the memory"
 
 

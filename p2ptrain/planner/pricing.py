@@ -108,6 +108,16 @@ class Pricing:
         one after the other."""
         return all(not kind.running for kind in self.question.manifest.kinds.values())
 
+    def keeps_residuals(self, groups: Groups) -> bool:
+        """Whether the states that are saved have all of what int8 rounds off cotangents.
+
+        Each replica rounds those of its own microbatches, and one of them saves for all; the first
+        stage sends none.
+        """
+        return self.question.contract.codec != "int8" or all(
+            len(group) == 1 for group in groups[1:]
+        )
+
     def memory_bytes(self, first: int, end: int, holds: Held, ranks: int = 1) -> int:
         """Peak memory of segments first..end-1 with room for this many microbatches.
 
@@ -163,8 +173,8 @@ class Pricing:
     def arrange(
         self, groups: Groups, schedule: str, weights: Sequence[Sequence[int] | None] = ()
     ) -> Arrangement | None:
-        """The arrangement of these groups; None when a replica would get no microbatch, or where
-        microbatches cannot be shared out.
+        """The arrangement of these groups; None when a replica would get no microbatch, where
+        microbatches cannot be shared out, or where int8 would lose what replicas round off.
 
         Args:
             groups: By stage.
@@ -183,6 +193,8 @@ class Pricing:
         if any(0 in own for own in parts):
             return None
         if not self.may_share and any(len(group) > 1 for group in groups):
+            return None
+        if not self.keeps_residuals(groups):
             return None
         owners = tuple(owners_by_weight(own, self.microbatches) for own in parts)
         if any(len(set(own)) < len(group) for own, group in zip(owners, groups, strict=True)):

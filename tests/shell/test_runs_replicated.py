@@ -134,11 +134,17 @@ async def test_what_else_a_run_may_be_asked_for(
     assert_near(shared.result, one.result)
 
 
-@pytest.mark.parametrize("codec", ["bf16", "int8"])
+@pytest.mark.parametrize(
+    ("codec", "layout"),
+    [
+        ("bf16", LAYOUTS["hybrid 2x2"]),
+        ("int8", [([0, 1], 2, [2, 1]), ([2], SEGMENTS - 2, [1])]),
+    ],
+)
 async def test_boundaries_of_replicas_are_rounded_alike_every_time(
-    tmp_path: Path, codec: str
+    tmp_path: Path, codec: str, layout: Layout
 ) -> None:
-    runs = [await train(tmp_path, LAYOUTS["hybrid 2x2"], codec=codec, steps=6) for _ in range(2)]
+    runs = [await train(tmp_path, layout, codec=codec, steps=6) for _ in range(2)]
     assert runs[0].bits == runs[1].bits
     one = await train(tmp_path, ALONE, steps=6)
     np.testing.assert_allclose(runs[0].result.losses, one.result.losses, rtol=0.02)

@@ -77,6 +77,19 @@ def test_a_replicated_stage_delays_no_gradients(monkeypatch: pytest.MonkeyPatch)
     assert plan.schedule == "1f1b"
 
 
+def test_int8_has_replicas_of_the_first_stage_only() -> None:
+    contract = dataclasses.replace(planning_input([], segment_count=8).contract, codec="int8")
+    first = _stage(["loft", "cellar"], 6) + _stage(["laptop"], 2)
+    later = _stage(["laptop"], 2) + _stage(["loft", "cellar"], 6)
+    plan, _ = _asked(first, contract=contract)
+    assert [len(stage.devices) for stage in plan.stages] == [2, 1]
+    with pytest.raises(PlanInfeasible, match="stage 1 has replicas, but under") as refused:
+        _asked(later, contract=contract)
+    assert refused.value.hint == "use --codec bf16 or fp32, or give stage 1 one device"
+    for codec in ("bf16", "fp32"):  # what the hint says works
+        _asked(later, contract=dataclasses.replace(contract, codec=codec))
+
+
 def test_a_device_that_is_away_is_named_with_the_reason() -> None:
     known = Known(names=KNOWN.names, absent={device("x"): "busy with run 7"})
     known = dataclasses.replace(known, names={**KNOWN.names, device("x"): "attic"})

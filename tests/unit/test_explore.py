@@ -153,6 +153,24 @@ def test_memory_decides_before_speed_and_says_so() -> None:
     assert found.objections["tensor"] == "no segment has heads or columns that could be divided"
 
 
+def test_int8_finds_hybrids_whose_first_stage_alone_has_replicas() -> None:
+    asked = question(
+        equal_devices("abcd", segment_count=8), segment_count=8, kinds=("hybrid",)
+    )  # fmt: skip
+    groups = {}
+    for codec in ("bf16", "int8"):
+        contract = dataclasses.replace(asked.contract, codec=codec)
+        best = _find(dataclasses.replace(asked, contract=contract)).best
+        assert best is not None
+        assert best.arrangement is not None
+        groups[codec] = [len(group) for group in best.arrangement.groups]
+    assert groups == {"bf16": [2, 2], "int8": [3, 1]}
+    tight = equal_devices("abc", segment_count=8, memory_bytes=100)
+    contract = dataclasses.replace(asked.contract, codec="int8")
+    found = _find(dataclasses.replace(asked, contract=contract, devices=tight))
+    assert "whose first stage alone has replicas" in found.objections["hybrid"]
+
+
 def test_tensor_needs_a_head_for_everyone() -> None:
     letters = "abcdefghijklm"
     found = _find(bert_question(letters, "tensor"))
