@@ -105,6 +105,7 @@ def profile(
     host: str | None = None,
     cores: int = 4,
     delayed_percent: int | None = None,
+    own_cores: str = "",
 ) -> PeerProfile:
     """A peer with one (forward, backward) time per segment, on its own host unless given.
 
@@ -127,6 +128,7 @@ def profile(
         host=host if host is not None else f"host-{letter}",
         cores=cores,
         build=BUILD,
+        own_cores=own_cores,
     )
 
 

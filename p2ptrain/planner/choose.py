@@ -157,7 +157,7 @@ class _Chosen:
 
     def _shares_cores(self, profile: PeerProfile) -> str:
         peers = [self._pricing.devices[i].profile for i in self._best.devices]
-        same = sum(peer.host == profile.host for peer in peers)
+        same = sum(peer.cores_identity == profile.cores_identity for peer in peers)
         needed = (same + 1) * self._planning.contract.threads
         if same and needed > profile.cores:
             return f", its host would need {needed} threads on {profile.cores} cores"

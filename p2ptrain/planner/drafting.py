@@ -151,9 +151,9 @@ class Drafting:
         and what was measured of links that are used."""
         peers = [self._pricing.devices[i].profile for i in self._candidate.devices]
         sentences = self._joules()
-        used = Counter(peer.host for peer in peers)
+        used = Counter(peer.cores_identity for peer in peers)
         for peer in sorted(peers, key=lambda p: p.device):
-            needed = used.pop(peer.host, 0) * self._planning.contract.threads
+            needed = used.pop(peer.cores_identity, 0) * self._planning.contract.threads
             if needed > peer.cores:
                 sentences.append(
                     f"{needed} threads share the {peer.cores} cores of one host: "

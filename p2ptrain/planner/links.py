@@ -81,17 +81,19 @@ def link_estimates(
         The slower direction's rate, since tensors go both ways. Where no end has measured one it
         is assumed: no faster than half of the measured ones are, or a plan would flee from every
         slow link that it knows to those that it does not. Links between peers of one host only
-        where they are clearly not the loopback.
+        where some of that host's are clearly not the loopback: then its peers are apart, as
+        containers on networks of their own are.
     """
     figures = {(device, figure.peer): figure for device, own in told.items() for figure in own}
     pairs = list(itertools.combinations(sorted(hosts), 2))
-    found = []
+    every = []
     for first, second in pairs:
         both = [figures.get((first, second)), figures.get((second, first))]
         known = [figure for figure in both if figure is not None]
-        estimate = _estimate(first, second, known)
-        if hosts[first] != hosts[second] or _is_shaped(estimate):
-            found.append(estimate)
+        every.append(_estimate(first, second, known))
+    within = [each for each in every if hosts[each.first] == hosts[each.second]]
+    apart = {hosts[each.first] for each in within if _is_shaped(each)}
+    found = [each for each in every if each not in within or hosts[each.first] in apart]
     usual = _usual_bytes_per_s(found)
     return tuple(
         each if each.rate_measured else dataclasses.replace(each, bytes_per_s=usual)
@@ -100,6 +102,7 @@ def link_estimates(
         or each.latency_measured
         or each.medium
         or usual < OTHER_HOST_BYTES_PER_S
+        or hosts[each.first] == hosts[each.second]
     )
 
 

@@ -153,13 +153,19 @@ class Pricing:
         forward, backward, *_ = self.times(device, 1)
         return forward[-1] + backward[-1]
 
-    def times(self, device: int, on_host: int) -> tuple[tuple[int, ...], ...]:
-        """Prefix sums of the times of forwards, backwards, and backwards' two parts; peers of one
-        host share its cores."""
-        key = (device, on_host)
+    def sharing(self, devices: Sequence[int]) -> dict[int, int]:
+        """How many of these devices share each one's cores, by device."""
+        own = {i: self.devices[i].profile.cores_identity for i in devices}
+        together = Counter(own.values())
+        return {device: together[identity] for device, identity in own.items()}
+
+    def times(self, device: int, on_cores: int) -> tuple[tuple[int, ...], ...]:
+        """Prefix sums of the times of forwards, backwards, and backwards' two parts, where so many
+        peers share the cores."""
+        key = (device, on_cores)
         if key not in self._times:
             profile = self.devices[device].profile
-            busy = max(on_host * self.question.contract.threads, profile.cores)
+            busy = max(on_cores * self.question.contract.threads, profile.cores)
             kinds = [profile.kinds[name] for name in self._kinds]
             self._times[key] = tuple(
                 _sums([-(-time * busy // profile.cores) for time in times])
@@ -181,10 +187,8 @@ class Pricing:
             schedule: Where it delays gradients and stages have replicas, 1F1B is taken instead.
             weights: By stage and rank; None, or nothing: as fast as each device is.
         """
-        hosts = Counter(self.devices[i].profile.host for group in groups for i in group)
-        tables = [
-            [self.times(i, hosts[self.devices[i].profile.host]) for i in group] for group in groups
-        ]
+        sharing = self.sharing([device for group in groups for device in group])
+        tables = [[self.times(i, sharing[i]) for i in group] for group in groups]
         asked = tuple(weights) or (None,) * len(groups)
         parts = tuple(
             tuple(given) if given is not None else self._by_speed(own)

@@ -80,7 +80,8 @@ class PeerProfile:
     memory_bytes: int
     """What the run may use on this peer."""
     host: str
-    """Identity of the machine: peers on one host share cores and energy meter."""
+    """Identity of the machine: peers on one host share its idle watts and reach each other within
+    it."""
     cores: int
     """Cores of the machine."""
     build: RuntimeBuild
@@ -88,6 +89,14 @@ class PeerProfile:
     """What the machine draws; None: it did not say."""
     other_sizes: tuple[SizedCosts, ...] = ()
     """What follows for other microbatch sizes, where the size is to be chosen."""
+    own_cores: str = ""
+    """Identity of the CPU quota that it is below, whose time is nobody else's; empty: there is
+    none, so it shares the cores with whoever else on its host has none."""
+
+    @property
+    def cores_identity(self) -> str:
+        """Equal for peers that take time of the cores from each other."""
+        return self.own_cores or self.host
 
     def at_size(self, microbatch_size: int) -> PeerProfile | None:
         """The profile for one of its other sizes, alone; None: it is not known."""

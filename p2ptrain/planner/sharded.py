@@ -7,7 +7,6 @@ not overlap.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -158,8 +157,7 @@ class _Step:
 
     def __init__(self, pricing: Pricing, devices: tuple[int, ...]) -> None:
         self._pricing, self._devices = pricing, devices
-        hosts = Counter(pricing.devices[i].profile.host for i in devices)
-        self._on_host = [hosts[pricing.devices[i].profile.host] for i in devices]
+        self._sharing = pricing.sharing(devices)
         self._time_ns = 0
         self._own_ns = [0] * len(devices)
         self._sent = [0] * len(devices)
@@ -168,9 +166,9 @@ class _Step:
     def compute(self, index: int, parts: tuple[int, ...] | None) -> None:
         """One segment forward and backward; everybody waits for the slowest. None: all of it."""
         slowest = 0
-        for i, (device, on_host) in enumerate(zip(self._devices, self._on_host, strict=True)):
+        for i, device in enumerate(self._devices):
             time = 0
-            for sums in self._pricing.times(device, on_host)[:2]:
+            for sums in self._pricing.times(device, self._sharing[device])[:2]:
                 whole = sums[index + 1] - sums[index]
                 time += whole if parts is None else -(-whole * parts[i] // sum(parts))
             self._own_ns[i] += time

@@ -30,13 +30,13 @@ def host_identity(root: Path = Path("/")) -> str:
     return _hash(f"machine {machine} {name}")
 
 
-def cores_identity(root: Path = Path("/")) -> str:
-    """As `host_identity`, but another for each container that has a CPU quota of its own.
+def quota_identity(root: Path = Path("/")) -> str:
+    """16 hex digits for each group of processes with a CPU quota; empty where we are below none.
 
     Peers below different quotas do not take cores from each other: what each may use is fixed.
     """
-    host, quota = host_identity(root), cpu_quota(root)
-    return host if quota is None else _hash(f"{host} {quota.group}")
+    quota = cpu_quota(root)
+    return "" if quota is None else _hash(f"{host_identity(root)} {quota.group}")
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int | None:

@@ -132,6 +132,7 @@ class OfferDesk:
             other_sizes=costs.other_sizes,
             memory_bytes=self._services.memory_bytes(),
             host=self._services.host,
+            own_cores=self._services.own_cores,
             cores=self._services.cores,
             build=engine.build,
             power=self._services.power(offer.threads),

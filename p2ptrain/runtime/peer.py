@@ -33,7 +33,7 @@ from p2ptrain.net.sponsor import EnrolmentServer
 from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
 from p2ptrain.power.cgroups import cpu_quota
-from p2ptrain.power.host import available_memory_bytes, cores_identity, host_identity
+from p2ptrain.power.host import available_memory_bytes, host_identity, quota_identity
 from p2ptrain.power.meter import open_meter
 from p2ptrain.runtime.ballots import Ballots, follow_ballot
 from p2ptrain.runtime.battery_watch import spare_battery
@@ -117,7 +117,8 @@ class Peer:
                 clock_ns=time.perf_counter_ns,
                 link_figures=self._link_figures,
                 memory_bytes=self._memory_bytes,
-                host=cores_identity(),
+                host=self._host,
+                own_cores=quota_identity(),
                 cores=self._cores,
                 cpu_quota=cpu_quota,
                 power=self.meter.power,

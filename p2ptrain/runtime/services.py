@@ -75,7 +75,7 @@ class Services:
     memory_bytes: Callable[[], int]
     """What a run may use here now."""
     host: str
-    """Of whom our cores are; peers with the same one share them."""
+    """Identity of the machine (`PeerProfile.host`)."""
     cores: int
     threads_max: int
     """The most compute threads the owner of this peer allows."""
@@ -89,3 +89,5 @@ class Services:
     """threads -> what the machine draws while it computes with them; None: it is not known."""
     cpu_quota: Callable[[], CpuQuota | None] = lambda: None
     """What holds back this process now."""
+    own_cores: str = ""
+    """Of the quota below which this peer began; empty: it shares the machine's cores."""

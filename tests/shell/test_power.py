@@ -11,10 +11,10 @@ from p2ptrain.errors import ConfigError
 from p2ptrain.power.cgroups import cpu_quota
 from p2ptrain.power.host import (
     available_memory_bytes,
-    cores_identity,
     host_identity,
     machine_cpu_ns,
     power_source,
+    quota_identity,
 )
 from p2ptrain.power.meter import open_meter
 from p2ptrain.power.model import PowerConfig, model_for, parse_power_config
@@ -251,10 +251,11 @@ def test_peers_below_quotas_of_their_own_share_no_cores(tmp_path: Path) -> None:
 
     roots = [machine("a", "1"), machine("b", "1"), machine("a", "2")]
     assert len({host_identity(root) for root in roots}) == 1
-    assert {cores_identity(root) for root in roots} == {host_identity(roots[0])}
+    assert {quota_identity(root) for root in roots} == {""}
     for root, group in zip(roots, "aba", strict=True):
         _write(root, {f"sys/fs/cgroup/{group}/cpu.max": "40000 100000"})
-    assert len({cores_identity(root) for root in roots}) == 3
+    assert len({quota_identity(root) for root in roots}) == 3
+    assert len({host_identity(root) for root in roots}) == 1, "still one machine"
 
 
 def test_memory_is_unknown_where_nothing_says(tmp_path: Path) -> None:

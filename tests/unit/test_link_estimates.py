@@ -70,6 +70,19 @@ def test_links_of_one_host_count_only_where_they_are_shaped() -> None:
     assert shaped.bytes_per_s == 12_000_000
 
 
+def test_a_host_with_a_shaped_link_has_no_loopback_between_its_peers() -> None:
+    together = dict.fromkeys((A, B, C), "host")
+    slow = {A: [figure("b", bytes_per_s=3_000_000)]}
+    rates = {(e.first, e.second): e.bytes_per_s for e in link_estimates(slow, together)}
+    assert rates == {(A, B): 3_000_000, (A, C): 3_000_000, (B, C): 3_000_000}
+    shaped = {A: [figure("b", bytes_per_s=100_000_000)]}
+    rates = {(e.first, e.second): e.bytes_per_s for e in link_estimates(shaped, together)}
+    assert rates == dict.fromkeys(rates, OTHER_HOST_BYTES_PER_S) | {(A, B): 100_000_000}
+    assert len(rates) == 3
+    elsewhere = {**together, C: "other"}  # whose own peers say nothing of this host's
+    assert len(link_estimates(slow, elsewhere)) == 3
+
+
 def test_devices_that_take_no_part_are_left_out() -> None:
     told = {A: [figure("b"), figure("c")], C: [figure("b")]}
     assert [(e.first, e.second) for e in link_estimates(told, {A: "1", B: "2"})] == [(A, B)]

@@ -13,8 +13,9 @@ from p2ptrain.planner.input import LinkEstimate, PlanningInput, stage_shares
 from p2ptrain.planner.kinds import KINDS, Kind, kinds_at_start, kinds_compared
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.profile import KindCost, Power
+from p2ptrain.planner.profile import KindCost, PeerProfile, Power
 from p2ptrain.store.bundles import load_bundle, shipped_bundles
+from p2ptrain.wire.codec import from_plain, to_plain
 from tests.planning_cases import device, fast_links, planning_input, profile
 
 EQUAL = [(1_000_000, 2_000_000)] * 8
@@ -75,6 +76,28 @@ def test_peers_on_one_host_share_its_cores() -> None:
     choice = choose_plan(planning_input(peers, segment_count=8))
     assert len(choice.plan.stages) == 2
     assert any("3 threads on 2 cores" in one.reason for one in choice.left_out)
+
+
+def test_peers_below_quotas_share_a_machine_but_not_its_cores() -> None:
+    watts = Power(idle_uw=4_000_000, busy_uw=4_000_000, pj_per_byte=0)
+    below = [profile(x, EQUAL, host="one", cores=2, own_cores=f"quota-{x}") for x in "abcd"]
+    below = [dataclasses.replace(each, power=watts) for each in below]
+    planning = planning_input(below, segment_count=8, stages=4, links=())
+    choice = choose_plan(planning)
+    assert choice.plan.stages[0].step_compute_ns == 8 * 2 * 3_000_000, "not stretched"
+    assert not any("share the 2 cores" in reason for reason in choice.plan.reasons)
+    assert choice.plan.step_uj is not None
+    assert choice.plan.step_uj == pytest.approx(4e6 * choice.plan.step_ns / 1e9, abs=4), "idle once"
+    reasons = "; ".join(choice.plan.reasons)
+    assert "links on one host are assumed" in reasons
+    assert "links between hosts" not in reasons
+
+
+def test_a_profile_of_an_older_peer_has_the_cores_of_its_host() -> None:
+    told = to_plain(profile("a", EQUAL, host="one"))
+    del told["own_cores"]
+    read = from_plain(PeerProfile, told)
+    assert (read.own_cores, read.cores_identity) == ("", "one")
 
 
 def test_forced_stages_on_one_host_are_stretched() -> None:
