@@ -14,7 +14,7 @@ from tests.sim.run import main, replay_command
 from tests.sim.scenario import run_seed
 from tests.sim.world import Rules, World
 
-SEEDS = 60
+SEEDS = 36
 MUTATION_SEEDS = 40
 MESH_MUTATION_SEEDS = 6
 

@@ -9,7 +9,7 @@ from tests.sim.run import main, replay_command
 from tests.sim.run_mutations import MUTATIONS
 from tests.sim.run_scenario import run_story
 
-SEEDS = 200
+SEEDS = 120
 SEEDS_PER_TEST = 10
 MUTATION_SEEDS = 80
 
