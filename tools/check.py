@@ -11,33 +11,40 @@ ones. The last line counts tests as pytest does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 RUNTIME: Final = ROOT / ".venv"
 EXPORT: Final = ROOT / ".venv-export"
 STOCK: Final = (ROOT / ".venv-stock", ROOT / ".venv-stock-3.13")
 STOCK_VARIABLES: Final = ("P2PTRAIN_STOCK_PYTHON", "P2PTRAIN_STOCK_PYTHON_3_13")
-STOCK_FOLDERS: Final = ("tests/unit", "tests/property", "tests/numerics", "tests/interop")
-STOCK_SKIPS: Final = (("tests/unit", "tests/property"), ("tests/property",))
-"""What says nothing about the other runtime; the unit tests run once more on Python 3.13."""
+STOCK_FOLDERS: Final = ("tests/unit", "tests/numerics", "tests/interop")
+"""The unit tests say nothing about the other runtime, but something about a newer Python."""
 SOAK: Final = "tests/netns/test_soak.py"
 THROTTLED: Final = "tests/netns/test_throttled_peers.py"
 SIM_SEEDS: Final = 5000
 LANES: Final = 3
-"""On two cores: what runs real peers waits for disks and timers, so that beside two lanes most of a
-core was free."""
+"""On two cores: what runs real peers waits for timers and networks, so that beside two lanes most
+of a core was free."""
+MEMORY: Final = Path("/dev/shm")
+MEMORY_FREE_BYTES_MIN: Final = 4 << 30
+RUNNING: Final[set[subprocess.Popen[str]]] = set()
+"""Steps under way, so that none outlives a program that is ended."""
 OUTCOMES: Final = ("passed", "failed", "errors", "skipped", "deselected", "xfailed", "xpassed")
 
 
@@ -47,6 +54,7 @@ class Step:
 
     name: str
     command: tuple[str, ...]
+    is_pytest: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,15 +77,45 @@ def main() -> int:
         "sim": lambda: run_in_turn(sim_steps()),
     }
     started_s = time.monotonic()
-    outcomes = levels[parser.parse_args().level]()
+    run_level = levels[parser.parse_args().level]
+    signal.signal(signal.SIGTERM, end_what_runs)
+    outcomes = run_level()
     return report(outcomes, time.monotonic() - started_s)
 
 
 def run_everything() -> list[Outcome]:
-    """What computes, in lanes; then what waits for emulated networks; then what measures."""
-    outcomes = run_together(steps_that_compute())
+    """What computes, in lanes; then what waits for emulated networks; then what measures.
+
+    The latter two stay on the disk: files in memory would count against the limits of peers.
+    """
+    with folder_in_memory() as folder:
+        outcomes = run_together(steps_that_compute(), folder)
     outcomes += run_together(steps_on_a_network())
     return outcomes + run_in_turn(steps_that_measure())
+
+
+@contextlib.contextmanager
+def folder_in_memory(
+    parent: Path = MEMORY, free_bytes_min: int = MEMORY_FREE_BYTES_MIN
+) -> Iterator[Path | None]:
+    """A folder for the tests' temporary files while the block runs; None where there is no room.
+
+    A run of a few peers syncs hundreds of files, and on a disk the tests mostly wait for that. None
+    shows less in memory: they kill processes, which loses no more there, and never cut the power.
+    """
+    if not parent.is_dir() or shutil.disk_usage(parent).free < free_bytes_min:
+        yield None
+        return
+    # A short name: sockets of peers are below it, and their paths have 108 bytes.
+    with tempfile.TemporaryDirectory(prefix="p2p", dir=parent, ignore_cleanup_errors=True) as made:
+        yield Path(made)
+
+
+def end_what_runs(number: int, _frame: object) -> NoReturn:
+    """At SIGTERM: interrupt every step, as Ctrl-C does, so that its peers end with it, and exit."""
+    for process in tuple(RUNNING):
+        process.send_signal(signal.SIGINT)
+    sys.exit(128 + number)
 
 
 def lint_steps() -> list[Step]:
@@ -103,31 +141,45 @@ def sim_steps() -> list[Step]:
 
 def steps_that_compute() -> list[Step]:
     """What fills a core, the longest first, so that lanes end together."""
-    elsewhere = [f"--ignore=tests/{name}" for name in ("export", "arm", "e2e", "netns")]
+    others = ("export", "arm", "e2e", "netns", "shell")
+    elsewhere = [f"--ignore=tests/{name}" for name in others]
     exact = "tests/e2e/test_exact_recovery.py"
-    steps = [
-        tests("runtime", RUNTIME, "tests", *elsewhere),
-        tests("end to end", RUNTIME, "tests/e2e", f"--ignore={exact}"),
+    return [
         tests("export", EXPORT, "tests/export"),
+        tests("end to end", RUNTIME, "tests/e2e", f"--ignore={exact}"),
+        tests("runtime", RUNTIME, "tests", *elsewhere),
+        tests("shell", RUNTIME, "tests/shell"),
         tests("exact recovery", RUNTIME, exact),
         tests("arm", RUNTIME, "tests/arm", "-rs"),
     ]
-    for folder, skipped in reversed(list(zip(STOCK, STOCK_SKIPS, strict=True))):
-        if folder.is_dir():
-            name = folder.name.removeprefix(".venv-")
-            kept = [each for each in STOCK_FOLDERS if each not in skipped]
-            steps.append(tests(name, folder, *kept, "--ignore=tests/unit/test_tidy.py"))
-    return [*steps, *lint_steps()]
 
 
 def steps_on_a_network() -> list[Step]:
     """What emulates networks: each takes half a core and waits for its delays the rest of the
-    time, so two of them together are no slower."""
+    time, so two of them together are no slower, and what needs no clock has a core beside them."""
     elsewhere = [f"--ignore={each}" for each in (SOAK, THROTTLED)]
     return [
         tests("network", RUNTIME, "tests/netns", *elsewhere, "-rs"),
         tests("soak", RUNTIME, SOAK, "-rs"),
+        *stock_steps(),
+        *lint_steps(),
     ]
+
+
+def stock_steps(folders: Sequence[Path] = STOCK) -> list[Step]:
+    """The other runtime: the newest Python that is there runs everything, and the others, where
+    the same release computes, only what two runtimes have to agree on."""
+    newest, *older = [folder for folder in reversed(folders) if folder.is_dir()] or [None]
+    if newest is None:
+        return []
+    steps = [stock_tests(newest, STOCK_FOLDERS)]
+    return steps + [stock_tests(folder, ["tests/interop"]) for folder in older]
+
+
+def stock_tests(folder: Path, kept: Sequence[str]) -> Step:
+    """Some folders of tests in a stock environment."""
+    name = folder.name.removeprefix(".venv-")
+    return tests(name, folder, *kept, "--ignore=tests/unit/test_tidy.py")
 
 
 def steps_that_measure() -> list[Step]:
@@ -138,7 +190,8 @@ def steps_that_measure() -> list[Step]:
 def tests(name: str, environment: Path, *arguments: str) -> Step:
     """One run of pytest in one environment."""
     pytest = str(environment / "bin" / "pytest")
-    return Step(name=f"{name} tests", command=(pytest, "-q", "--durations=5", *arguments))
+    command = (pytest, "-q", "--durations=5", *arguments)
+    return Step(name=f"{name} tests", command=command, is_pytest=True)
 
 
 def run_in_turn(steps: Sequence[Step]) -> list[Outcome]:
@@ -146,13 +199,16 @@ def run_in_turn(steps: Sequence[Step]) -> list[Outcome]:
     return [run(step, print_line=_print_now) for step in steps]
 
 
-def run_together(steps: Sequence[Step]) -> list[Outcome]:
-    """Run steps in lanes, each taking the next that nobody has begun; each prints when done."""
+def run_together(steps: Sequence[Step], folder: Path | None = None) -> list[Outcome]:
+    """Run steps in lanes, each taking the next that nobody has begun; each prints when done.
+
+    Interrupted it begins no other, and waits for those that run. Temporary files go into `folder`.
+    """
     printing = threading.Lock()
 
     def run_one(step: Step) -> Outcome:
         lines: list[str] = []
-        outcome = run(step, print_line=lines.append)
+        outcome = run(step, print_line=lines.append, folder=folder)
         with printing:
             _print_now("".join(lines))
         return outcome
@@ -165,24 +221,37 @@ def _print_now(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def run(step: Step, *, print_line: Callable[[str], None]) -> Outcome:
-    """Run one step; its output goes to `print_line` as it comes."""
+def run(step: Step, *, print_line: Callable[[str], None], folder: Path | None = None) -> Outcome:
+    """Run one step; its output goes to `print_line` as it comes, its temporary files to `folder`,
+    or where they usually go."""
     print_line(f"\n== {step.name}: {' '.join(step.command).replace(f'{ROOT}/', '')}\n")
     started_s = time.monotonic()
     # A few hundred processes are started: without bytecode each would compile all of p2ptrain.
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "PYTHONDONTWRITEBYTECODE": ""}
-    for variable, folder in zip(STOCK_VARIABLES, STOCK, strict=True):
-        environment.setdefault(variable, str(folder / "bin" / "python"))
+    for variable, stock in zip(STOCK_VARIABLES, STOCK, strict=True):
+        environment.setdefault(variable, str(stock / "bin" / "python"))
+    command = step.command
+    if folder is not None:
+        environment["TMPDIR"] = str(folder)
+        command += in_folder(folder) if step.is_pytest else ()
     counts: Counter[str] = Counter()
     with subprocess.Popen(
-        step.command, cwd=ROOT, env=environment, text=True,
+        command, cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
+        RUNNING.add(process)
         for line in process.stdout or ():
             print_line(line)
             counts = count(line) or counts
+    RUNNING.discard(process)
     seconds = time.monotonic() - started_s
     return Outcome(step=step, code=process.returncode, seconds=seconds, counts=counts)
+
+
+def in_folder(parent: Path) -> tuple[str, ...]:
+    """Options of pytest: a folder of its own, in which what passes leaves nothing."""
+    own = tempfile.mkdtemp(prefix="", dir=parent)
+    return (f"--basetemp={own}", "-o", "tmp_path_retention_policy=failed")
 
 
 def count(line: str) -> Counter[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -133,6 +135,7 @@ def test_every_folder_of_tests_is_run_by_some_step() -> None:
     ]  # fmt: skip
     (rest,) = (step for step in steps if step.name == "runtime tests")
     assert "tests" in rest.command
+    assert "tests/shell" in ignored_by(rest.command)
     for each in steps:
         if each.name in ("runtime tests", "end to end tests", "network tests"):
             others = {word for step in steps if step is not each for word in step.command}
@@ -142,6 +145,65 @@ def test_every_folder_of_tests_is_run_by_some_step() -> None:
 def ignored_by(command: tuple[str, ...]) -> set[str]:
     prefix = "--ignore="
     return {each.removeprefix(prefix) for each in command if each.startswith(prefix)}
+
+
+def test_temporary_files_are_in_memory_while_steps_run_and_gone_afterwards(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    check = tool("check")
+    says = (sys.executable, "-c", "import sys, tempfile; print(tempfile.gettempdir(), *sys.argv)")
+    step = check.Step(name="says", command=says, is_pytest=True)
+    with check.folder_in_memory(tmp_path, 0) as folder:
+        check.run_together([step], folder)
+        assert folder.parent == tmp_path
+        (own,) = folder.iterdir()
+        assert f"\n{folder} -c --basetemp={own} -o " in capfd.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_temporary_files_stay_on_the_disk_without_room_in_memory(tmp_path: Path) -> None:
+    check = tool("check")
+    for parent, free_bytes_min in ((tmp_path, 1 << 62), (tmp_path / "absent", 0)):
+        with check.folder_in_memory(parent, free_bytes_min) as folder:
+            assert folder is None
+    assert list(tmp_path.iterdir()) == []
+
+
+ENDED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import check
+check.signal.signal(check.signal.SIGTERM, check.end_what_runs)
+check.LANES = 1
+line = (sys.executable, "-c", "import os, signal; os.kill(os.getppid(), signal.SIGTERM); "
+        "import time; time.sleep(600)")
+with check.folder_in_memory(check.Path(sys.argv[2]), 0) as folder:
+    check.run_together([check.Step(name=name, command=line) for name in ("a", "b")], folder)
+"""
+
+
+def test_program_that_is_ended_interrupts_its_steps_and_leaves_nothing(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", ENDED, str(ROOT / "tools"), str(tmp_path)]
+    ended = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_newest_stock_environment_runs_all_and_others_what_two_runtimes_agree_on(
+    tmp_path: Path,
+) -> None:
+    check = tool("check")
+    folders = [tmp_path / ".venv-stock", tmp_path / ".venv-stock-3.13"]
+    assert check.stock_steps(folders) == []
+    folders[0].mkdir()
+    (only,) = check.stock_steps(folders)
+    assert only.name == "stock tests"
+    assert {"tests/unit", "tests/numerics", "tests/interop"} <= set(only.command)
+    folders[1].mkdir()
+    newest, older = check.stock_steps(folders)
+    assert newest.command[1:] == only.command[1:]
+    assert "tests/interop" in older.command
+    assert not {"tests/unit", "tests/numerics"} & set(older.command)
 
 
 def test_processes_keep_their_bytecode(
