@@ -32,6 +32,7 @@ from p2ptrain.ids import DeviceId, short
 from p2ptrain.membership.record import MemberRecord
 from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.profile import Battery
 from p2ptrain.power.meter import Meter
 from p2ptrain.power.model import PowerConfig, model_for
 from p2ptrain.runtime.ballots import Ballots, follow_ballot
@@ -85,6 +86,7 @@ class Member:
     name: str
     runs_path: Path
     memory_bytes: Callable[[], int] = lambda: MEMORY_BYTES
+    battery: Battery | None = None
     threads_max: int = 2
     open_engine: Callable[[int], Engine] = lambda threads: open_engine(threads=threads)
     drops: Callable[[object], bool] = lambda message: False
@@ -125,6 +127,7 @@ class Member:
                 clock_ns=lambda: self.clock_ns(),
                 link_figures=lambda: self.link_figures,
                 memory_bytes=lambda: self.memory_bytes(),
+                battery=lambda: self.battery,
                 host=self.name,
                 cores=2,
                 power=lambda threads: self.meter.power(threads),

@@ -44,6 +44,15 @@ if TYPE_CHECKING:
     "--memory", "memory_bytes", type=ByteSize(), help="The most that runs may use, as 2GiB."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="The most compute threads to use.")
+@click.option(
+    "--battery-reserve",
+    "battery_reserve_percent",
+    metavar="PERCENT",
+    type=click.IntRange(0, limits.BATTERY_RESERVE_PERCENT_MAX),
+    default=limits.BATTERY_LEAVE_PERCENT,
+    show_default=True,
+    help="Of a full battery: what runs may not spend; there this device leaves them.",
+)
 @click.option("--name", help="What others call this device. [default: its host name]")
 @click.option(
     "--interface",
@@ -206,6 +215,7 @@ def _config(make: type[PeerConfig], options: dict[str, Any]) -> PeerConfig:  # A
         peers=tuple(options["peers"]),
         memory_bytes=options["memory_bytes"],
         threads=options["threads"],
+        battery_reserve_percent=options["battery_reserve_percent"],
         interfaces=tuple(options["interfaces"]) or None,
         discovery=not options["no_discovery"],
     )

@@ -11,7 +11,7 @@ from p2ptrain.errors import ConfigError, PlanInfeasible
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups
 from p2ptrain.planner.cutting import bottleneck_cuts
-from p2ptrain.planner.explore import Candidate, Explorer
+from p2ptrain.planner.explore import Candidate, Explorer, violations
 from p2ptrain.planner.kinds import Kind
 from p2ptrain.planner.plan_file import AskedPlan, AskedStage
 from p2ptrain.planner.pricing import Pricing, spans
@@ -57,10 +57,13 @@ def asked_candidate(
         candidate = _sharded(asked, groups[0], explorer, pricing, known)
     else:
         candidate = _arranged(asked, groups, explorer, pricing, known)
-    if not explorer.admits(candidate.price):
+    broken = violations(pricing, pricing.question.objective, candidate.price)
+    if broken:
+        limit, device = broken[0]
+        whose = f" of {known.name_of(device)}" if device else ""
         raise PlanInfeasible(
-            f"{asked.file}: this plan breaks the deadline, the joules or a battery",
-            hint="leave --plan out: the planner looks for one that keeps them",
+            f"{asked.file}: this plan takes more than the {limit}{whose} allows",
+            hint="leave --plan out: the planner looks for one that keeps within it",
         )
     return candidate
 

@@ -37,7 +37,11 @@ def run_question(planning: PlanningInput) -> Question:
         manifest=planning.manifest,
         contract=planning.contract,
         devices=tuple(
-            Device(profile=profile, power=profile.power or UNKNOWN_POWER)
+            Device(
+                profile=profile,
+                power=profile.power or UNKNOWN_POWER,
+                battery_uj=None if profile.battery is None else profile.battery.spendable_uj,
+            )
             for profile in planning.profiles
             if _unable(planning, profile) is None
         ),
@@ -50,6 +54,7 @@ def run_question(planning: PlanningInput) -> Question:
         home=planning.home,
         for_run=True,
         replica_every=planning.replica_every,
+        steps_left=planning.steps_left,
         equal_per_mille=EQUAL_PER_MILLE,
     )
 
@@ -148,6 +153,9 @@ class _Chosen:
         with_it = self._found.with_device.get(index)
         if with_it is None:
             limits = ", or the limits" if self._planning.objective.has_limits else ""
+            if profile.battery is not None:
+                joules = format_joules(profile.battery.spendable_uj / UJ_PER_J)
+                limits += f", or the {joules} that its battery has above its reserve"
             return f"no placement fits its {format_bytes(profile.memory_bytes)}{limits}"
         if self._planning.objective.goal == "energy":
             joules = format_joules(with_it.price.total_uj / UJ_PER_J)

@@ -183,7 +183,22 @@ class Drafting:
             how = f"measured on {measured} of {len(powers)} peers"
         samples = self._planning.contract.minibatch_size
         joules = format_joules(step_uj / UJ_PER_J / samples)
-        return [f"{joules} a sample expected, idle time included; watts are {how}"]
+        expected = f"{joules} a sample expected, idle time included; watts are {how}"
+        return [expected, *self._batteries()]
+
+    def _batteries(self) -> list[str]:
+        """What the steps that are left take of each battery."""
+        price, sentences = self._candidate.price, []
+        for share, step_uj in zip(price.shares, price.device_uj, strict=True):
+            device = self._pricing.devices[share.device]
+            if device.battery_uj is not None:
+                taken = format_joules(step_uj * self._pricing.question.steps / UJ_PER_J)
+                has = format_joules(device.battery_uj / UJ_PER_J)
+                sentences.append(
+                    f"the run takes {taken} of the {has} that the battery of {short(device.id)} "
+                    "has above its reserve"
+                )
+        return sentences
 
     def _pairs(self) -> list[tuple[int, int]]:
         """Devices that exchange tensors: of neighbouring stages, and of one stage."""

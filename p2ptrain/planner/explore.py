@@ -273,7 +273,7 @@ class Explorer:
 
 def violations(pricing: Pricing, objective: Objective, price: Price) -> list[tuple[str, DeviceId]]:
     """Which limits a price breaks: deadline, joules, or battery with the device."""
-    steps = max(1, pricing.question.contract.steps)
+    steps = pricing.question.steps
     found = []
     if objective.deadline_ns is not None and price.step_ns * steps > objective.deadline_ns:
         found.append(("deadline", DeviceId("")))

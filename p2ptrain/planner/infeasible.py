@@ -36,7 +36,8 @@ def infeasible(planning: PlanningInput, pricing: Pricing, found: Found) -> PlanI
         return PlanInfeasible(
             "no peer has measured this model yet", hint="join a peer to the group and try again"
         )
-    if planning.objective.has_limits:
+    on_battery = any(device.battery_uj is not None for device in pricing.devices)
+    if planning.objective.has_limits or on_battery:
         fastest = without_limits(pricing.question, "time")
         if fastest is not None:
             return beyond_limits(pricing.question, fastest)

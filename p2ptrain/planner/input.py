@@ -81,6 +81,8 @@ class PlanningInput:
     objective: Objective = field(default_factory=Objective)
     replica_every: int | None = None
     """Steps between replica sets; None: the planner chooses."""
+    steps_left: int | None = None
+    """Steps that batteries have to last for; None: all of the contract's."""
     links: tuple[LinkEstimate, ...] = ()
     """Links of which something was measured; the others are assumed."""
 

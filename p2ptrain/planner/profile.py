@@ -59,6 +59,27 @@ class Power:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Battery:
+    """The battery that a device runs on now."""
+
+    charge_uj: int
+    """Microjoules that are left in it."""
+    capacity_uj: int
+    """When it is full."""
+    reserve_percent: int
+    """Of the capacity: what its owner does not give to runs."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.charge_uj <= self.capacity_uj or not 0 <= self.reserve_percent <= 100:
+            raise ValueError("a battery holds 0 to 100 percent of its capacity")
+
+    @property
+    def spendable_uj(self) -> int:
+        """What runs may spend until the device leaves them."""
+        return max(0, self.charge_uj - self.capacity_uj * self.reserve_percent // 100)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SizedCosts:
     """Times of all distinct segments for a microbatch size."""
 
@@ -89,6 +110,8 @@ class PeerProfile:
     """What the machine draws; None: it did not say."""
     other_sizes: tuple[SizedCosts, ...] = ()
     """What follows for other microbatch sizes, where the size is to be chosen."""
+    battery: Battery | None = None
+    """None: it is plugged in, has none, or does not say."""
     own_cores: str = ""
     """Identity of the CPU quota that it is below, whose time is nobody else's; empty: there is
     none, so it shares the cores with whoever else on its host has none."""

@@ -53,11 +53,18 @@ class Question:
     are kept by whoever is there."""
     replica_every: int | None = None
     """Steps between replica sets; None: as they cost least."""
+    steps_left: int | None = None
+    """Steps that batteries, deadline and joules have to last for; None: all of the contract's."""
     stages: int | None = None
     """Exact number of stages; None: any."""
     equal_per_mille: int = 0
     """Values that differ by less are equal: then fewer devices, the simpler kind, the home peer
     first."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that are still to be made, at least one."""
+        return max(1, self.contract.steps if self.steps_left is None else self.steps_left)
 
     def __post_init__(self) -> None:
         names = [device.id for device in self.devices]

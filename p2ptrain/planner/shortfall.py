@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from p2ptrain.errors import PlanInfeasible
+from p2ptrain.ids import DeviceId, short
 from p2ptrain.planner.explore import Candidate, Explorer
 from p2ptrain.planner.objective import Goal, Objective
 from p2ptrain.planner.pricing import Pricing
@@ -40,7 +41,7 @@ def beyond_limits(question: Question, fastest: Candidate) -> PlanInfeasible:
         fastest: The fastest plan without limits.
     """
     frugal = without_limits(question, "energy") or fastest
-    objective, steps = question.objective, max(1, question.contract.steps)
+    objective, steps = question.objective, question.steps
     batteries = [device for device in question.devices if device.battery_uj is not None]
     time_s = fastest.price.step_ns * steps / NS_PER_S
     joules = frugal.price.total_uj * steps / UJ_PER_J
@@ -80,9 +81,15 @@ def _battery(question: Question, fastest: Candidate, frugal: Candidate) -> PlanI
                 if allowed is None or lasts < allowed:
                     allowed, name, has = lasts, device.id, device.battery_uj
         most = max(most, allowed or 0)
+    joules = format_joules(has / UJ_PER_J)
+    if question.for_run:
+        return PlanInfeasible(
+            f"the batteries do not last for {question.steps} steps: {short(DeviceId(name))} has "
+            f"{joules} above its reserve",
+            hint=_or(_steps(most), "plug a device in"),
+        )
     return PlanInfeasible(
-        f"the batteries do not last for {question.contract.steps} steps: "
-        f"{name} has {format_joules(has / UJ_PER_J)}",
+        f"the batteries do not last for {question.steps} steps: {name} has {joules}",
         hint=_or(_steps(most), "plug a device in (leave battery_wh out)"),
     )
 

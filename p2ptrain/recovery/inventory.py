@@ -8,6 +8,7 @@ from typing import Literal
 from p2ptrain import limits
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.links import LinkFigure
+from p2ptrain.planner.profile import Battery
 
 LogKind = Literal["activation", "cotangent", "tied"]
 """Tensors that senders log: boundary values forward, backward, and gradients of tied copies."""
@@ -92,6 +93,8 @@ class Inventory:
     """Devices with which it can exchange tensors now, sorted."""
     links: tuple[LinkFigure, ...] = ()
     """What it has measured of its links."""
+    battery: Battery | None = None
+    """That it runs on now; as in `PeerProfile`."""
 
     def __post_init__(self) -> None:
         if len(self.links) > limits.LINK_PEERS_MAX:

@@ -8,27 +8,28 @@ import trio
 
 from p2ptrain import limits
 from p2ptrain.membership.battery import leaves_for_battery
-from p2ptrain.membership.record import MemberRecord
 
 
 async def spare_battery(
     *,
-    own: Callable[[], MemberRecord],
+    read: Callable[[], tuple[str, int | None]],
+    reserve_percent: int,
     hand_over: Callable[[], Awaitable[object]],
     stay: Callable[[], None],
 ) -> None:
-    """Look at this device's own record now and then until cancelled.
+    """Look at this device's battery now and then until cancelled.
 
     Args:
-        own: Its record, with power source and charge.
+        read: Its power source, and its charge in percent, as `leaves_for_battery` takes them.
+        reserve_percent: At which it leaves.
         hand_over: Say that this device leaves, and give its part of a run to others.
         stay: Take that back: it may be given a part again.
     """
     leaving = False
     while True:
-        record = own()
+        source, percent = read()
         low = leaves_for_battery(
-            leaving=leaving, power_source=record.power_source, percent=record.battery_percent
+            leaving=leaving, power_source=source, percent=percent, reserve_percent=reserve_percent
         )
         if low and not leaving:
             leaving = True

@@ -34,6 +34,14 @@ class PeerConfig:
     """What runs may use; None: half of the memory that is available."""
     threads: int | None = None
     """The most compute threads to use; None: as many as the machine has cores."""
+    battery_reserve_percent: int = limits.BATTERY_LEAVE_PERCENT
+    """Of a full battery: what runs may not spend; there the device leaves them."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.battery_reserve_percent <= limits.BATTERY_RESERVE_PERCENT_MAX:
+            raise ConfigError(
+                f"a battery's reserve lies between 0 and {limits.BATTERY_RESERVE_PERCENT_MAX} %"
+            )
 
 
 def power_settings(settings: Mapping[str, object]) -> PowerConfig:

@@ -136,6 +136,7 @@ class OfferDesk:
             cores=self._services.cores,
             build=engine.build,
             power=self._services.power(offer.threads),
+            battery=self._services.battery(),
         )
         linked = self._services.directory.linked()
         links = self._services.link_figures()

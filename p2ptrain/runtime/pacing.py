@@ -90,6 +90,7 @@ def imagined(
     """
     there = (services.device, *services.directory.linked())
     members = [device for device in view.members if device in there]
+    batteries = {profile.device: profile.battery for profile in view.profiles}
     inventories = {
         device: Inventory(
             live=_live(view.plan, device, step),
@@ -98,6 +99,7 @@ def imagined(
             has_data=device in view.plan.holders,
             linked=tuple(sorted(set(members) - {device})),
             links=services.link_figures() if device == services.device else (),
+            battery=batteries.get(device),
         )
         for device in members
     }

@@ -32,8 +32,9 @@ from p2ptrain.net.listener import split_address
 from p2ptrain.net.sponsor import EnrolmentServer
 from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
+from p2ptrain.power.battery import battery_now, battery_percent
 from p2ptrain.power.cgroups import cpu_quota
-from p2ptrain.power.host import available_memory_bytes, host_identity, quota_identity
+from p2ptrain.power.host import available_memory_bytes, host_identity, power_source, quota_identity
 from p2ptrain.power.meter import open_meter
 from p2ptrain.runtime.ballots import Ballots, follow_ballot
 from p2ptrain.runtime.battery_watch import spare_battery
@@ -121,6 +122,7 @@ class Peer:
                 own_cores=quota_identity(),
                 cores=self._cores,
                 cpu_quota=cpu_quota,
+                battery=lambda: battery_now(reserve_percent=config.battery_reserve_percent),
                 power=self.meter.power,
                 threads_max=self._threads_max,
                 drop_link=self._violation,
@@ -490,7 +492,8 @@ class Peer:
 
     async def _spare_battery(self) -> None:
         await spare_battery(
-            own=lambda: self.membership.machine.own,
+            read=lambda: (power_source(), battery_percent()),
+            reserve_percent=self.config.battery_reserve_percent,
             hand_over=self._hand_over,
             stay=lambda: self._say_leaving(False),
         )

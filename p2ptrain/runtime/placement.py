@@ -118,6 +118,7 @@ def _way(
         compared=kinds_compared(contract.parallelism),
         keep_data_here=request.keep_data_here,
         replica_every=request.replicate_every,
+        steps_left=contract.steps - job.first_step,
         links=link_estimates(group.links, {p.device: p.host for p in profiles}),
     )
     if job.asked is None:

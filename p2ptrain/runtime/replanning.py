@@ -6,6 +6,7 @@ agreement sees to it that one proposal counts.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -238,13 +239,24 @@ class _Planner:
         home = self._base.plan.home if like is None else like.home
         if home not in self._usable:
             return None
-        try:
-            choice = choose_plan(self._planning(home)).plan
-        except PlanInfeasible:
+        choice = self._chosen(self._planning(home))
+        if choice is None:
             return None
         if like is not None and not self._is_worth_it(like, choice):
             return None
         return replace(choice, reasons=(self._given.reason, *choice.reasons))
+
+    def _chosen(self, planning: PlanningInput) -> Plan | None:
+        """The best plan within the batteries; rather one beyond them than none at all, since who
+        reaches its reserve leaves."""
+        tries = [planning]
+        if any(profile.battery is not None for profile in planning.profiles):
+            plugged_in = tuple(replace(profile, battery=None) for profile in planning.profiles)
+            tries.append(replace(planning, profiles=plugged_in))
+        for each in tries:
+            with contextlib.suppress(PlanInfeasible):
+                return choose_plan(each).plan
+        return None
 
     def _is_worth_it(self, like: Plan, choice: Plan) -> bool:
         contract, links = self._base.contract, LinkTable(self._planning(choice.home).links)
@@ -265,7 +277,7 @@ class _Planner:
     def _planning(self, home: DeviceId) -> PlanningInput:
         contract, plan, manifest = self._base.contract, self._base.plan, self._given.manifest
         holding = (d for d, held in self._promises.items() if held.has_data)
-        able = [p for p in self._profiles.values() if p.build in contract.builds]
+        able = [self._now(p) for p in self._profiles.values() if p.build in contract.builds]
         return PlanningInput(
             manifest=manifest,
             contract=contract,
@@ -281,11 +293,17 @@ class _Planner:
             keep_data_here=plan.keep_data_here,
             holding=tuple(sorted(holding)),
             replica_every=plan.replica_every,
+            steps_left=contract.steps - self._wanted.resume_step,
             links=link_estimates(
                 {device: held.links for device, held in self._promises.items()},
                 {p.device: p.host for p in able},
             ),
         )
+
+    def _now(self, profile: PeerProfile) -> PeerProfile:
+        """With the battery as its promise tells it; a newcomer has just told it."""
+        told = self._promises.get(profile.device)
+        return profile if told is None else replace(profile, battery=told.battery)
 
 
 def _one_by_one(plans: Iterable[Plan]) -> bool:

@@ -380,6 +380,7 @@ class RunState:
             has_data=self._session is not None,
             linked=self.services.directory.linked(),
             links=self.services.link_figures(),
+            battery=self.services.battery(),
         )
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
 from p2ptrain.membership.record import MemberRecord
 from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
-from p2ptrain.planner.profile import Power
+from p2ptrain.planner.profile import Battery, Power
 from p2ptrain.power.cgroups import CpuQuota
 from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.runtime.outlet import Outlet
@@ -87,6 +87,8 @@ class Services:
     """Whether records of steps are not written to disk, because that would hold the run up."""
     power: Callable[[int], Power | None] = lambda threads: None
     """threads -> what the machine draws while it computes with them; None: it is not known."""
+    battery: Callable[[], Battery | None] = lambda: None
+    """The battery that the device runs on now; None: none, or it does not say."""
     cpu_quota: Callable[[], CpuQuota | None] = lambda: None
     """What holds back this process now."""
     own_cores: str = ""

@@ -51,6 +51,12 @@ USAGE = "p2ptrain: hint: see p2ptrain {} --help\n"
             + USAGE.format("join"),
         ),
         (
+            "join --group home --battery-reserve 96",
+            2,
+            "p2ptrain: invalid value for '--battery-reserve': 96 is not in the range 0<=x<=95\n"
+            + USAGE.format("join"),
+        ),
+        (
             "join --group home --peer 192.0.2.1",
             2,
             "p2ptrain: invalid value for '--peer': '192.0.2.1' is not host:port\n"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import trio
 import trio.testing
 
 from p2ptrain import limits
 from p2ptrain.runtime.battery_watch import spare_battery
-from tests.sim.plans import device, make_record
 
 
 async def test_low_battery_hands_over_once_and_a_charged_one_stays(
@@ -17,21 +14,20 @@ async def test_low_battery_hands_over_once_and_a_charged_one_stays(
 ) -> None:
     charges = iter([90, 12, 12, 22, 95, 95])
     told: list[str] = []
-    record = make_record(device(0))
 
-    def own() -> object:
-        percent = next(charges, 95)
-        return dataclasses.replace(record, power_source="battery", battery_percent=percent)
+    def read() -> tuple[str, int | None]:
+        return "battery", next(charges, 95)
 
     async def hand_over() -> None:
         told.append("hand over")
         await trio.lowlevel.checkpoint()
 
     async def watch() -> None:
-        await spare_battery(own=own, hand_over=hand_over, stay=lambda: told.append("stay"))  # type: ignore[arg-type]  # a record
+        await spare_battery(
+            read=read, reserve_percent=12, hand_over=hand_over, stay=lambda: told.append("stay")
+        )
 
-    assert limits.BATTERY_LEAVE_PERCENT >= 12
-    assert 22 < limits.BATTERY_RETURN_PERCENT < 95
+    assert 22 < 12 + limits.BATTERY_RETURN_ABOVE_PERCENT < 95
     nursery.start_soon(watch)
     await trio.sleep(7 * limits.BATTERY_LOOK_S)
     assert told == ["hand over", "stay"]

@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from p2ptrain.errors import PlanInfeasible
+from p2ptrain.planner.profile import Battery
 from p2ptrain.runtime.reports import PlanReport
 from tests.bundles import tiny_bundle
 from tests.memory_group import memory_group, request_for
@@ -39,6 +40,23 @@ async def test_joules_that_do_not_suffice_are_refused_with_what_would(tmp_path: 
             with trio.fail_after(60):
                 await group[0].train(request_for(tmp_path, BUNDLE, joules=1e-6))
     assert "--joules" in refused.value.hint
+
+
+async def test_a_run_spends_no_battery_beyond_its_reserve(tmp_path: Path) -> None:
+    """The home peer has 1 uJ to spend, the other one is plugged in; then both have."""
+    low = Battery(charge_uj=200_001, capacity_uj=1_000_000, reserve_percent=20)
+    async with memory_group(tmp_path, 2) as group:
+        group[0].battery = low
+        with trio.fail_after(60):
+            await group[0].train(request_for(tmp_path, BUNDLE, steps=2))
+            (plan,) = group.reports("plan")
+            group[1].battery = low
+            with pytest.raises(PlanInfeasible, match="do not last for 2 steps") as refused:
+                await group[0].train(request_for(tmp_path, BUNDLE, steps=2))
+    assert isinstance(plan, PlanReport)
+    assert [stage.device for stage in plan.stages] == [group[1].device]
+    assert any("that its battery has above its reserve" in reason for reason in plan.reasons)
+    assert refused.value.hint == "plug a device in"
 
 
 async def test_a_run_leaves_its_contract_to_the_planner(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from p2ptrain.power.battery import battery_watts
+from p2ptrain.planner.profile import Battery
+from p2ptrain.power.battery import battery_now, battery_watts
 from p2ptrain.power.integrator import GAP_MAX_S, PowerIntegrator
 from p2ptrain.power.jetson import find_jetson_rails
 from p2ptrain.power.meter import open_meter
@@ -118,6 +119,59 @@ def test_jetson_meter_is_measured_and_degrades_when_a_sensor_fails(tmp_path: Pat
     assert meter.read(3.0).counter_uj is None
     assert meter.identity.quality == "estimated"
     assert meter.identity.source.endswith("; partly modelled")
+
+
+BATTERY = {"type": "Battery", "status": "Discharging"}
+WH_UJ = 3_600_000_000
+
+
+@pytest.mark.parametrize(
+    ("files", "charge_wh", "capacity_wh"),
+    [
+        ({"energy_now": 30_000_000, "energy_full": 50_000_000}, 30, 50),
+        ({"energy_now": 51_000_000, "energy_full": 50_000_000}, 50, 50),
+        ({"energy_now": -1, "energy_full": 50_000_000}, 0, 50),
+        (
+            {"charge_now": 2_000_000, "charge_full": 4_000_000, "voltage_now": 12_600_000,
+             "voltage_min_design": 11_000_000}, 22, 44,
+        ),
+        ({"charge_now": 2_000_000, "charge_full": 4_000_000, "voltage_now": 12_000_000}, 24, 48),
+    ],
+)  # fmt: skip
+def test_a_battery_says_what_is_left_in_it(
+    tmp_path: Path, files: dict[str, object], charge_wh: int, capacity_wh: int
+) -> None:
+    _write(tmp_path, "sys/class/power_supply/BAT0", {**BATTERY, **files})
+    found = battery_now(tmp_path, reserve_percent=20)
+    charge_uj, capacity_uj = charge_wh * WH_UJ, capacity_wh * WH_UJ
+    assert found == Battery(charge_uj=charge_uj, capacity_uj=capacity_uj, reserve_percent=20)
+    assert found.spendable_uj == max(0, charge_uj - capacity_uj // 5)
+
+
+def test_two_batteries_count_as_one_and_others_devices_do_not(tmp_path: Path) -> None:
+    base, full = "sys/class/power_supply/", {"energy_now": 10_000_000, "energy_full": 20_000_000}
+    _write(tmp_path, f"{base}BAT0", {**BATTERY, **full})
+    _write(tmp_path, f"{base}BAT1", {"type": "Battery", "status": "Unknown", **full})
+    _write(tmp_path, f"{base}mouse", {**BATTERY, "scope": "Device"})
+    found = battery_now(tmp_path, reserve_percent=0)
+    assert found is not None
+    assert (found.charge_uj, found.capacity_uj) == (20 * WH_UJ, 40 * WH_UJ)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"energy_now": 1, "energy_full": 0},
+        {"charge_now": 1, "charge_full": 2},
+        {"energy_now": 1, "energy_full": 2, "status": "Charging"},
+    ],
+)
+def test_a_battery_that_is_charged_or_does_not_say_is_none(
+    tmp_path: Path, files: dict[str, object]
+) -> None:
+    _write(tmp_path, "sys/class/power_supply/BAT0", {**BATTERY, **files})
+    assert battery_now(tmp_path, reserve_percent=0) is None
 
 
 def test_discharging_battery_is_a_meter_and_a_plugged_one_is_not(tmp_path: Path) -> None:

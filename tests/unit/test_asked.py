@@ -14,6 +14,7 @@ from p2ptrain.planner.input import LeftOut, LinkEstimate
 from p2ptrain.planner.kinds import KINDS
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.plan_file import read_plan
+from p2ptrain.planner.profile import Battery, Power
 from tests.planning_cases import device, planning_input, profile
 
 A, B, C = (device(letter) for letter in "abc")
@@ -97,6 +98,18 @@ def test_a_device_that_is_away_is_named_with_the_reason() -> None:
     with pytest.raises(ConfigError, match="attic takes no part: busy with run 7") as refused:
         asked_plan(planning, read_plan(_stage(["attic"], 8), file="--plan"), known)
     assert "laptop" in refused.value.hint
+
+
+def test_a_plan_beyond_a_battery_names_whose() -> None:
+    battery = Battery(charge_uj=300_000, capacity_uj=1_000_000, reserve_percent=20)
+    watts = Power(idle_uw=1_000_000, busy_uw=2_000_000, pj_per_byte=0)
+    peers = [dataclasses.replace(profile(x, EQUAL), power=watts) for x in "abc"]
+    tired = (peers[0], dataclasses.replace(peers[1], battery=battery), peers[2])
+    text = _stage(["laptop"], 4) + _stage(["cellar"], 4)
+    with pytest.raises(PlanInfeasible, match="takes more than the battery of cellar allows"):
+        _asked(text, profiles=tired)
+    plan, _ = _asked(_stage(["laptop"], 4) + _stage(["loft"], 4), profiles=tired)
+    assert len(plan.stages) == 2
 
 
 def test_what_links_were_taken_for_is_said() -> None:

@@ -31,6 +31,28 @@ def test_battery_decides_with_hysteresis(
     assert found is expected
 
 
+@pytest.mark.parametrize(
+    ("reserve", "leaving", "percent", "expected"),
+    [
+        (0, False, 1, False),
+        (0, False, 0, True),
+        (60, False, 60, True),
+        (60, False, 61, False),
+        (60, True, 75, True),
+        (60, True, 76, False),
+        (95, True, 97, True),
+        (95, True, 98, False),
+    ],
+)
+def test_an_owner_keeps_a_reserve(
+    reserve: int, leaving: bool, percent: int, expected: bool
+) -> None:
+    found = leaves_for_battery(
+        leaving=leaving, power_source="battery", percent=percent, reserve_percent=reserve
+    )
+    assert found is expected
+
+
 def test_charge_that_hovers_at_the_limit_causes_one_leave() -> None:
     leaving, changes = False, 0
     limit = limits.BATTERY_LEAVE_PERCENT

@@ -13,7 +13,7 @@ from p2ptrain.planner.input import LinkEstimate, PlanningInput, stage_shares
 from p2ptrain.planner.kinds import KINDS, Kind, kinds_at_start, kinds_compared
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.profile import KindCost, PeerProfile, Power
+from p2ptrain.planner.profile import Battery, KindCost, PeerProfile, Power
 from p2ptrain.store.bundles import load_bundle, shipped_bundles
 from p2ptrain.wire.codec import from_plain, to_plain
 from tests.planning_cases import device, fast_links, planning_input, profile
@@ -293,6 +293,43 @@ def test_limits_that_nothing_meets_name_what_would() -> None:
     assert "--deadline 2" in refused.value.hint
     with pytest.raises(PlanInfeasible, match="nothing is done with 1 mJ"):
         choose_plan(_powered(Objective(joules_uj=1000)))
+
+
+def _on_battery(percent: int, **changes: object) -> PlanningInput:
+    """Two equal peers on batteries of 10 J, of which 20 % are kept."""
+    planning = _powered(Objective(), a=FRUGAL, b=FRUGAL)
+    battery = Battery(
+        charge_uj=percent * 100_000, capacity_uj=10_000_000, reserve_percent=20
+    )  # fmt: skip
+    peers = tuple(dataclasses.replace(p, battery=battery) for p in planning.profiles)
+    return dataclasses.replace(planning, profiles=peers, **changes)  # type: ignore[arg-type]  # by name
+
+
+def test_a_battery_has_to_last_for_the_steps_that_are_left() -> None:
+    plan = choose_plan(_on_battery(100)).plan
+    assert len(plan.stages) == 2
+    assert plan.step_uj is not None
+    spent_uj = plan.step_uj // 2  # by each, in a step
+    said = [reason for reason in plan.reasons if "that the battery of" in reason]
+    assert len(said) == 2
+    assert "of the 8 J that the battery of aaaaaaaa has above its reserve" in said[0]
+    reserve = 20 + 10 * spent_uj // 100_000
+    assert len(choose_plan(_on_battery(reserve + 1)).plan.stages) == 2
+    with pytest.raises(PlanInfeasible, match="do not last for 10 steps: aaaaaaaa has") as refused:
+        choose_plan(_on_battery(reserve - 1))
+    assert refused.value.hint == "--steps 9 is possible, or plug a device in"
+    choose_plan(_on_battery(reserve - 1, steps_left=9))
+    with pytest.raises(PlanInfeasible, match="do not last for 10 steps"):
+        choose_plan(_on_battery(15))
+
+
+def test_a_peer_whose_battery_does_not_last_is_left_out() -> None:
+    planning = _on_battery(21)
+    plugged_in = dataclasses.replace(planning.profiles[0], battery=None)
+    mixed = dataclasses.replace(planning, profiles=(plugged_in, planning.profiles[1]))
+    choice = choose_plan(mixed)
+    assert [stage.device for stage in choice.plan.stages] == [device("a")]
+    assert "or the 100 mJ that its battery has above its reserve" in choice.left_out[0].reason
 
 
 def test_a_peer_that_does_not_say_what_it_draws_has_no_part_in_frugal_plans() -> None:
