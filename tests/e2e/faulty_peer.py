@@ -25,13 +25,15 @@ import trio
 from p2ptrain.cli.main import main
 from p2ptrain.net.tls_link import TlsLink
 from p2ptrain.runtime.asking import Asker
+from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.runtime.journal import RunJournal
 from p2ptrain.runtime.proposing import Proposing
 from p2ptrain.runtime.replay import Replayer
-from p2ptrain.runtime.replication import ReplicaKeeper
+from p2ptrain.runtime.replication import ReplicaKeeper, SnapshotOwner
 from p2ptrain.runtime.run_member import RunMember
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.view_work import ViewWork
+from p2ptrain.wire.flows import Flow
 
 FAULT_VARIABLE: Final = "P2PTRAIN_TEST_FAULT"
 EVENTS_VARIABLE: Final = "P2PTRAIN_TEST_EVENTS"
@@ -61,6 +63,8 @@ class Saboteur:
         self._roles: set[str] = set()
         self.replaying = False
         self._hold = threading.Event()
+        self.keeps_replicas = True
+        self.offered_step = 0
         self.member: RunMember | None = None
         self.link_open = trio.Event()
         self.link_open.set()
@@ -81,6 +85,7 @@ class Saboteur:
         )  # fmt: skip
         if plan.view != 1:
             return
+        self.keeps_replicas = own in plan.replicas
         index, last = plan.stage_of(own), len(plan.stages) - 1
         if index is not None:
             self._roles.add("first" if index == 0 else "last" if index == last else "middle")
@@ -239,6 +244,7 @@ def sabotage(saboteur: Saboteur) -> None:
     wrap(RunMember, "_work_in", lambda member, view: setattr(saboteur, "member", member))
     _mark_replays(saboteur)
     _count_states(saboteur)
+    _hit_as_owner(saboteur)
     _hit_after_journal(saboteur)
     _cut_links(saboteur)
 
@@ -268,6 +274,26 @@ def _count_states(saboteur: Saboteur) -> None:
         return content
 
     Asker.fetch = fetch  # type: ignore[method-assign]  # a test's look into it
+
+
+def _hit_as_owner(saboteur: Saboteur) -> None:
+    """Replication where a device keeps nothing: its keeper is fetching its own stage's state. Of
+    three stages the middle one's neighbours keep each other's, so its device keeps none."""
+    inner = BlobExchange._serve_chunks
+
+    async def serve(
+        blobs: BlobExchange, device: Any, request: Any, content: Any, flow: Flow
+    ) -> None:  # Any: the method's own
+        if flow.kind == "state" and not saboteur.keeps_replicas:
+            await saboteur.reach_async("replicate", saboteur.offered_step)
+        await inner(blobs, device, request, content, flow)
+
+    BlobExchange._serve_chunks = serve  # type: ignore[method-assign]  # a test's look into it
+
+    def offer(owner: SnapshotOwner, snapshot: Any) -> None:  # Any: the method's own
+        saboteur.offered_step = snapshot.step
+
+    wrap(SnapshotOwner, "_offer", offer)
 
 
 def _hit_after_journal(saboteur: Saboteur) -> None:
