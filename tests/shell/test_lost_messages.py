@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,38 @@ async def test_done_that_the_tie_breaker_missed_holds_nobody_up(
         group[1].drops = lambda message: isinstance(message, Done) and message.step == 5
         with trio.fail_after(SECONDS_MAX):
             await run.train(request(tmp_path, stages=2))
+    assert run.result is not None
+    assert_same(run.result, alone)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+async def test_dones_that_a_link_took_with_it_hold_nobody_up(
+    count: int, tmp_path: Path, alone: TrainResult
+) -> None:
+    async with memory_group(tmp_path, count) as group:
+        run = Disturbed(group)
+        losers = set[int]()
+
+        def losing(index: int) -> Callable[[object], bool]:
+            """Each lacks the other's, so no record of the step can be made in this view."""
+
+            def drops(message: object) -> bool:
+                is_lost = (
+                    isinstance(message, Done) and message.step == 5 and message.stamp.view == 1
+                )
+                losers.update({index} if is_lost else ())
+                group.changed.notify()
+                return is_lost
+
+            return drops
+
+        group[0].drops, group[1].drops = losing(0), losing(1)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, request(tmp_path, stages=count))
+                await group.wait(lambda: len(losers) == 2)
+                group.break_link(group[0].device, group[1].device)
+                group.heal_link(group[0].device, group[1].device)
     assert run.result is not None
     assert_same(run.result, alone)
 
