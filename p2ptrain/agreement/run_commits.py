@@ -14,6 +14,7 @@ from p2ptrain.agreement.run_outbox import Outbox
 from p2ptrain.agreement.run_rules import Rules
 from p2ptrain.agreement.run_steps import StepLedger
 from p2ptrain.agreement.view import View
+from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.training.step_record import StepRecord
 
@@ -41,13 +42,18 @@ class Commits:
         self._may_record, self._memory = may_record, memory
         self._rules = rules
         self._repeat_s = limits.RETRANSMIT_FIRST_S
+        self._told_step: int | None = None
         self.deadline_s: float | None = None
         """When what is missing is asked for again."""
 
     def begin(self, view: View) -> None:
         """A view counts from now."""
         self.ledger.begin(view)
-        self.deadline_s = None
+        self._told_step = self.deadline_s = None
+
+    def told(self, step: int) -> None:
+        """This device's own stage has given its result of every step up to this one, no other."""
+        self._told_step = step
 
     def fence(self) -> None:
         """The next view is promised: nothing is recorded and nobody asked any more."""
@@ -60,9 +66,15 @@ class Commits:
         self._advance(now)
 
     def receive(self, message: StepRecorded, sender: DeviceId, now: float) -> None:
-        """Another member of the present view holds records, and may ask for ours."""
+        """Another member of the present view holds records, and may ask for ours.
+
+        Raises:
+            RemoteProtocolError: one differs from ours, or is of a step that our own stage has not
+                given its result of: nobody can have every stage's.
+        """
         if not self._may_record():
             return
+        self._check_possible(message.records)
         self.ledger.skip_to(message.since)
         self.ledger.acknowledged(sender, message.records)
         self._join(message.records, now)
@@ -95,6 +107,12 @@ class Commits:
         for record in records:
             if self.ledger.hold(record):
                 self._tell(record, now)
+
+    def _check_possible(self, records: tuple[StepRecord, ...]) -> None:
+        """What our stage has told is not known where this device was restarted in this view."""
+        if self._told_step is not None and records and records[-1].step > self._told_step:
+            step = self._told_step + 1
+            raise RemoteProtocolError(f"step {step} was recorded without our stage's result")
 
     def _tell(self, record: StepRecord, now: float) -> None:
         self._out.writes.append(self.journal_record((record,)))

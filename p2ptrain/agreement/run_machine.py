@@ -237,6 +237,16 @@ class RunMachine:
         if self._out.view is not None and self._out.place()["plan"] == plan:
             self._commits.complete(record, now)
 
+    def told(self, step: int, *, plan: Digest) -> None:
+        """This device's own stage gives its result of a step, or has given all up to it.
+
+        Before the first one, of the step that the view resumed from: from then on a member that
+        says it recorded a later step is known to be wrong. Without effect where the view has
+        changed since.
+        """
+        if self._out.view is not None and self._out.place()["plan"] == plan:
+            self._commits.told(step)
+
     def reachable(self, devices: Collection[DeviceId], now: float) -> None:
         """Devices this peer can talk to now, members and others; the whole set each time."""
         before, self._reachable = self._reachable, frozenset(devices) - {self._device}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from p2ptrain import limits
 from p2ptrain.agreement.view import View
-from p2ptrain.errors import InvariantBroken, LocalProtocolError, RemoteProtocolError
+from p2ptrain.errors import InvariantBroken, RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.training.step_record import StepRecord
 
@@ -71,12 +71,15 @@ class StepLedger:
         """Add the next record and this peer's own acknowledgement; False: held or too early.
 
         Raises:
-            LocalProtocolError: another record of that step is held.
+            InvariantBroken: another record of that step is held. Going on would train two models.
         """
         if record.step <= self.newest:
             held = self.held(record.step)
             if held is not None and held != record:
-                raise LocalProtocolError(f"step {record.step} is recorded twice, differently")
+                raise InvariantBroken(
+                    f"step {record.step} comes out differently here than a member recorded it: "
+                    "one of the devices computes wrongly, and training on would hide that"
+                )
             return False
         if record.step > self.newest + 1:
             return False

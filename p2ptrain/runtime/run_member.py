@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import trio
@@ -353,9 +354,6 @@ class RunMember:
             return
         self.driver.call(RunMachine.want, reason, self.driver.now(), after_s=after_s)
 
-    def _want_now(self, reason: str) -> None:
-        self.want(reason, after_s=0.0)
-
     def reachable(self) -> None:
         """Who can be talked to has changed."""
         here = (self._services.device, *self._services.directory.linked())
@@ -528,15 +526,15 @@ class RunMember:
     async def _work_in(self, view: View) -> bool:
         self.state.enter(view)
         self._services.say_activity(activity(view.plan, self._services.device))
-        meter = self._meter
-        if meter is None:
+        if (meter := self._meter) is None:
             meter = self._services.open_meter(view.plan, view.contract.minibatch_size)
             self._meter = meter
         hooks = WorkHooks(
             complete=self._complete,
+            told=lambda step: self.driver.call(RunMachine.told, step, plan=view.plan.digest),
             fail=self.fail,
             begun=self._begun,
-            want=self._want_now,
+            want=partial(self.want, after_s=0.0),
             promised=lambda: self.machine.promised,
         )
         work = ViewWork(
@@ -576,7 +574,7 @@ class RunMember:
             view=view,
             bundle=self.state.bundle,
             services=self._services,
-            admit=self._want_now,
+            admit=partial(self.want, after_s=0.0),
         )
         self._admission.begin()
         self._start(self._admission.run)

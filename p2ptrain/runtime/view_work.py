@@ -57,6 +57,8 @@ class WorkHooks:
 
     complete: Callable[[View, StepRecord], None]
     """Every stage has its gradients of a step: it can be recorded, while that view counts."""
+    told: Callable[[int], None]
+    """Our stage gives its result of a step, or has given all up to it."""
     fail: Callable[[P2PTrainError], None]
     """The run cannot go on anywhere."""
     begun: Callable[[View], None]
@@ -303,6 +305,7 @@ class ViewWork:
     def _make_stage_run(self, worker: StageWorker | ShardWorker | None) -> None:
         if worker is None:
             return
+        self._hooks.told(self.view.resume_step)
         keeper = self._own_keeper()
         self._snapshots = SnapshotOwner(
             worker=worker,
@@ -354,6 +357,7 @@ class ViewWork:
         if self._hooks.promised():
             return
         self._state.log.finish(done.step)
+        self._hooks.told(done.step)
         self._tell_all(done)
 
     def _take_done(self, device: DeviceId, done: Done) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
 from p2ptrain.agreement.run_events import ViewDecided
+from p2ptrain.agreement.run_messages import StepRecorded
 from p2ptrain.runtime.reports import TrainResult
 from p2ptrain.training.messages import Done, Ready
 from tests.disturbed_runs import SECONDS_MAX, Disturbed, assert_same, request, undisturbed
@@ -101,5 +103,30 @@ async def test_view_that_is_told_late_does_not_end_the_work_of_a_later_one(
                 await run.wait_step(7)
                 assert member.view is not first
                 member.follow(ViewDecided(view=first))
+    assert run.result is not None
+    assert_same(run.result, alone)
+
+
+async def test_record_that_nobody_can_have_ends_the_link_and_costs_nothing(
+    tmp_path: Path, alone: TrainResult
+) -> None:
+    async with memory_group(tmp_path, 3) as group:
+        run = Disturbed(group)
+        forged: list[object] = []
+
+        def drops(message: object) -> bool:
+            """Beside its record of step 4 a member tells another one of a step not yet made."""
+            if isinstance(message, StepRecorded) and message.records and not forged:
+                newest = message.records[-1]
+                if newest.step == 4:
+                    ahead = replace(newest, step=5, loss=newest.loss + 1.0)
+                    forged.append(replace(message, records=(*message.records, ahead)))
+                    group[1].send(group[0].device, forged[0])
+            return False
+
+        group[1].drops = drops
+        with trio.fail_after(SECONDS_MAX):
+            await run.train(request(tmp_path, stages=3))
+        assert forged
     assert run.result is not None
     assert_same(run.result, alone)

@@ -200,6 +200,12 @@ class RunNode:
 
     # Steps and views.
 
+    def told(self, step: int) -> None:
+        """The own stage gives its result of a step, or has given all up to it."""
+        view = self.stage.view
+        assert view is not None
+        self.machine.told(step, plan=view.plan.digest)
+
     def note_done(self, done: StageDone, sender: DeviceId) -> None:
         """Whoever holds every stage's `done` makes the record."""
         view = self.machine.view

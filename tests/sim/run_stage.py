@@ -187,6 +187,7 @@ class SimStage:
         if all(self.states.get(segment, (-1, b""))[0] == step for segment in own.segments):
             self.world.checker.on_states(self.node, step, self._own_states(own))
             self.ready = True
+            self.node.told(step)
             self.begin_step()
         elif self.world.now - since < RESTORE_PATIENCE_S:
             self._later(RESTORE_RETRY_S, lambda: self._restore(pending, since))
@@ -358,6 +359,7 @@ class SimStage:
         if len(known) == len(needed):
             self.gradients = summed(self.model, self._pass.gradients, known)
             self.log.finish(step)
+            self.node.told(step)
             done = StageDone(position=self.position, step=step, gradients=self.gradients)
             self._tell_members(done)
 
