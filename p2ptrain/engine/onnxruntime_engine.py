@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any, Final
@@ -122,7 +123,8 @@ class OnnxRuntimeEngine:
         self._with_constants: weakref.WeakValueDictionary[
             tuple[bytes, object], OnnxRuntimeProgram
         ] = weakref.WeakValueDictionary()
-        _share_arena(self._runtime)
+        with _ARENA_LOCK:
+            _share_arena(self._runtime)
 
     @property
     def build(self) -> RuntimeBuild:
@@ -278,6 +280,10 @@ def aligned_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     raw = np.zeros(size + ALIGNMENT_BYTES, np.uint8)
     start = -int(raw.ctypes.data) % ALIGNMENT_BYTES
     return raw[start : start + size].view(element).reshape(shape)
+
+
+_ARENA_LOCK: Final = threading.Lock()
+"""A cache alone lets two threads both begin, and a second registration is refused."""
 
 
 @functools.cache
