@@ -50,7 +50,7 @@ class View:
     """The stages that are to follow, once those who get segments have their states; empty: none."""
     exact_from: int = 0
     """A replay by one peer makes steps after this one with the same bits: before it, several peers
-    may have shared a stage that one has now."""
+    may have shared a stage that one has now, or shards may have been cut otherwise."""
 
     def __post_init__(self) -> None:
         problem = _problem(self)

@@ -16,7 +16,7 @@ from p2ptrain.planner.input import (
 from p2ptrain.planner.keepers import data_holders, replica_keepers
 from p2ptrain.planner.plan import Plan, Split, StagePlan, StageShare
 from p2ptrain.planner.pricing import Pricing, spans
-from p2ptrain.planner.replica_interval import REPLICA_EVERY_MIN
+from p2ptrain.planner.replica_interval import REPLICA_EVERY_MIN, StageCosts, replica_interval
 from p2ptrain.units import NS_PER_S, UJ_PER_J, format_bytes, format_joules, format_seconds
 
 
@@ -115,7 +115,7 @@ class Drafting:
         candidate = self._candidate
         asked = self._planning.replica_every
         if candidate.arrangement is None:
-            return asked or REPLICA_EVERY_MIN, []
+            return asked or self._slices_every(), []
         step_ns = candidate.price.step_ns
         found = self._pricing.interval(candidate.arrangement, candidate.cuts, step_ns)
         if asked is not None or members < 2:
@@ -125,6 +125,20 @@ class Drafting:
             f"replica sets every {found.steps} steps, {found.reason}: "
             f"a lost stage is predicted to be back within {recovery}"
         ]
+
+    def _slices_every(self) -> int:
+        """Steps between replica sets of shards, of which two peers fetch everybody's slices; after
+        a loss one peer makes the steps of all shards again."""
+        candidate, pricing = self._candidate, self._pricing
+        if candidate.kind != "tensor":
+            return REPLICA_EVERY_MIN
+        costs = StageCosts(
+            state_bytes=pricing.state_bytes,
+            log_bytes=0,
+            compute_ns=sum(share.passes_ns for share in candidate.price.shares),
+            bytes_per_s=min(pricing.link(a, b).bytes_per_s for a, b in self._pairs()),
+        )
+        return replica_interval([costs], step_ns=candidate.price.step_ns).steps
 
     def stage_reasons(self) -> tuple[str, ...]:
         """One sentence per stage and device."""

@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from p2ptrain.ids import DeviceId
-from p2ptrain.planner.plan import StagePlan
+from p2ptrain.planner.plan import Plan, StagePlan
 
 
 def replica_keepers(
     stages: Sequence[StagePlan], members: Collection[DeviceId]
 ) -> tuple[DeviceId | None, ...]:
     """For each stage, the member that keeps its replicas; None when nobody is there to, or where
-    the stage's own peers have its state anyway.
+    the stage's own peers have its state anyway. Of tensor shards it is the second (`keepers_of`).
 
     Neighbours are avoided where the group allows, since a stage's logs lie there: losing one
     device then costs a stage either its replica or half its logs, never both. Among the rest the
@@ -22,7 +22,7 @@ def replica_keepers(
     kept: Counter[DeviceId] = Counter()
     keepers: list[DeviceId | None] = []
     for index, stage in enumerate(stages):
-        if len(stage.devices) > 1:
+        if stage.split in ("replicas", "sequence"):
             keepers.append(None)
             continue
         near = {d for s in stages[max(0, index - 1) : index + 2] for d in s.devices}
@@ -33,6 +33,16 @@ def replica_keepers(
             kept[keeper] += stage.parameter_count
         keepers.append(keeper)
     return tuple(keepers)
+
+
+def keepers_of(plan: Plan, stage_index: int) -> tuple[DeviceId, ...]:
+    """Who keeps a stage's replicas: of tensor shards its first peer, too, since whichever device is
+    lost, all slices are lost with it but for what another one has kept."""
+    keeper = plan.replicas[stage_index] if plan.replicas else None
+    if keeper is None:
+        return ()
+    stage = plan.stages[stage_index]
+    return (stage.device, keeper) if stage.split == "tensor" else (keeper,)
 
 
 def data_holders(

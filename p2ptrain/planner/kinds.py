@@ -13,7 +13,7 @@ KINDS: Final[tuple[Kind, ...]] = (
 RUNTIME_KINDS: Final[tuple[Kind, ...]] = KINDS
 """What this version can run; others would be what-if."""
 BY_NAME_ONLY: Final[dict[Kind, str]] = {
-    "tensor": "a lost device ends such a run",
+    "tensor": "such a run takes nobody in",
     "sequence": "such a run takes nobody in",
 }
 """Kinds that a run has only where somebody asks for them, and why."""

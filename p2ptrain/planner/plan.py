@@ -107,7 +107,8 @@ class Plan:
     """One of `schedule.actions.SCHEDULES`."""
     stages: tuple[StagePlan, ...]
     replicas: tuple[DeviceId | None, ...] = ()
-    """By stage: the member that keeps a replica of its state; None (or no entry): nobody can."""
+    """By stage: the member that keeps a replica of its state; None (or no entry): nobody can, or
+    the stage's own peers have it. `planner.keepers.keepers_of` names all who keep one."""
     step_ns: int
     """Predicted time of one step."""
     reasons: tuple[str, ...]

@@ -132,6 +132,11 @@ class Pricing:
         gradients = self._gradients[end] - self._gradients[first]
         return self._memory[key] + all_reduce_bytes(gradients, ranks)
 
+    @property
+    def state_bytes(self) -> int:
+        """What a replica set of the whole model holds."""
+        return self._states[-1]
+
     def longest_fit(self, replica: Replica, first: int) -> int:
         """The last end whose segments fit the replica's memory; `first` when not one does."""
         room = self.devices[replica.device].profile.memory_bytes

@@ -4,6 +4,8 @@ A segment is live where its stage's memory has it at the step where the view res
 nowhere is lost: each gap-free range of lost segments is loaded from the newest replicas from which
 its inputs are logged up to that step, and replayed by whoever runs its first segment next. Where
 nothing else helps, live segments whose logs are gone are made again together with the lost ones.
+Of tensor shards no segment is live anywhere: the whole model is loaded and every step since made
+again by one peer, which computes all of the shards in their order.
 """
 
 from __future__ import annotations
@@ -233,7 +235,8 @@ def _replayer(losses: Losses, span: range) -> DeviceId:
 def _replay_from(losses: Losses, span: range, step: int) -> Replay | None:
     replayer = _replayer(losses, span)
     replicas = _replicas(losses.promises, span, step, replayer)
-    if replicas is None or not _recorded(losses, step) or not _has_same_bits(losses, span, step):
+    shares = _shares(losses, span, step)
+    if replicas is None or not _recorded(losses, step) or shares is None:
         return None
     ends = _ends(losses, span)
     if step == losses.resume_step:
@@ -256,7 +259,7 @@ def _replay_from(losses: Losses, span: range, step: int) -> Replay | None:
     return Replay(
         span=_span(span), step=step, replayer=replayer, replicas=replicas, activations_from=before,
         cotangents_from=after, tied_from=ties, data_from=data, cuts=_cuts(losses.base.plan, span),
-        parts=tuple(parts),
+        parts=tuple(parts), shares=shares,
     )  # fmt: skip
 
 
@@ -392,12 +395,31 @@ def _loggers(
     ]
 
 
-def _has_same_bits(losses: Losses, span: range, step: int) -> bool:
-    """Whether one peer would make the steps after `step` with the same bits: several that shared
-    the span added gradients up in another order."""
+def _shares(losses: Losses, span: range, step: int) -> tuple[int, ...] | None:
+    """How the steps after `step` are made again with the same bits: by one peer (empty), or by the
+    tensor shards of these weights; None: in no way, since several that shared the span added
+    gradients up in another order."""
     base = losses.base
-    shared = any(s.split != "none" and set(s.segments) & set(span) for s in base.plan.stages)
-    return step == losses.resume_step or (step >= base.exact_from and not shared)
+    if step == losses.resume_step:
+        return ()
+    again = _being_replayed(losses)
+    if again is not None and again.span.segments == span and step >= again.step:
+        return again.shares
+    if step < base.exact_from:
+        return None
+    shared = [s for s in base.plan.stages if s.split != "none" and set(s.segments) & set(span)]
+    if not shared:
+        return ()
+    whole = shared[0].split == "tensor" and shared[0].segments == span
+    return shared[0].weights if whole else None
+
+
+def _being_replayed(losses: Losses) -> Replay | None:
+    """The replay of shards by which the view before was to begin, where it has made no step."""
+    restoring = losses.base.restoration
+    if restoring is None or losses.resume_step != losses.base.resume_step:
+        return None
+    return next((replay for replay in restoring.replays if replay.shares), None)
 
 
 def _tied(losses: Losses, span: range, step: int, replayer: DeviceId) -> tuple[TiedAt, ...] | None:

@@ -1,7 +1,7 @@
 """Which replica sets are whole: every segment's state of one step, durable away from its owner.
 
 A stage that two present peers or more run each for themselves needs no copy of it: whoever is left
-has its state.
+has its state. Of tensor shards nobody has: two members keep copies of the whole.
 
 Knowledge comes from `ReplicaStored` only. A decided view starts it anew: owners and members have
 changed, and every keeper says again what it still keeps, so a copy that vanished with a disk is
@@ -107,16 +107,21 @@ class ReplicaSets:
 
     def _is_whole(self, plan: Plan, step: int, present: Collection[DeviceId]) -> bool:
         return all(
-            self._is_kept(step, segment, set(present) - {stage.device})
+            self._is_kept(step, segment, stage, present)
             for stage in plan.stages
             if stage.split != "replicas"
             for segment in stage.segments
         )
 
-    def _is_kept(self, step: int, segment: int, others: Collection[DeviceId]) -> bool:
-        keepers = self._keepers[step].get(segment, set())
+    def _is_kept(
+        self, step: int, segment: int, stage: StagePlan, present: Collection[DeviceId]
+    ) -> bool:
+        """Whether a copy is left, whoever of its owner and its keepers is lost."""
+        keepers = self._keepers[step].get(segment, set()) & set(present)
         agree = len(self._states.get((step, segment), ())) == 1
-        return agree and not keepers.isdisjoint(others)
+        if stage.split == "tensor":  # with any one peer a slice is lost
+            return agree and len(keepers) > 1
+        return agree and bool(keepers - {stage.device})
 
 
 def _has_siblings(stage: StagePlan, present: Collection[DeviceId]) -> bool:

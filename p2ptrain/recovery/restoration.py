@@ -66,6 +66,13 @@ class Replay:
     """Segments inside the span after which a link was: a lossy codec rounds there again."""
     parts: tuple[LogPart, ...] = ()
     """Where several peers logged a boundary: together every microbatch of every step."""
+    shares: tuple[int, ...] = ()
+    """Weights by rank of the tensor shards that had made the steps, whose order of additions the
+    replayer follows; empty: one peer had."""
+
+    def __post_init__(self) -> None:
+        if self.shares and (len(self.shares) < 2 or min(self.shares) < 1):
+            raise ValueError("shards are two or more, each with a part")
 
     def givers(self, kind: BoundaryKind, step: int) -> tuple[tuple[DeviceId, tuple[int, ...]], ...]:
         """Who gives which microbatches of a boundary's log of one step; no microbatches: all."""

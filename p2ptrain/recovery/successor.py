@@ -1,9 +1,9 @@
 """Plans that could follow when members are lost, leave or join, with as little moved as can be.
 
 Stages of which a peer stays keep their segments; of replicas those that are left go on with the
-lost one's microbatches. A lost stage goes whole to a member in reserve, or to the stage before or
-after it. Which candidate is taken follows from the predicted
-step time, and from whether the states can be restored for it (`recovery.planning`).
+lost one's microbatches; shards stay as they are while all of them do. A lost stage goes whole to a
+member in reserve, or to the stage before or after it. Which candidate is taken follows from the
+predicted step time, and from whether the states can be restored for it (`recovery.planning`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 
 from p2ptrain.ids import DeviceId, ViewNumber, short
 from p2ptrain.planner.keepers import data_holders, replica_keepers
-from p2ptrain.planner.plan import Plan, StagePlan
+from p2ptrain.planner.plan import Plan, StagePlan, is_sharded
 
 CANDIDATES_MAX: Final = 256
 """Placements that are priced; with more losses at once than that allows, the first ones."""
@@ -68,9 +68,12 @@ def successor_plans(succession: Succession, place: Place) -> tuple[Plan, ...]:
 
     Ties go to the lower devices, so equal inputs give equal plans.
     """
-    home = _home(succession)
+    home, base = _home(succession), succession.base
     if home is None:
         return ()
+    if is_sharded(base) and set(base.stages[0].devices) <= set(succession.usable):
+        unchanged = Placement(stages=base.stages, step_ns=base.step_ns, step_uj=base.step_uj)
+        return (_plan(succession, home, unchanged),)
     found = []
     for owners in itertools.islice(_assignments(succession), CANDIDATES_MAX):
         placement = place(_wishes(succession.base, owners))

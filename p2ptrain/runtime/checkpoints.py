@@ -10,7 +10,6 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.blobs import blob_digest
 from p2ptrain.runtime.job import Job
-from p2ptrain.runtime.replication import saved_header
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.slice_joining import Announced, SliceJoiner
@@ -72,7 +71,7 @@ class CheckpointCollector:
                 continue
             size = values_bytes(self._manifest, saved.segment, self._state_names, self._contract)
             values = await self._services.blobs.fetch(device, saved.state, size=size)
-            header = saved_header(saved, bundle=self._contract.bundle)
+            header = saved.header(self._contract.bundle)
             head = segment_head(self._manifest, header, self._state_names, self._contract)
             await self._keep(saved, head + values)
 
@@ -80,15 +79,12 @@ class CheckpointCollector:
         self, joiner: SliceJoiner, device: DeviceId, saved: SegmentSaved
     ) -> None:
         """Note one shard's part of a segment, and keep the whole once all are there."""
-        share, place = joiner.share(device), (saved.step, saved.segment)
+        place = (saved.step, saved.segment)
         announced = self._slices.setdefault(place, Announced(saved.step))
-        if share is not None:
-            announced.by_rank[share.rank] = (device, saved)
-        if joiner.is_whole(announced):
+        if joiner.note(announced, device, saved):
             del self._slices[place]
             whole, state = await joiner.joined(announced)
-            header = saved_header(whole, bundle=self._contract.bundle)
-            await self._keep(whole, state.to_bytes(header))
+            await self._keep(whole, state.to_bytes(whole.header(self._contract.bundle)))
 
     async def _keep(self, saved: SegmentSaved, content: bytes) -> None:
         """Store a segment's file; with the last one the checkpoint is complete."""

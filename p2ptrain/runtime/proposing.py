@@ -10,13 +10,12 @@ import trio
 from p2ptrain.agreement.run_events import ProposalWanted
 from p2ptrain.agreement.run_machine import RunMachine
 from p2ptrain.agreement.view import View
-from p2ptrain.errors import PeerLost, PlanInfeasible
+from p2ptrain.errors import PlanInfeasible
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.holdings import Holdings
 from p2ptrain.runtime.replanning import NextView, forced_view, next_view
 from p2ptrain.runtime.run_state import RunState
-from p2ptrain.runtime.slice_joining import has_lone_slices
 
 
 class Proposing:
@@ -33,15 +32,9 @@ class Proposing:
         self.holdings = Holdings(state=state, records=lambda: driver.machine.records)
 
     async def propose(self, wanted: ProposalWanted) -> None:
-        """Plan the next view and hand it, or why there is none, to the machine.
-
-        Raises:
-            PeerLost: only each peer itself has its slices; end the run.
-        """
+        """Plan the next view and hand it, or why there is none, to the machine."""
         machine = self._driver.machine
         reason = ", ".join(machine.wanted) or "the view before lost its proposer"
-        if has_lone_slices(self._state.manifest, wanted.base.plan):
-            raise PeerLost(f"shards go on in no other view, which was wanted: {reason}")
         given = self._given(wanted, reason, self._newcomers())
         answer = await trio.to_thread.run_sync(next_view, given)
         if isinstance(answer, str):

@@ -22,7 +22,7 @@ from p2ptrain.planner.links import LinkTable, link_estimates
 from p2ptrain.planner.moves import is_worth_moving, moving_ns
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pace import AS_PLANNED, at_pace
-from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.plan import Plan, is_sharded
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.recovery.advance import announced, stages_of, told_step
 from p2ptrain.recovery.inventory import Inventory
@@ -165,7 +165,7 @@ class _Planner:
         aimed, searched = self._aimed(succession, place), None
         if aimed is not None:
             yield _Candidate(aimed)
-        elif self._may_move or not nearest:
+        elif self._may_move or not nearest or self._shards_parted():
             searched = self._searched(nearest)
         aim = self._aim(nearest, searched)
         if searched is not None and not aim:
@@ -227,11 +227,19 @@ class _Planner:
         )
 
     def _exact_from(self, plan: Plan) -> int:
-        """Where a stage that several peers shared goes to one, replays begin afterwards."""
+        """Where a stage that several peers shared goes to one, or shards are cut otherwise, replays
+        begin afterwards."""
         shared = _shared_segments(self._base.plan)
         parted = shared - _shared_segments(plan)
+        recut = is_sharded(plan) and _parts(plan) != _parts(self._base.plan)
         step = self._wanted.resume_step
-        return step if parted else min(step, self._base.exact_from)
+        return step if parted or recut else min(step, self._base.exact_from)
+
+    def _shards_parted(self) -> bool:
+        """Whether somebody is missing of peers who computed the whole model together: those who
+        are left may do so, too."""
+        stages = self._base.plan.stages
+        return is_sharded(self._base.plan) and not set(stages[0].devices) <= set(self._usable)
 
     def _searched(self, nearest: Sequence[Plan]) -> Plan | None:
         """The planner's own choice, where it is enough better than staying, or the only one."""
@@ -309,6 +317,10 @@ class _Planner:
 def _one_by_one(plans: Iterable[Plan]) -> bool:
     """Whether every stage of these plans has one peer: what is replayed from a log."""
     return all(stage.split == "none" for plan in plans for stage in plan.stages)
+
+
+def _parts(plan: Plan) -> list[tuple[str, tuple[int, ...]]]:
+    return [(stage.split, stage.weights) for stage in plan.stages]
 
 
 def _shared_segments(plan: Plan) -> set[int]:

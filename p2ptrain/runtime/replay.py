@@ -15,6 +15,7 @@ from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import InvariantBroken
 from p2ptrain.recovery.inventory import LogKind
+from p2ptrain.runtime.shard_group import ShardGroup
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
@@ -120,6 +121,37 @@ class Replayer:
             copies = expected_tensors(self._manifest, self._contract, "tied", segment)
             arrays = tuple(self._worker.gradient(tensors[copy.index].name) for copy in copies)
             self._on_sent("tied", step, 0, segment, arrays)
+
+
+class ShardReplayer:
+    """Drives all shards of a model through steps whose outcome is recorded, in one process.
+
+    Every rank's terms are added in rank order, as on peers of their own; nothing is logged again,
+    since every peer takes part in every step.
+    """
+
+    def __init__(self, group: ShardGroup, contract: Contract) -> None:
+        """Take over shards that were drawn or loaded."""
+        self._group, self._contract = group, contract
+
+    def run_step(self, inputs: StepInputs, record: StepRecord) -> None:
+        """Make the step after the last one; errors as those of `Replayer.run_step`."""
+        group, step = self._group, record.step
+        if group.applied_step != step - 1:
+            raise InvariantBroken(f"replay of step {step} after step {group.applied_step}")
+        group.abandon_step()
+        for microbatch in range(self._contract.microbatches):
+            group.forward(
+                step=step,
+                microbatch=microbatch,
+                inputs=inputs.inputs[microbatch],
+                labels=inputs.labels[microbatch],
+                loss_weight=inputs.loss_weight,
+            )
+            group.backward()
+        group.sum_gradients()
+        rate = learning_rate(self._contract.optimizer, step=step, steps=self._contract.steps)
+        group.update(step=step, learning_rate=rate, clip_scale=record.clip_scale)
 
 
 def _fill(

@@ -21,11 +21,12 @@ from p2ptrain.errors import CheckpointError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.runtime.signal import Signal
+from p2ptrain.runtime.slice_joining import Announced, SliceJoiner
 from p2ptrain.store.replicas import ReplicaPlace, ReplicaStore
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import SegmentSaved, Stamp
 from p2ptrain.training.segment_image import SegmentImage
-from p2ptrain.training.segment_state import StateHeader, values_bytes
+from p2ptrain.training.segment_state import SegmentState, StateHeader, values_bytes
 from p2ptrain.wire.flows import Flow
 
 
@@ -277,20 +278,6 @@ class SnapshotOwner:
         self._offered = None
 
 
-def saved_header(saved: SegmentSaved, *, bundle: Digest) -> StateHeader:
-    """The header of the file that a snapshot becomes where it is stored."""
-    stamp = saved.stamp
-    return StateHeader(
-        run=stamp.run,
-        lineage=stamp.lineage,
-        view=stamp.view,
-        plan=stamp.plan,
-        step=saved.step,
-        segment=saved.segment,
-        bundle=bundle,
-    )
-
-
 def _saved(snapshot: _Snapshot, segment: int) -> SegmentSaved:
     return SegmentSaved(
         stamp=snapshot.stamp,
@@ -318,10 +305,20 @@ class KeeperStatistics:
 class _Wanted:
     device: DeviceId
     saved: SegmentSaved
+    """Of slices that of the first shard."""
+    slices: Announced | None = None
+    """What all shards have announced, to be joined; None: the segment is whole where it is."""
+
+    def is_from(self, device: DeviceId) -> bool:
+        """Whether it takes that device to fetch it."""
+        return device == self.device or (self.slices is not None and device in self.slices.devices)
 
 
 class ReplicaKeeper:
-    """Stores the replicas that this device keeps of other members' stages, one at a time."""
+    """Stores the replicas that this device keeps of other members' stages, one at a time.
+
+    Of a sharded model it joins the slices of all shards, and stores whole segments, too.
+    """
 
     def __init__(
         self,
@@ -347,12 +344,25 @@ class ReplicaKeeper:
         self._contract, self._blobs, self._on_stored = contract, blobs, on_stored
         self._bundle = manifest.digest
         self._wanted: dict[int, _Wanted] = {}
+        self._joiner: SliceJoiner | None = None
+        self._slices: dict[int, Announced] = {}
         self._signal = Signal()
         self._stored_count = self._fetched_bytes = self._failed_count = 0
         self._refusal: str | None = None
 
+    def begin(self, joiner: SliceJoiner | None) -> None:
+        """Another view counts, in which `joiner` joins slices; None: owners have whole segments.
+
+        Slices of the view before are not fetched any more: their owners offer them no longer.
+        """
+        self._joiner = joiner
+        self._slices.clear()
+        self._wanted = {s: each for s, each in self._wanted.items() if each.slices is None}
+        self._signal.notify()
+
     def announce(self, device: DeviceId, saved: SegmentSaved) -> None:
-        """The owner of a segment has a snapshot to fetch; it replaces an older one.
+        """The owner of a segment has a snapshot to fetch; it replaces an older one. Of a sharded
+        model all owners have to say so, in any order.
 
         The caller has checked that the stamp is the view's and that the device owns the segment.
 
@@ -361,15 +371,31 @@ class ReplicaKeeper:
         """
         if not 0 <= saved.segment < len(self._manifest.segments):
             raise RemoteProtocolError(f"a snapshot of segment {saved.segment} was announced")
+        if self._joiner is not None:
+            self._announce_slices(self._joiner, device, saved)
+            return
         before = self._wanted.get(saved.segment)
         if before is not None and before.saved.step > saved.step:
             raise RemoteProtocolError(f"segment {saved.segment} was saved against the plan")
         self._wanted[saved.segment] = _Wanted(device, saved)
         self._signal.notify()
 
+    def _announce_slices(self, joiner: SliceJoiner, device: DeviceId, saved: SegmentSaved) -> None:
+        """Note one shard's part of a segment; of the newest step only, which others may have
+        reached before this one said what it has of an older one."""
+        known = self._slices.get(saved.segment)
+        if known is not None and known.step > saved.step:
+            return
+        if known is None or known.step < saved.step:
+            known = self._slices[saved.segment] = Announced(saved.step)
+        if joiner.note(known, device, saved):
+            first, of_first = known.by_rank[0]
+            self._wanted[saved.segment] = _Wanted(first, of_first, known)
+            self._signal.notify()
+
     def peer_down(self, device: DeviceId) -> None:
         """What a member that is gone had announced is not fetched any more."""
-        self._wanted = {s: each for s, each in self._wanted.items() if each.device != device}
+        self._wanted = {s: each for s, each in self._wanted.items() if not each.is_from(device)}
 
     async def run(self) -> None:
         """Fetch and store until cancelled, which leaves no half replica.
@@ -381,9 +407,10 @@ class ReplicaKeeper:
             await self._signal.wait_until(lambda: bool(self._wanted))
             tried = sorted(self._wanted.values(), key=_order)
             for wanted in tried:
-                if self._is_wanted(wanted) and await self._keep(wanted):
+                stored = await self._keep(wanted) if self._is_wanted(wanted) else None
+                if stored is not None:
                     self._drop(wanted)
-                    self._on_stored(wanted.saved)
+                    self._on_stored(stored)
             # What was announced meanwhile is not made to wait for what cannot be had.
             if self._wanted and all(wanted in tried for wanted in self._wanted.values()):
                 await self._pause()
@@ -411,39 +438,60 @@ class ReplicaKeeper:
         with trio.move_on_after(limits.REPLICA_RETRY_S):
             await self._signal.wait_until(lambda: self._wanted != before)
 
-    async def _keep(self, wanted: _Wanted) -> bool:
-        """Whether a replica is durable now; it may have been here before."""
-        saved = wanted.saved
+    async def _keep(self, wanted: _Wanted) -> SegmentSaved | None:
+        """What is durable now, with the digest of the whole; it may have been here before."""
+        saved, slices = wanted.saved, wanted.slices
         place = ReplicaPlace(lineage=saved.stamp.lineage, step=saved.step, segment=saved.segment)
         known = self._store.replica(place)
-        if known is not None and known.state == saved.state:
+        if known is not None and slices is None and known.state == saved.state:
             await trio.lowlevel.checkpoint()
-            return True
+            return saved
         try:
-            await self._fetch(wanted.device, saved)
+            if slices is None or self._joiner is None:
+                await self._fetch(wanted.device, saved)
+            else:
+                saved = await self._fetch_slices(self._joiner, slices)
         except PeerLost:
             self._failed_count += 1
-            return False
+            return None
         except RemoteProtocolError:
             self._failed_count += 1
             self._drop(wanted)  # it is not what was announced, and never will be
-            return False
+            return None
         except CheckpointError as error:
             self._failed_count += 1
             self._refusal = error.message
-            return False
+            return None
         self._stored_count += 1
         self._refusal = None
-        return True
+        return saved
 
     async def _fetch(self, device: DeviceId, saved: SegmentSaved) -> None:
         size = values_bytes(self._manifest, saved.segment, self._state_names, self._contract)
-        header = saved_header(saved, bundle=self._bundle)
+        header = saved.header(self._bundle)
         writer = await trio.to_thread.run_sync(self._store.writer, header, saved.state)
         try:
             await self._blobs.fetch_into(device, saved.state, size=size, write=writer.write)
             await trio.to_thread.run_sync(writer.keep, saved.state)
             self._fetched_bytes += size
+        except OSError as error:
+            raise CheckpointError(f"a replica cannot be stored: {error.strerror}") from error
+        finally:
+            writer.discard()
+
+    async def _fetch_slices(self, joiner: SliceJoiner, slices: Announced) -> SegmentSaved:
+        """Join the slices of all shards; the announcement that the whole would have had."""
+        saved, state = await joiner.joined(slices)
+        await trio.to_thread.run_sync(self._store_whole, saved, state)
+        self._fetched_bytes += sum(map(len, state.values()))
+        return saved
+
+    def _store_whole(self, saved: SegmentSaved, state: SegmentState) -> None:
+        writer = self._store.writer(saved.header(self._bundle), saved.state)
+        try:
+            for chunk in state.values():
+                writer.write(chunk)
+            writer.keep(saved.state)
         except OSError as error:
             raise CheckpointError(f"a replica cannot be stored: {error.strerror}") from error
         finally:

@@ -22,14 +22,15 @@ from p2ptrain.runtime.asking import Asker
 from p2ptrain.runtime.inheriting import inherit_logs
 from p2ptrain.runtime.item_run import apply_update
 from p2ptrain.runtime.recovery_clock import RecoveryClock
-from p2ptrain.runtime.replay import Replayer
+from p2ptrain.runtime.replay import Replayer, ShardReplayer
 from p2ptrain.runtime.run_state import WEIGHTS_FOLDER, RunState, Stateful
+from p2ptrain.runtime.shard_group import ShardGroup
 from p2ptrain.runtime.shard_worker import ShardWorker
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.stage_weights import StageWeights
 from p2ptrain.schedule.actions import Held
 from p2ptrain.training.messages import Wanted, stamp_of
-from p2ptrain.training.replay_inputs import StepPlace, needed_places, step_inputs
+from p2ptrain.training.replay_inputs import StepInputs, StepPlace, needed_places, step_inputs
 from p2ptrain.training.routing import Route
 from p2ptrain.training.shard_cuts import Share, share_of
 from p2ptrain.training.step_record import StepRecord
@@ -57,7 +58,7 @@ class Restorer:
             signal=state.signal,
         )
         self._settled = False
-        self._replayed: list[StageWorker] = []
+        self._replayed: list[StageWorker | ShardGroup] = []
         self.replayed_steps = 0
 
     @property
@@ -259,18 +260,15 @@ class Restorer:
 
     # Replay.
 
-    async def _replay(self, replay: Replay) -> StageWorker:
+    async def _replay(self, replay: Replay) -> StageWorker | ShardGroup:
         """Make a lost range again: its replica, then every step since, from logs and records."""
+        if replay.shares:
+            return await self._replay_shards(replay)
         segments, stage = replay.span.segments, self._own_stage()
         ours = stage is not None and stage.segments == segments
         holds = self._holds() if ours else Held(in_flight=1, delayed=0)
         worker = await self._make_worker(segments, holds, replay.cuts)
-        if replay.step == 0:
-            await trio.to_thread.run_sync(worker.draw_parameters)
-        else:
-            for segment in segments:
-                source = _device_of(replay.replicas, segment)
-                await self._load_from(worker, segment, source, replay.step)
+        await self._load_replayed(worker, replay)
         replayer = Replayer(
             worker,
             manifest=self._state.manifest,
@@ -278,6 +276,31 @@ class Restorer:
             on_sent=self._state.log_replayed,
             cuts=replay.cuts,
         )
+        await self._replay_steps(replay, replayer.run_step)
+        return worker
+
+    async def _replay_shards(self, replay: Replay) -> ShardGroup:
+        """As `_replay`, of a model that shards had computed: all of them are computed here."""
+        self._state.worker = None  # a slice is of no more use, and these take the memory
+        weights = await self._weights(replay.span.segments)
+        group = await trio.to_thread.run_sync(self._state.make_group, replay.shares, weights)
+        await self._load_replayed(group, replay)
+        replayer = ShardReplayer(group, self._view.contract)
+        await self._replay_steps(replay, replayer.run_step)
+        return group
+
+    async def _load_replayed(self, worker: Stateful, replay: Replay) -> None:
+        if replay.step == 0:
+            await trio.to_thread.run_sync(worker.draw_parameters)
+            return
+        for segment in replay.span.segments:
+            source = _device_of(replay.replicas, segment)
+            await self._load_from(worker, segment, source, replay.step)
+
+    async def _replay_steps(
+        self, replay: Replay, run_step: Callable[[StepInputs, StepRecord], None]
+    ) -> None:
+        segments = replay.span.segments
         for step in range(replay.step + 1, self._view.resume_step + 1):
             packed = {
                 place: await self._packed(replay, place, step)
@@ -286,11 +309,10 @@ class Restorer:
             inputs = step_inputs(self._state.manifest, self._view.contract, segments, packed)
             record = self._record(step)
             began_s = time.monotonic()
-            await trio.to_thread.run_sync(replayer.run_step, inputs, record)
+            await trio.to_thread.run_sync(run_step, inputs, record)
             self._clock.replay_s += time.monotonic() - began_s
             self._state.log.finish(step)
             self.replayed_steps += 1
-        return worker
 
     async def _packed(self, replay: Replay, place: StepPlace, step: int) -> bytes:
         givers = _givers(replay, place, step)

@@ -42,7 +42,6 @@ from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.proposing import Proposing
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.run_state import RunState
-from p2ptrain.runtime.slice_joining import has_lone_slices
 from p2ptrain.runtime.stage_weights import OfferedWeights
 from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.runtime.view_work import ViewWork, WorkHooks, givers, unreachable
@@ -257,7 +256,7 @@ class RunMember:
         helpers = () if self._work is None else self._work.helpers
         if plan is None or device not in (*plan.members, *helpers):
             return
-        if not self.started or has_lone_slices(self.state.manifest, plan):
+        if not self.started:
             name = self._services.directory.name_of(device)
             self.fail(PeerLost(f"peer {name} ({device[:8]}) is gone: {reason}"))
             return
@@ -312,7 +311,7 @@ class RunMember:
         plan, own = self.plan, self._services.device
         if plan is None or not self.started:
             return "the run has not begun"
-        if len(plan.members) == 1 or has_lone_slices(self.state.manifest, plan):
+        if len(plan.members) == 1:
             return "nobody else could take this peer's part over"
         if plan.keep_data_here and plan.home == own:
             return "the run's data stays on this device"
@@ -347,11 +346,7 @@ class RunMember:
             self._admission.answered(device, answer)
 
     def want(self, reason: str, *, after_s: float) -> None:
-        """Ask for a new view, or end the run where it would lose slices."""
-        plan = self.plan
-        if plan is not None and has_lone_slices(self.state.manifest, plan):
-            self.fail(PeerLost(f"shards go on in no other view, which was wanted: {reason}"))
-            return
+        """Ask for a new view."""
         self.driver.call(RunMachine.want, reason, self.driver.now(), after_s=after_s)
 
     def reachable(self) -> None:

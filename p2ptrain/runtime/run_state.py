@@ -17,6 +17,7 @@ from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.errors import CheckpointError, InvariantBroken
 from p2ptrain.ids import DeviceId, Lineage, RunId
+from p2ptrain.planner.plan import is_sharded
 from p2ptrain.recovery.inventory import Inventory, LiveStage, LogKind, SegmentSpan
 from p2ptrain.recovery.protection import Provisional, Safeguards, protection
 from p2ptrain.recovery.replica_sets import ReplicaSets
@@ -26,8 +27,10 @@ from p2ptrain.runtime.home_duty import HomeSession, note_end
 from p2ptrain.runtime.pacing import Pacing
 from p2ptrain.runtime.replication import ReplicaKeeper
 from p2ptrain.runtime.services import Services
+from p2ptrain.runtime.shard_group import ShardGroup
 from p2ptrain.runtime.shard_worker import ShardWorker
 from p2ptrain.runtime.signal import Signal
+from p2ptrain.runtime.slice_joining import SliceJoiner
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.schedule.actions import Held
 from p2ptrain.store.bundles import Bundle
@@ -190,6 +193,21 @@ class RunState:
             weights=weights,
         )
 
+    def make_group(
+        self, shares: tuple[int, ...], weights: Mapping[str, Array] | None
+    ) -> ShardGroup:
+        """Every tensor shard of the whole model, for a replay; neither drawn nor loaded."""
+        if self._engine is None:
+            raise InvariantBroken("shards on a device without an engine")
+        return ShardGroup(
+            engine=self._engine,
+            bundle=self.bundle,
+            contract=self.contract,
+            mode="tensor",
+            shares=shares,
+            weights=weights,
+        )
+
     def load(self, worker: Stateful, segment: int, step: int, content: bytes) -> None:
         """Give a worker one segment's state; CheckpointError when it is something else."""
         stored = read_segment_state(
@@ -299,8 +317,19 @@ class RunState:
         self._note_lineage(view)
         self.view = view
         self.sets.begin(view)
+        self.keeper.begin(self._joiner(view))
         self.pacing.begin(view.plan)
         self.data_copies &= {self.services.device}  # the others say it again
+
+    def _joiner(self, view: View) -> SliceJoiner | None:
+        if not is_sharded(view.plan):
+            return None
+        return SliceJoiner(
+            plan=view.plan,
+            manifest=self.manifest,
+            contract=self.contract,
+            blobs=self.services.blobs,
+        )
 
     def kept(self) -> tuple[Replica, ...]:
         """Replicas of this lineage that are durable here, to be told again in each view."""

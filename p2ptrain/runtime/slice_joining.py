@@ -12,7 +12,6 @@ from p2ptrain.bundle.sharding import Mode
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan, StagePlan
 from p2ptrain.runtime.blobs import BlobExchange
-from p2ptrain.runtime.replication import saved_header
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import SegmentSaved
 from p2ptrain.training.segment_state import SegmentState
@@ -28,17 +27,17 @@ def savers(manifest: Manifest, stage: StagePlan) -> tuple[DeviceId, ...]:
     return stage.devices if has_slices(manifest, mode) else stage.devices[:1]
 
 
-def has_lone_slices(manifest: Manifest, plan: Plan) -> bool:
-    """Whether some peer of a plan has parameters that nobody else has in memory or on disk."""
-    return any(stage.is_sharded and len(savers(manifest, stage)) > 1 for stage in plan.stages)
-
-
 @dataclass(slots=True)
 class Announced:
     """What the shards have announced of one segment and step."""
 
     step: int
     by_rank: dict[int, tuple[DeviceId, SegmentSaved]] = field(default_factory=dict)
+
+    @property
+    def devices(self) -> set[DeviceId]:
+        """Whose announcements these are."""
+        return {device for device, _ in self.by_rank.values()}
 
 
 class SliceJoiner:
@@ -53,13 +52,16 @@ class SliceJoiner:
         self._names = manifest.updates[contract.optimizer.name].state
         self._savers = savers(manifest, plan.stages[0])
 
-    def share(self, device: DeviceId) -> Share | None:
+    def note(self, announced: Announced, device: DeviceId, saved: SegmentSaved) -> bool:
+        """Add what one device has announced; whether everybody that saves has."""
+        share = self._share(device)
+        if share is not None:
+            announced.by_rank[share.rank] = (device, saved)
+        return len(announced.by_rank) == len(self._savers)
+
+    def _share(self, device: DeviceId) -> Share | None:
         """Whose part a device saves; None: it saves nothing."""
         return share_of(self._plan, device) if device in self._savers else None
-
-    def is_whole(self, announced: Announced) -> bool:
-        """Whether everybody that saves has."""
-        return len(announced.by_rank) == len(self._savers)
 
     async def joined(self, announced: Announced) -> tuple[SegmentSaved, SegmentState]:
         """The whole state of a segment, and what its announcement would be.
@@ -83,7 +85,7 @@ class SliceJoiner:
         share = share_of(self._plan, self._savers[0])
         if share is None:
             raise ValueError("a model that is not sharded has no slices")
-        header = saved_header(saved, bundle=self._manifest.digest)
+        header = saved.header(self._manifest.digest)
         state = joined_values(self._manifest, share, header, self._names, values)
         residuals = no_residuals(self._manifest, self._contract, saved.segment)
         return dataclasses.replace(state, residuals=residuals)

@@ -13,6 +13,7 @@ from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import NumericsError, P2PTrainError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId
+from p2ptrain.planner.keepers import keepers_of
 from p2ptrain.planner.plan import StagePlan, is_sharded
 from p2ptrain.runtime.advancing import Advance
 from p2ptrain.runtime.bodies import BodyReader, discard
@@ -168,7 +169,10 @@ class ViewWork:
     def replica_stored(self, device: DeviceId, stored: ReplicaStored) -> None:
         """A keeper has made a segment of our stage, or of another's, durable."""
         if self._snapshots is not None:
-            self._snapshots.stored(device, stored.step, stored.segment, stored.state)
+            digest = stored.state
+            if is_sharded(self.plan):  # the keeper tells that of the whole, which has our slices
+                digest = self._snapshots.state(stored.step, stored.segment) or digest
+            self._snapshots.stored(device, stored.step, stored.segment, digest)
         self._advance.look()
 
     def tell_replica(self, saved: SegmentSaved) -> None:
@@ -306,11 +310,10 @@ class ViewWork:
         if worker is None:
             return
         self._hooks.told(self.view.resume_step)
-        keeper = self._own_keeper()
         self._snapshots = SnapshotOwner(
             worker=worker,
             bundle=self._state.bundle.digest,
-            keepers=() if keeper is None else (keeper,),
+            keepers=self._own_keepers(),
             receivers=self._advance.sends(worker.segments),
             blobs=self._services.blobs,
             announce=self._services.outlet.send,
@@ -392,11 +395,11 @@ class ViewWork:
         return record
 
     async def _save(self, item: Item) -> None:
-        """Snapshot our stage for its keeper, and for home where it is a checkpoint."""
-        keeper, checkpoint = self._own_keeper(), item.kind == "checkpoint" and self._is_first()
+        """Snapshot our stage for its keepers, and for home where it is a checkpoint."""
+        keepers, checkpoint = self._own_keepers(), item.kind == "checkpoint" and self._is_first()
         if not checkpoint and self._receivers_first():
             return
-        if self._snapshots is not None and (keeper is not None or checkpoint):
+        if self._snapshots is not None and (keepers or checkpoint):
             home = self.plan.home if checkpoint else None
             await self._snapshots.snapshot(self.stamp, item.step, collector=home)
 
@@ -405,11 +408,12 @@ class ViewWork:
         receiving = self._snapshots is not None and self._snapshots.is_receiving
         return receiving and not self._state.log.full
 
-    def _own_keeper(self) -> DeviceId | None:
+    def _own_keepers(self) -> tuple[DeviceId, ...]:
+        """Who keeps replicas of what we save."""
         index = self.plan.stage_of(self._services.device)
-        if index is None or not self.plan.replicas or self.plan.stages[index].is_sharded:
-            return None
-        return self.plan.replicas[index]
+        if index is None or not self._is_first():
+            return ()
+        return keepers_of(self.plan, index)
 
     def _is_first(self) -> bool:
         """Whether we save our stage: of replicas the first, of shards each its slices."""
@@ -429,7 +433,7 @@ class ViewWork:
             raise RemoteProtocolError(f"segment {saved.segment} was saved against the plan")
         if saved.checkpoint and self._duty is not None:
             self._duty.receive(device, saved)
-        keeps = bool(self.plan.replicas) and self.plan.replicas[stage] == self._services.device
+        keeps = self._services.device in keepers_of(self.plan, stage)
         if keeps or self._advance.gets(saved.segment):
             self._state.keeper.announce(device, saved)
 

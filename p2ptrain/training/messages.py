@@ -12,6 +12,7 @@ from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.recovery.inventory import Inventory, check_microbatches
+from p2ptrain.training.segment_state import StateHeader
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.units import NS_PER_S
 from p2ptrain.wire.codec import message
@@ -167,6 +168,19 @@ class SegmentSaved:
     state: Digest
     """Digest of the state's values, equal wherever they were computed: the blob to fetch, whose
     size follows from the manifest."""
+
+    def header(self, bundle: Digest) -> StateHeader:
+        """The header of the file that the snapshot becomes where it is stored."""
+        stamp = self.stamp
+        return StateHeader(
+            run=stamp.run,
+            lineage=stamp.lineage,
+            view=stamp.view,
+            plan=stamp.plan,
+            step=self.step,
+            segment=self.segment,
+            bundle=bundle,
+        )
 
 
 @message("replica_stored")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -77,9 +77,13 @@ class SegmentState:
     def digest(self) -> Digest:
         """sha256 over parameters, state vectors, running values, residuals, little-endian."""
         digest = hashlib.sha256()
-        for tensor in self._named().values():
-            digest.update(raw_bytes(tensor))
+        for chunk in self.values():
+            digest.update(chunk)
         return Digest(digest.hexdigest())
+
+    def values(self) -> Iterator[memoryview]:
+        """The values of the file, in its order: what `digest` is of."""
+        return map(raw_bytes, self._named().values())
 
     def to_chunks(self, header: StateHeader) -> list[bytes | memoryview]:
         """The checkpoint file of this segment, as chunks for an atomic write."""

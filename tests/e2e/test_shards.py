@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+import trio
 
 from p2ptrain.bundle.shard_traffic import shard_traffic
-from p2ptrain.runtime.reports import TrainRequest
+from p2ptrain.runtime.reports import TrainRequest, TrainResult
 from p2ptrain.store.bundles import load_bundle, shipped_bundles
 from p2ptrain.training.contract import OptimizerChoice
 from tests.bundles import write_bundle
-from tests.e2e.peers import Member, PeerProcess, peer_group, train
+from tests.e2e.peers import Member, PeerProcess, Watched, peer_group, train
 from tests.shipped_training import short_context
 
 SGD: Final = OptimizerChoice(
@@ -96,13 +97,38 @@ async def test_shards_agree_with_one_peer(
 
 
 async def test_the_same_plan_gives_the_same_bits(tmp_path: Path, text: Path) -> None:
-    short = dataclasses.replace(job("gpt-nano", text, tmp_path), steps=3)
-    async with peer_group(tmp_path, 3) as (home, *_):
+    request = job("gpt-nano", text, tmp_path)
+    short = dataclasses.replace(request, steps=3)
+    async with peer_group(tmp_path, 3) as peers:
+        home = peers[0]
         for mode, weights in (("tensor", (3, 2, 1)), ("sequence", (3, 2, 1))):
             first, _ = await train(home, shared(short, mode, weights))
             again, _ = await train(home, shared(short, mode, weights))
             assert again.losses == first.losses
             assert again.state_digest == first.state_digest
+        await assert_recovers(peers, request)
+
+
+async def assert_recovers(peers: tuple[PeerProcess, ...], request: TrainRequest) -> None:
+    """A shard's owner is killed: committed steps keep their bits, and the others go on."""
+    home, watched = peers[0], Watched()
+    asked = shared(dataclasses.replace(request, replicate_every=4), "tensor", (3, 2, 1))
+    undisturbed, _ = await train(home, asked)
+    results: list[TrainResult] = []
+
+    async def conduct() -> None:
+        result, _ = await train(home, asked, watched)
+        results.append(result)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(conduct)
+        await watched.wait_step(6)
+        reached = watched.reached
+        await peers[2].kill()
+    (result,) = results
+    assert reached >= 6
+    assert result.losses[:reached] == undisturbed.losses[:reached]
+    assert result.losses == pytest.approx(undisturbed.losses, rel=TOLERANCE, abs=0.0)
 
 
 @pytest.mark.parametrize("mode", ["tensor", "sequence"])

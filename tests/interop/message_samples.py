@@ -159,6 +159,7 @@ SPECIAL: Final[dict[str, dict[str, Any]]] = {  # Any: what makes a field's value
         "resume_step": lambda: sample(StepRecord).step,
         "aim": lambda: _aim(),
     },
+    "Replay": {"shares": lambda: (3, 1)},
     "Contract": {
         "dropout": lambda: 0.1,
         "optimizer": OptimizerChoice,

@@ -10,10 +10,8 @@ import pytest
 import trio
 
 from p2ptrain import limits
-from p2ptrain.agreement.run_machine import RunMachine
 from p2ptrain.agreement.run_messages import ViewPrepare
 from p2ptrain.bundle.sharding import Mode
-from p2ptrain.errors import PeerLost
 from p2ptrain.planner.pace import STEPS_MIN
 from p2ptrain.runtime.reports import PlanReport, StepReport, TrainRequest, TrainResult
 from p2ptrain.store.bundles import Bundle, load_bundle, shipped_bundles
@@ -110,27 +108,6 @@ async def test_stop_and_resume_by_other_shards_or_none(mode: Mode, tmp_path: Pat
     assert second.heldout_first == pytest.approx(first.heldout_last, rel=TOLERANCE)
 
 
-async def test_a_lost_shard_ends_the_run_with_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
-    async with memory_group(tmp_path, 3) as group:
-        text = plan_text(group, "tensor", (1, 1, 1))
-        asked = request_for(tmp_path, steps=8, checkpoint_every=2, plan=text)
-        with trio.fail_after(SECONDS_MAX), pytest.RaisesGroup(PeerLost) as caught:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(group[0].train, asked)
-                await group.wait(lambda: len(group.reports("step")) >= 4)
-                group.kill(group[2])
-        (lost,) = caught.value.exceptions
-        assert "peer-2 is gone" in str(lost)
-        assert isinstance(lost, PeerLost)
-        assert "go on from step" in lost.hint
-        text = plan_text(group, "tensor", (2, 1))
-        run = lost.hint.rpartition(" ")[2]
-        with trio.fail_after(SECONDS_MAX):
-            result = await group[0].train(request_for(tmp_path, resume=run, plan=text))
-        assert result.first_step in (2, 4)
-        assert result.steps == 8
-
-
 async def test_under_sequence_sharding_the_others_go_on_with_what_they_have(
     tmp_path: Path,
 ) -> None:
@@ -154,39 +131,6 @@ async def test_under_sequence_sharding_the_others_go_on_with_what_they_have(
     assert steps == sorted(set(steps))
     assert float_bits(result.losses[:3]) == float_bits(whole.losses[:3])
     np.testing.assert_allclose(result.losses, whole.losses, rtol=TOLERANCE)
-
-
-async def test_tensor_shards_end_with_a_checkpoint_where_another_view_is_wanted(
-    tmp_path: Path,
-) -> None:
-    """Slices are only where they are computed: whoever plans would begin again from step 0."""
-    async with memory_group(tmp_path, 2) as group:
-        text = plan_text(group, "tensor", (1, 1))
-        asked = request_for(tmp_path, steps=500, checkpoint_every=1, plan=text)
-        with trio.fail_after(SECONDS_MAX), pytest.RaisesGroup(PeerLost) as caught:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(group[0].train, asked)
-                await group.wait(lambda: len(group.reports("step")) >= 3)
-                member = group[0].runs.member
-                assert member is not None
-                member.driver.call(RunMachine.want, "a test", member.driver.now(), after_s=0.0)
-        (lost,) = caught.value.exceptions
-        assert "no other view, which was wanted: a test" in str(lost)
-        assert isinstance(lost, PeerLost)
-        assert "go on from step" in lost.hint
-
-
-async def test_tensor_shards_end_at_once_where_a_member_wants_another_view(tmp_path: Path) -> None:
-    async with memory_group(tmp_path, 2) as group:
-        text = plan_text(group, "tensor", (1, 1))
-        asked = request_for(tmp_path, steps=500, plan=text)
-        with trio.fail_after(SECONDS_MAX), pytest.RaisesGroup(PeerLost, flatten_subgroups=True):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(group[0].train, asked)
-                await group.wait(lambda: len(group.reports("step")) >= 2)
-                member = group[0].runs.member
-                assert member is not None
-                member.want("a test", after_s=1000.0)
 
 
 @pytest.mark.parametrize("mode", ["tensor", "sequence"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from p2ptrain.planner.keepers import data_holders, replica_keepers
+from dataclasses import replace
+
+from p2ptrain.planner.keepers import data_holders, keepers_of, replica_keepers
+from p2ptrain.planner.plan import Plan, Split, StageShare
 from tests.sim.plans import device, make_plan
 
 A, B, C, D = map(device, range(4))
@@ -20,6 +23,31 @@ def test_replica_goes_to_a_neighbour_when_there_is_nobody_else() -> None:
 
 def test_stage_that_is_alone_has_no_replica() -> None:
     assert replica_keepers(make_plan(A).stages, (A,)) == (None,)
+
+
+def test_of_tensor_shards_the_first_and_another_keep_the_whole() -> None:
+    plan = make_plan(A)
+    shares = tuple(
+        StageShare(device=each, weight=1, step_compute_ns=1, memory_bytes=1) for each in (A, B)
+    )
+
+    def shared(split: Split) -> Plan:
+        stages = (replace(plan.stages[0], split=split, shares=shares),)
+        kept = replica_keepers(stages, (A, B))
+        return replace(
+            plan,
+            stages=stages,
+            members=(A, B),
+            schedule="1f1b",
+            replicas=kept,
+            home=A,
+            holders=(A,),
+        )
+
+    assert keepers_of(shared("tensor"), 0) == (A, B)
+    assert replica_keepers(shared("tensor").stages, (A, B, C)) == (C,), "who has no slice"
+    assert keepers_of(shared("sequence"), 0) == ()
+    assert keepers_of(replace(shared("tensor"), replicas=()), 0) == ()
 
 
 def test_second_data_holder_is_in_reserve_if_anybody_is() -> None:

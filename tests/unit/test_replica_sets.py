@@ -172,3 +172,25 @@ def test_where_every_stage_has_siblings_the_newest_step_is_whole() -> None:
     assert sets.whole_step((A, B, D)) is None
     sets.begin(replace(view, resume_step=4, records=()))
     assert sets.releasable_step() == 4
+
+
+def test_of_tensor_shards_a_set_is_whole_once_two_keep_it() -> None:
+    """With any one of them a slice is lost, and perhaps a copy."""
+    shared = shared_view((A, B, C))
+    (stage,) = shared.plan.stages
+    stage = replace(stage, split="tensor")
+    members = shared.members
+    keepers = replica_keepers((stage,), members)
+    view = replace(shared, plan=replace(shared.plan, stages=(stage,), replicas=keepers))
+    assert keepers == (B,)
+    sets = begun(view)
+    assert sets.whole_step(members) == 0
+    for segment in stage.segments:
+        sets.stored(stored(9, segment, view), A)
+        assert sets.releasable_step() == 0
+    for segment in stage.segments:
+        sets.stored(stored(9, segment, view), B)
+    assert sets.releasable_step() == sets.whole_step(members) == 9
+    assert sets.whole_step((A, C)) == 0
+    safe = known(present=members, whole_step=9)
+    assert protection(view.plan, safe) == Protected(replica_step=9)

@@ -411,3 +411,63 @@ def test_nothing_live_is_replayed_where_the_lost_can_be_without_it() -> None:
         base=BASE, plan=plan_of(*MIDDLE), promises=without(B), resume_step=STEP, records=RECORDS
     )
     assert restoration(replace(lost, remakes_live=True)) == restoration(lost)
+
+
+def sharded(*devices: DeviceId, weights: tuple[int, ...]) -> Plan:
+    shares = tuple(
+        StageShare(device=device, weight=weight, step_compute_ns=1, memory_bytes=1)
+        for device, weight in zip(devices, weights, strict=True)
+    )
+    plan = plan_of((devices[0], 8))
+    stage = replace(plan.stages[0], split="tensor", shares=shares)
+    members = tuple(sorted({plan.home, *devices}))
+    return replace(plan, stages=(stage,), members=members, replicas=(), holders=(plan.home,))
+
+
+def shards_lost(**changes: object) -> Losses:
+    """Of three tensor shards the last is gone; two keep everything."""
+    keeper = Inventory(
+        live=None, states=(HeldState(span=span(0, 8), step=REPLICA),), logs=(), has_data=True,
+        linked=ALL,
+    )  # fmt: skip
+    base = replace(BASE, plan=sharded(A, B, C, weights=(3, 2, 1)))
+    lost = Losses(
+        base=base, plan=plan_of((B, 8)), promises={A: keeper, B: keeper}, records=RECORDS,
+        resume_step=STEP,
+    )  # fmt: skip
+    return replace(lost, **changes)  # type: ignore[arg-type]  # fields by name
+
+
+def test_shards_are_replayed_together_by_the_shares_that_had_made_the_steps() -> None:
+    found = restoration(shards_lost())
+    assert isinstance(found, Restoration)
+    (replay,) = found.replays
+    assert (replay.span, replay.step, replay.replayer) == (span(0, 8), REPLICA, B)
+    assert (replay.shares, replay.data_from) == ((3, 2, 1), B)
+    assert found.sources == (SpanAt(span=span(0, 8), device=B),)
+
+
+def test_shards_of_a_step_that_is_kept_need_no_replay() -> None:
+    found = restoration(shards_lost(resume_step=REPLICA, records=RECORDS[:REPLICA]))
+    assert isinstance(found, Restoration)
+    (replay,) = found.replays
+    assert (replay.step, replay.shares) == (REPLICA, ())
+
+
+def test_shards_do_not_replay_what_others_had_made() -> None:
+    lost = shards_lost()
+    base = replace(lost.base, exact_from=REPLICA + 1, resume_step=REPLICA + 1)
+    assert isinstance(restoration(replace(lost, base=base)), Unrecoverable)
+
+
+def test_a_loss_while_shards_are_replayed_takes_the_same_shares() -> None:
+    first = restoration(shards_lost())
+    assert isinstance(first, Restoration)
+    base = replace(
+        BASE, plan=sharded(A, B, weights=(1, 1)), exact_from=STEP, resume_step=STEP,
+        restoration=first, records=RECORDS, previous=BASE.plan.digest,
+    )  # fmt: skip
+    again = restoration(shards_lost(base=base, plan=plan_of((A, 8))))
+    assert isinstance(again, Restoration)
+    (replay,) = again.replays
+    assert (replay.step, replay.replayer, replay.shares) == (REPLICA, A, (3, 2, 1))

@@ -185,3 +185,15 @@ def test_weights_of_those_left_come_to_as_many_as_there_are_microbatches() -> No
     assert [stage.split for stage in found.stages] == ["replicas", "none"]
     assert found.stages[0].weights[0] == 3 * found.stages[0].weights[1]
     assert price([wish(range(8), a, b, weights=(1000, 1))]) is not None
+
+
+def test_shards_stay_as_they_are_while_all_of_them_do() -> None:
+    shares = tuple(
+        StageShare(device=each, weight=1, step_compute_ns=1, memory_bytes=1) for each in (A, B)
+    )
+    whole = replace(BASE.stages[0], segment_count=8, split="tensor", shares=shares, in_flight_max=1)
+    base = replace(BASE, stages=(whole,), replicas=(), holders=(A,))
+    (kept,) = successor_plans(succession(A, B, C, base=base), place)
+    assert kept.stages == base.stages
+    assert kept.replicas == (C,)
+    assert {len(plan.stages) for plan in successor_plans(succession(A, C, base=base), place)} == {1}
