@@ -183,7 +183,10 @@ class Member:
     def send(self, to: DeviceId, message: object) -> None:
         self.group.check_link(self.device, to)
         if to == self.device or not self.drops(message):
-            self.group.members[to]._inbox_in.send_nowait((self.device, decode(encode(message))))
+            body = encode(message)
+            if to != self.device:
+                self.group.on_sent(self.device, body)
+            self.group.members[to]._inbox_in.send_nowait((self.device, decode(body)))
 
     async def send_tensor(self, to: DeviceId, header: TensorHeader, *arrays: Array) -> None:
         if to == self.device:
@@ -194,6 +197,7 @@ class Member:
         body = b"".join(array.tobytes() for array in arrays)
         parsed = frames.parse_tensor_header(frames.encode_header(header), body_length=len(body))
         self.group.tensors.append((self.device, to, parsed))
+        self.group.on_sent(self.device, frames.encode_header(header) + body)
         self.group.changed.notify()
         receiver = self.group.members[to]
         async with self.group.data_link(self.device, to):
@@ -211,6 +215,8 @@ class Member:
                 frames.encode_header(header), body_length=len(content)
             )
             frames.check_chunk(parsed, content)
+            if to != self.device:
+                self.group.on_sent(self.device, frames.encode_header(header) + content)
             self.group.members[to].blobs.chunk_received(self.device, parsed, content)
 
     def _send_or_drop(self, to: DeviceId, message: object) -> None:
@@ -249,6 +255,8 @@ class MemoryGroup:
         self.events: list[tuple[str, object]] = []
         self.tensors: list[tuple[DeviceId, DeviceId, TensorHeader]] = []
         """Every tensor that began to travel: (from, to, header)."""
+        self.on_sent: Callable[[DeviceId, bytes], None] = lambda sender, content: None
+        """Told what leaves a member for another: control bodies, and whole frames."""
         self.changed = Signal()
         self.broken: set[frozenset[DeviceId]] = set()
         self.nursery: trio.Nursery | None = None

@@ -121,7 +121,8 @@ def _problem(view: View) -> str | None:
 
 def _aim_problem(view: View) -> str | None:
     devices = {at.device for at in view.aim}
-    if len(devices) != len(view.aim) or not devices <= set(view.members):
+    folded = view.plan.private and len(view.aim) > 1
+    if len(devices) != len(view.aim) - folded or not devices <= set(view.members):
         return "stages to come are on different members"
     segments = [segment for at in view.aim for segment in at.span.segments]
     if segments != list(range(view.plan.stages[-1].segments.stop)):

@@ -112,6 +112,12 @@ _RATE = click.FloatRange(min=0.0)
     help="Make no second copy of the data; the run pauses while this device is away.",
 )
 @click.option(
+    "--private",
+    is_flag=True,
+    help="Neither inputs nor labels leave this device: it has the first and the last stage. "
+    "Implies --keep-data-here.",
+)
+@click.option(
     "--force-view",
     is_flag=True,
     help="With --resume: go on although others may do so too, as a lineage of its own.",

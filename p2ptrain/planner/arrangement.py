@@ -72,6 +72,11 @@ class Arrangement:
         return kind_of(self.groups)
 
     @property
+    def is_folded(self) -> bool:
+        """Whether one device has the first and the last stage."""
+        return len(self.groups) > 1 and self.groups[0] == self.groups[-1]
+
+    @property
     def devices(self) -> tuple[int, ...]:
         """All devices, stage by stage."""
         return tuple(device for group in self.groups for device in group)

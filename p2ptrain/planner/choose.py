@@ -52,6 +52,7 @@ def run_question(planning: PlanningInput) -> Question:
         kinds=planning.kinds,
         stages=planning.stages,
         home=planning.home,
+        private=planning.private,
         for_run=True,
         replica_every=planning.replica_every,
         steps_left=planning.steps_left,
@@ -111,26 +112,44 @@ class _Chosen:
     def plan(self) -> Plan:
         """The plan with everything that is said of it."""
         left_out = [f"{short(one.device)} left out: {one.reason}" for one in self.left_out()]
-        reasons = [self._headline(), *self._draft.stage_reasons(), *left_out, *self._other_kind()]
+        reasons = [
+            self._headline(),
+            *self._private(),
+            *self._draft.stage_reasons(),
+            *left_out,
+            *self._other_kind(),
+        ]
         return self._draft.plan(reasons)
 
     def _headline(self) -> str:
         price, known = self._best.price, len(self._planning.profiles)
+        count = len(set(self._best.devices))
         step = format_seconds(price.step_ns / NS_PER_S)
         asked = " as asked" if self._planning.stages is not None else ""
         text = (
-            f"{len(price.shares)} of {known} peers compute{asked}{self._for()}: "
+            f"{count} of {known} peers compute{asked}{self._for()}: "
             f"a step is predicted to take {step}"
         )
-        if len(price.shares) == 1:
+        if count == 1:
             return text
         alone = self._found.by_kind.get("one device")
         if alone is not None:
             ratio = alone.price.step_ns / max(price.step_ns, 1)
-            return f"{text}, {ratio:.2f} times the speed of the best single peer"
+            alone_is = "the data's owner" if self._planning.private else "the best single peer"
+            return f"{text}, {ratio:.2f} times the speed of {alone_is}"
         if self._planning.stages is None and "one device" in self._planning.kinds:
             return f"{text}; the model fits no single peer"
         return text
+
+    def _private(self) -> list[str]:
+        """What privacy asks of the plan."""
+        if not self._planning.private:
+            return []
+        home = short(self._planning.home)
+        if len(set(self._best.devices)) > 1:
+            return [f"private: {home} has the first and the last stage, others see no data"]
+        why = self._found.objections.get("pipeline")
+        return [f"private: {home} trains alone{f': {why}' if why else ''}"]
 
     def _for(self) -> str:
         return " for least energy" if self._planning.objective.goal == "energy" else ""
@@ -164,7 +183,7 @@ class _Chosen:
         return f"the best step found with it takes {step}{self._shares_cores(profile)}"
 
     def _shares_cores(self, profile: PeerProfile) -> str:
-        peers = [self._pricing.devices[i].profile for i in self._best.devices]
+        peers = [self._pricing.devices[i].profile for i in dict.fromkeys(self._best.devices)]
         same = sum(peer.cores_identity == profile.cores_identity for peer in peers)
         needed = (same + 1) * self._planning.contract.threads
         if same and needed > profile.cores:

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from typing import Final
 
 from p2ptrain.planner.arrangement import Arrangement, Cuts
+from p2ptrain.planner.ends import bottleneck_ends, fits_ends
 from p2ptrain.planner.pricing import Pricing
 
 REACH: Final = 36
@@ -26,6 +27,8 @@ def bottleneck_cuts(pricing: Pricing, arrangement: Arrangement) -> Cuts | None:
     For a given time each stage takes all it can, which is feasible if anything is; the time is
     found by halving.
     """
+    if arrangement.is_folded:
+        return bottleneck_ends(pricing, arrangement)
     high = max(r.busy_ns(0, pricing.segment_count) for own in arrangement.stages for r in own)
     best = _filled(pricing, arrangement, high) or _fitting(pricing, arrangement)
     low = 0
@@ -105,7 +108,8 @@ def cuts_around(pricing: Pricing, arrangement: Arrangement, middle: Cuts) -> lis
         if stage < stages - 1:
             longer = {end: sorted(own)[:width] for end, own in longer.items()}
         partial = longer
-    return sorted({middle, *(cuts for _, _, cuts in partial.get(count, []))})
+    every = sorted({middle, *(cuts for _, _, cuts in partial.get(count, []))})
+    return [each for each in every if fits_ends(pricing, arrangement, each)]
 
 
 def _fits(pricing: Pricing, arrangement: Arrangement, stage: int, first: int, end: int) -> bool:

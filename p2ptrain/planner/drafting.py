@@ -42,15 +42,18 @@ class Drafting:
                 planning.home,
                 stages,
                 members,
-                keep_data_here=planning.keep_data_here,
+                keep_data_here=planning.keep_data_here or planning.private,
                 holding=planning.holding,
             ),
-            keep_data_here=planning.keep_data_here,
+            keep_data_here=planning.keep_data_here or planning.private,
+            private=planning.private,
             replica_every=every,
             contract=planning.contract.digest,
             schedule=self._candidate.schedule or "1f1b",
             stages=stages,
-            replicas=replica_keepers(stages, members),
+            replicas=replica_keepers(
+                stages, members, private_home=planning.home if planning.private else None
+            ),
             step_ns=self._candidate.price.step_ns,
             step_uj=self.step_uj(),
             goal=planning.objective.goal,
@@ -60,7 +63,9 @@ class Drafting:
     def step_uj(self) -> int | None:
         """Predicted microjoules of a step; None where somebody does not say what it draws."""
         price = self._candidate.price
-        powers = [self._pricing.devices[i].profile.power for i in self._candidate.devices]
+        powers = [
+            self._pricing.devices[i].profile.power for i in dict.fromkeys(self._candidate.devices)
+        ]
         return None if None in powers else price.total_uj
 
     def stages(self) -> tuple[StagePlan, ...]:
@@ -163,7 +168,7 @@ class Drafting:
     def assumptions(self) -> list[str]:
         """What the prediction takes for granted: shared cores, links that nobody has measured;
         and what was measured of links that are used."""
-        peers = [self._pricing.devices[i].profile for i in self._candidate.devices]
+        peers = [self._pricing.devices[i].profile for i in dict.fromkeys(self._candidate.devices)]
         sentences = self._joules()
         used = Counter(peer.cores_identity for peer in peers)
         for peer in sorted(peers, key=lambda p: p.device):
@@ -190,7 +195,9 @@ class Drafting:
         step_uj = self.step_uj()
         if step_uj is None:
             return []
-        powers = [self._pricing.devices[i].profile.power for i in self._candidate.devices]
+        powers = [
+            self._pricing.devices[i].profile.power for i in dict.fromkeys(self._candidate.devices)
+        ]
         measured = sum(power is not None and power.measured for power in powers)
         how = "all modelled"
         if measured:

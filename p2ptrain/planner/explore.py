@@ -8,6 +8,7 @@ For few devices and segments nothing is dropped before that, so the best is foun
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -15,8 +16,9 @@ from typing import Final
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.arrangement import Arrangement, Cuts
 from p2ptrain.planner.cutting import bottleneck_cuts, cuts_around
+from p2ptrain.planner.ends import private_objection
 from p2ptrain.planner.groupings import groupings, subsets
-from p2ptrain.planner.kinds import KINDS, Kind
+from p2ptrain.planner.kinds import EXACT_KINDS, KINDS, Kind
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pricing import Price, Pricing, spans
 from p2ptrain.planner.sharded import Sharded, ShardedPricing, objection
@@ -85,6 +87,9 @@ class Explorer:
         """Search once."""
         question = self._pricing.question
         for kind in [kind for kind in KINDS if kind in question.kinds]:
+            if question.private and kind not in EXACT_KINDS:
+                self._found.objections[kind] = "the first and the last stage stay with the data"
+                continue
             if kind in ("tensor", "sequence"):
                 self._sharded(kind)
                 continue
@@ -97,14 +102,17 @@ class Explorer:
 
     def feasible(self) -> bool:
         """Whether memory holds any plan of these kinds, without looking for the best."""
-        for kind in self._pricing.question.kinds:
+        question = self._pricing.question
+        for kind in question.kinds:
+            if question.private and kind not in EXACT_KINDS:
+                continue
             if kind in ("tensor", "sequence"):
                 self._sharded(kind)
                 if kind in self._found.by_kind:
                     return True
                 continue
             for groups in groupings(self._pricing, kind):
-                arrangement = self._pricing.arrange(groups, self._pricing.question.schedules[0])
+                arrangement = self._pricing.arrange(groups, question.schedules[0])
                 if arrangement and bottleneck_cuts(self._pricing, arrangement) is not None:
                     return True
         return False
@@ -255,6 +263,10 @@ class Explorer:
     def _why_none(self, kind: Kind, fitting: bool) -> str:
         if fitting:
             return "none is within deadline, joules and batteries"
+        if self._pricing.question.private and kind == "pipeline":
+            against = private_objection(self._pricing.question.manifest)
+            if against is not None:
+                return against
         if kind == "hybrid" and len(self._pricing.devices) < 3:
             return "it takes three devices"
         if kind != "one device" and len(self._pricing.devices) < 2:
@@ -279,8 +291,11 @@ def violations(pricing: Pricing, objective: Objective, price: Price) -> list[tup
         found.append(("deadline", DeviceId("")))
     if objective.joules_uj is not None and price.total_uj * steps > objective.joules_uj:
         found.append(("joules", DeviceId("")))
-    for share, used_uj in zip(price.shares, price.device_uj, strict=True):
-        device = pricing.devices[share.device]
+    used: Counter[int] = Counter()
+    for share, share_uj in zip(price.shares, price.device_uj, strict=True):
+        used[share.device] += share_uj
+    for index, used_uj in used.items():
+        device = pricing.devices[index]
         if device.battery_uj is not None and used_uj * steps > device.battery_uj:
             found.append(("battery", device.id))
     return found

@@ -7,6 +7,7 @@ orders, as one data-parallel group, and as hybrids of balanced or of equal group
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -21,6 +22,9 @@ HYBRID_STAGES: Final = (2, 3, 4, 8)
 
 def groupings(pricing: Pricing, kind: Kind) -> Iterator[Groups]:
     """Groups of one kind, each once, in a fixed order."""
+    if pricing.question.private:
+        yield from _private(pricing, kind)
+        return
     most, stages = min(len(pricing.devices), 64), pricing.question.stages
     longest = pricing.segment_count if stages is None else min(stages, pricing.segment_count)
     source = _likely(pricing, kind)
@@ -32,6 +36,42 @@ def groupings(pricing: Pricing, kind: Kind) -> Iterator[Groups]:
         if groups not in seen and as_asked and kind_of(groups) == kind:
             seen.add(groups)
             yield groups
+
+
+def _private(pricing: Pricing, kind: Kind) -> Iterator[Groups]:
+    """The owner alone, or first and last with others between."""
+    question = pricing.question
+    everyone = range(len(pricing.devices))
+    owner = next((i for i in everyone if pricing.devices[i].id == question.home), None)
+    if owner is None:
+        return
+    if kind == "one device" and question.stages in (None, 1):
+        yield ((owner,),)
+    if kind != "pipeline":
+        return
+    others = [i for i in everyone if i != owner]
+    longest = min(len(others), pricing.segment_count - 2)
+    orders: Iterator[tuple[int, ...]] = (
+        order for size in range(1, longest + 1) for order in itertools.permutations(others, size)
+    )
+    if sum(math.perm(len(others), size) for size in range(1, longest + 1)) > EVERY_WAY_MAX:
+        orders = _likely_orders(pricing, owner, longest)
+    seen = set()
+    for order in orders:
+        if question.stages in (None, len(order) + 2) and order not in seen:
+            seen.add(order)
+            yield ((owner,), *((i,) for i in order), (owner,))
+
+
+def _likely_orders(pricing: Pricing, owner: int, longest: int) -> Iterator[tuple[int, ...]]:
+    """Of many others the best few of each ranking, and as many as are asked for."""
+    asked = pricing.question.stages
+    for ranking in _rankings(pricing):
+        others = [i for i in ranking if i != owner]
+        for count in thinned(longest) if asked is None else [asked - 2]:
+            if 1 <= count <= longest:
+                yield tuple(others[:count])
+                yield tuple(reversed(others[:count]))
 
 
 def subsets(pricing: Pricing) -> Iterator[tuple[int, ...]]:

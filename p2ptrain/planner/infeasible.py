@@ -7,6 +7,7 @@ from typing import Final
 
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.ids import DeviceId
+from p2ptrain.planner.ends import private_shortfall
 from p2ptrain.planner.explore import Explorer, Found
 from p2ptrain.planner.input import PlanningInput
 from p2ptrain.planner.kinds import EXACT_KINDS
@@ -41,6 +42,8 @@ def infeasible(planning: PlanningInput, pricing: Pricing, found: Found) -> PlanI
         fastest = without_limits(pricing.question, "time")
         if fastest is not None:
             return beyond_limits(pricing.question, fastest)
+    if planning.private:
+        return private_shortfall(pricing, lambda count: _feasible(pricing.question, stages=count))
     if planning.stages is not None:
         forced = _forced_count(pricing, planning.stages)
         if forced is not None:

@@ -76,6 +76,8 @@ class PlanningInput:
     """Further kinds of which the reasons say so when they would be clearly faster."""
     keep_data_here: bool = False
     """The home peer's data has no second copy."""
+    private: bool = False
+    """Neither inputs nor labels leave the home peer."""
     holding: tuple[DeviceId, ...] = ()
     """Devices that have the run's data already."""
     objective: Objective = field(default_factory=Objective)

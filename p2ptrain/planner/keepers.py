@@ -10,10 +10,15 @@ from p2ptrain.planner.plan import Plan, StagePlan
 
 
 def replica_keepers(
-    stages: Sequence[StagePlan], members: Collection[DeviceId]
+    stages: Sequence[StagePlan],
+    members: Collection[DeviceId],
+    *,
+    private_home: DeviceId | None = None,
 ) -> tuple[DeviceId | None, ...]:
     """For each stage, the member that keeps its replicas; None when nobody is there to, or where
     the stage's own peers have its state anyway. Of tensor shards it is the second (`keepers_of`).
+    A private run's home peer (`private_home`) keeps what it runs itself: others could tell inputs
+    from the parameters that they train.
 
     Neighbours are avoided where the group allows, since a stage's logs lie there: losing one
     device then costs a stage either its replica or half its logs, never both. Among the rest the
@@ -24,6 +29,9 @@ def replica_keepers(
     for index, stage in enumerate(stages):
         if stage.split in ("replicas", "sequence"):
             keepers.append(None)
+            continue
+        if stage.device == private_home and len(members) > 1:
+            keepers.append(private_home)
             continue
         near = {d for s in stages[max(0, index - 1) : index + 2] for d in s.devices}
         far = [device for device in members if device not in near]

@@ -54,9 +54,7 @@ class PaceWatch:
 
     def begin(self, plan: Plan) -> None:
         """A view begins: what its plan predicts is what counts from now on."""
-        self._planned_ns = {
-            device: stage.compute_ns_of(device) for stage in plan.stages for device in stage.devices
-        }
+        self._planned_ns = {device: plan.compute_ns_of(device) for device in plan.devices}
         self._samples = {device: deque(maxlen=SAMPLES_MAX) for device in self._planned_ns}
         self._begun_at_s = None
 

@@ -13,7 +13,7 @@ from p2ptrain.planner.objective import GOALS, Goal
 from p2ptrain.schedule.actions import SCHEDULES, delays_gradients
 from p2ptrain.wire.codec import to_plain
 
-PLAN_VERSION: Final = 3
+PLAN_VERSION: Final = 4
 
 Split = Literal["none", "replicas", "tensor", "sequence"]
 """How the peers of a stage share its work: microbatches whole, heads and columns, or positions."""
@@ -100,6 +100,9 @@ class Plan:
     """Members with a copy of the run's data (or about to get one), the home peer first."""
     keep_data_here: bool = False
     """The data may not leave the home peer, so without it the run pauses."""
+    private: bool = False
+    """Neither inputs nor labels leave the home peer: it runs the first and the last stage, or all
+    of the model, and keeps the replicas of both itself."""
     replica_every: int = 10
     """Steps between replica sets."""
     contract: Digest
@@ -107,8 +110,9 @@ class Plan:
     """One of `schedule.actions.SCHEDULES`."""
     stages: tuple[StagePlan, ...]
     replicas: tuple[DeviceId | None, ...] = ()
-    """By stage: the member that keeps a replica of its state; None (or no entry): nobody can, or
-    the stage's own peers have it. `planner.keepers.keepers_of` names all who keep one."""
+    """By stage: another member that keeps a replica of its state (of a private run's first and last
+    stage the home peer itself); None (or no entry): nobody can, or the stage's own peers have it.
+    `planner.keepers.keepers_of` names all who keep one."""
     step_ns: int
     """Predicted time of one step."""
     reasons: tuple[str, ...]
@@ -129,13 +133,35 @@ class Plan:
         document = json.dumps(to_plain(self), sort_keys=True, separators=(",", ":"))
         return Digest(hashlib.sha256(document.encode()).hexdigest())
 
+    def stages_of(self, device: DeviceId) -> tuple[int, ...]:
+        """The stages this device runs, alone or with others: one, of a private run's home peer the
+        first and the last, or none (the home peer may only hold data)."""
+        return tuple(i for i, stage in enumerate(self.stages) if device in stage.devices)
+
     def stage_of(self, device: DeviceId) -> int | None:
-        """The stage index this device runs, alone or with others, or None (the home peer may only
-        hold data)."""
-        for index, stage in enumerate(self.stages):
-            if device in stage.devices:
-                return index
-        return None
+        """The first of `stages_of`, or None."""
+        return next(iter(self.stages_of(device)), None)
+
+    def segments_of(self, device: DeviceId) -> tuple[int, ...]:
+        """All segments of this device's stages, ascending."""
+        return tuple(s for index in self.stages_of(device) for s in self.stages[index].segments)
+
+    @property
+    def devices(self) -> tuple[DeviceId, ...]:
+        """Everybody with a stage, once, in the order of the stages."""
+        return tuple(dict.fromkeys(d for stage in self.stages for d in stage.devices))
+
+    def memory_of(self, device: DeviceId) -> int:
+        """Predicted peak of all its stages."""
+        return sum(self.stages[index].memory_of(device) for index in self.stages_of(device))
+
+    def compute_ns_of(self, device: DeviceId) -> int:
+        """Predicted time of its forwards and backwards of one step, of all its stages."""
+        return sum(self.stages[index].compute_ns_of(device) for index in self.stages_of(device))
+
+    def keeps_itself(self, stage: StagePlan) -> bool:
+        """Whether a stage's replicas stay on its own device: a private run's first and last."""
+        return self.private and stage.device == self.home
 
     def stage_of_segment(self, segment_index: int) -> int:
         """The stage index that runs a segment; ValueError when no stage does."""
@@ -155,8 +181,11 @@ def _problem(plan: Plan) -> str | None:
         return f"plan version {plan.version} is unknown"
     if not 1 <= len(plan.stages) <= limits.STAGES_MAX:
         return f"a plan has 1 to {limits.STAGES_MAX} stages"
+    if plan.private and (problem := _private_problem(plan)) is not None:
+        return problem
     devices = [device for stage in plan.stages for device in stage.devices]
-    if len(set(devices)) != len(devices):
+    folded = plan.private and len(plan.stages) > 1
+    if len(set(devices)) != len(devices) - folded:
         return "a device has two stages"
     if tuple(sorted(set(plan.members))) != plan.members:
         return "members are not sorted and distinct"
@@ -169,8 +198,8 @@ def _problem(plan: Plan) -> str | None:
     if plan.replica_every < 1 or len(plan.replicas) not in (0, len(plan.stages)):
         return "replica sets are made after every so many steps, of every stage or none"
     kept = zip(plan.stages, plan.replicas, strict=False)
-    if any(keeper == s.device or keeper not in (None, *plan.members) for s, keeper in kept):
-        return "a replica is kept by another member than the stage's"
+    if any(not _may_keep(plan, stage, keeper) for stage, keeper in kept):
+        return "a replica is kept by another member than the stage's, private ones by no other"
     if plan.goal not in GOALS or (plan.step_uj is not None and plan.step_uj < 0):
         return "a plan minimises time or energy, and no step costs less than nothing"
     if plan.schedule not in SCHEDULES:
@@ -181,6 +210,20 @@ def _problem(plan: Plan) -> str | None:
             return "stages do not cover the segments in order"
         expected += stage.segment_count
     return next((found for stage in plan.stages if (found := _split_problem(plan, stage))), None)
+
+
+def _private_problem(plan: Plan) -> str | None:
+    if not plan.keep_data_here:
+        return "the data of a private run stays where it is"
+    if len(plan.stages) == 2 or {plan.stages[0].devices, plan.stages[-1].devices} != {(plan.home,)}:
+        return "of a private run the home peer has the first and the last stage, or the only one"
+    return None
+
+
+def _may_keep(plan: Plan, stage: StagePlan, keeper: DeviceId | None) -> bool:
+    if keeper is None:
+        return True
+    return keeper in plan.members and (keeper == stage.device) == plan.keeps_itself(stage)
 
 
 def _split_problem(plan: Plan, stage: StagePlan) -> str | None:

@@ -261,6 +261,10 @@ class Pricing:
                 back = hop.latency_ns + sent.returned_bytes * NS_PER_S // hop.bytes_per_s
                 lead, tail = lead + over, tail + (0 if delayed else back)
                 trips.append(over + back)
+        if arrangement.is_folded:
+            ends = zip((0, -1), (spans(cuts)[0], spans(cuts)[-1]), strict=True)
+            both = (arrangement.stages[stage][0].busy_ns(*span) for stage, span in ends)
+            bound = max(bound, sum(both))
         return max(bound, self._slots_bound_ns(arrangement, cuts, trips))
 
     def _slots_bound_ns(self, arrangement: Arrangement, cuts: Cuts, trips: list[int]) -> int:
@@ -290,7 +294,11 @@ class Pricing:
             for replicas, (first, end) in zip(arrangement.stages, spans(cuts), strict=True)
         ]
         return play(
-            arrangement.actions, arrangement.owners, times, self._passages(arrangement, cuts)
+            arrangement.actions,
+            arrangement.owners,
+            times,
+            self._passages(arrangement, cuts),
+            folded=arrangement.is_folded,
         )
 
     def _passages(
@@ -348,8 +356,9 @@ class Pricing:
         segments, found = self.costs.segments, []
         order = arrangement.devices
         kept: Counter[int] = Counter()
+        own_ends = (0, len(cuts) - 1) if arrangement.is_folded else ()  # kept where they are
         for stage, size in enumerate(sets or ()):
-            if size:
+            if size and stage not in own_ends:
                 last = arrangement.groups[stage][-1]
                 kept[order[(order.index(last) + 1) % len(order)]] += size
         for stage, (first, end) in enumerate(spans(cuts)):
@@ -364,7 +373,8 @@ class Pricing:
                     after.returned_bytes + (before.sent_bytes if before else 0)
                 )
                 update = self.update_ns(r.device, self._gradients[end] - self._gradients[first])
-                sent, passes = out + reduced + own, r.busy_ns(first, end)
+                sent = out + reduced + (0 if stage in own_ends else own)
+                passes = r.busy_ns(first, end)
                 found.append(
                     Share(
                         device=r.device,

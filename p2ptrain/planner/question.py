@@ -48,6 +48,8 @@ class Question:
     kinds: tuple[Kind, ...] = KINDS
     home: DeviceId | None = None
     """Preferred as the first stage among equals; None: nobody is."""
+    private: bool = False
+    """The home peer has the first and the last stage, or trains alone."""
     for_run: bool = False
     """The plan is carried out: only what the bundle has graphs for, and replicas of every stage
     are kept by whoever is there."""
@@ -70,5 +72,7 @@ class Question:
         names = [device.id for device in self.devices]
         if len(set(names)) != len(names):
             raise ValueError("a device is listed twice")
+        if self.private and self.home is None:
+            raise ValueError("a private plan has a home peer")
         if not self.kinds or not self.schedules:
             raise ValueError("a question allows at least one kind of plan and one schedule")

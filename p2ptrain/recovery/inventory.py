@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,23 @@ class LiveStage:
     """Updates applied."""
     gradients_complete: bool
     """Every backward of step `step + 1` is done, so that its update can still be applied."""
+    further: SegmentSpan | None = None
+    """The last stage of a private run's home peer, beside its first."""
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Of the stage, or of both."""
+        further = () if self.further is None else tuple(self.further.segments)
+        return (*self.span.segments, *further)
+
+
+def live_stage(stages: Sequence[range], step: int, *, gradients_complete: bool) -> LiveStage:
+    """What a device with one stage, or a private run's two, has in memory."""
+    spans = [SegmentSpan(first=own.start, count=len(own)) for own in stages]
+    further = spans[1] if len(spans) > 1 else None
+    return LiveStage(
+        span=spans[0], step=step, gradients_complete=gradients_complete, further=further
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from p2ptrain.planner.choose import run_question
 from p2ptrain.planner.drafting import Drafting
+from p2ptrain.planner.ends import fits_ends
 from p2ptrain.planner.explore import Explorer
 from p2ptrain.planner.input import PlanningInput
 from p2ptrain.planner.pricing import Pricing
@@ -34,7 +35,10 @@ def placing(planning: PlanningInput) -> Place:
             first, end = wish.segments.start, wish.segments.stop
             if any(end > pricing.longest_fit(replica, first) for replica in replicas):
                 return None
-        candidate = explorer.candidate(arrangement, tuple(w.segments.stop for w in wishes))
+        cuts = tuple(wish.segments.stop for wish in wishes)
+        if not fits_ends(pricing, arrangement, cuts):
+            return None
+        candidate = explorer.candidate(arrangement, cuts)
         draft = Drafting(planning, pricing, candidate)
         return Placement(
             stages=draft.stages(), step_ns=candidate.price.step_ns, step_uj=draft.step_uj()

@@ -188,7 +188,7 @@ def _live(losses: Losses, segment: int, owner: DeviceId) -> DeviceId | None:
         device
         for device, held in sorted(losses.promises.items())
         if held.live is not None
-        and segment in held.live.span.segments
+        and segment in held.live.segments
         and _reaches(held.live, losses.resume_step)
     ]
     return _preferred(losses.promises, found, owner)

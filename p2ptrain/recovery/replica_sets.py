@@ -107,21 +107,28 @@ class ReplicaSets:
 
     def _is_whole(self, plan: Plan, step: int, present: Collection[DeviceId]) -> bool:
         return all(
-            self._is_kept(step, segment, stage, present)
+            self._is_kept(step, segment, stage, _counted(plan, stage, present))
             for stage in plan.stages
             if stage.split != "replicas"
             for segment in stage.segments
         )
 
     def _is_kept(
-        self, step: int, segment: int, stage: StagePlan, present: Collection[DeviceId]
+        self, step: int, segment: int, stage: StagePlan, counted: Collection[DeviceId]
     ) -> bool:
         """Whether a copy is left, whoever of its owner and its keepers is lost."""
-        keepers = self._keepers[step].get(segment, set()) & set(present)
+        keepers = self._keepers[step].get(segment, set()) & set(counted)
         agree = len(self._states.get((step, segment), ())) == 1
         if stage.split == "tensor":  # with any one peer a slice is lost
             return agree and len(keepers) > 1
-        return agree and bool(keepers - {stage.device})
+        return agree and bool(keepers)
+
+
+def _counted(plan: Plan, stage: StagePlan, present: Collection[DeviceId]) -> set[DeviceId]:
+    """Whose copies of a stage protect it. Without the home peer a private run pauses anyway, and it
+    comes back with its disk; of shards everybody's count."""
+    stays = plan.keeps_itself(stage) or stage.split == "tensor"
+    return set(present) if stays else set(present) - {stage.device}
 
 
 def _has_siblings(stage: StagePlan, present: Collection[DeviceId]) -> bool:

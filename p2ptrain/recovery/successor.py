@@ -112,7 +112,7 @@ def _assignments(succession: Succession) -> Iterator[tuple[Peers, ...]]:
     kept = [_left(stage, usable) for stage in succession.base.stages]
     staying = {device for peers in kept if peers is not None for device in peers}
     reserves = [(device,) for device in sorted(usable - staying)]
-    yield from _extended((), kept, reserves)
+    yield from _extended((), kept, reserves, private=succession.base.private)
 
 
 def _left(stage: StagePlan, usable: Collection[DeviceId]) -> Peers | None:
@@ -123,7 +123,11 @@ def _left(stage: StagePlan, usable: Collection[DeviceId]) -> Peers | None:
 
 
 def _extended(
-    taken: tuple[Peers, ...], kept: Sequence[Peers | None], reserves: Sequence[Peers]
+    taken: tuple[Peers, ...],
+    kept: Sequence[Peers | None],
+    reserves: Sequence[Peers],
+    *,
+    private: bool,
 ) -> Iterator[tuple[Peers, ...]]:
     index = len(taken)
     if index == len(kept):
@@ -133,9 +137,16 @@ def _extended(
     following = next((peers for peers in kept[index:] if peers is not None), None)
     options = [*taken[-1:], following, *reserves] if own is None else [own]
     for peers in dict.fromkeys(options):
-        broken = peers in taken and peers != taken[-1]
-        if peers is not None and not broken:
-            yield from _extended((*taken, peers), kept, reserves)
+        if peers is not None and not _is_broken((*taken, peers), kept[-1] if private else None):
+            yield from _extended((*taken, peers), kept, reserves, private=private)
+
+
+def _is_broken(taken: Sequence[Peers], owner: Peers | None) -> bool:
+    """Whether peers have two ranges; a private run's `owner` may have the last one, too."""
+    ranges = [peers for peers, _ in itertools.groupby(taken)]
+    if len(ranges) > 1 and ranges[-1] == owner:
+        ranges.pop()
+    return len(set(ranges)) < len(ranges)
 
 
 def _wishes(base: Plan, owners: Sequence[Peers]) -> list[Wish]:
@@ -168,7 +179,9 @@ def _plan(succession: Succession, home: DeviceId, placement: Placement) -> Plan:
         home=home,
         holders=holders,
         stages=placement.stages,
-        replicas=replica_keepers(placement.stages, members),
+        replicas=replica_keepers(
+            placement.stages, members, private_home=home if base.private else None
+        ),
         step_ns=placement.step_ns,
         step_uj=placement.step_uj,
         reasons=(succession.reason, *_changes(base, placement.stages)),

@@ -7,7 +7,7 @@ is the rest: a bundle's weights, and the moment at which the next view is wanted
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import trio
 
@@ -33,7 +33,7 @@ class Advance:
         """Whether this device is to run the segment next, and does not yet."""
         return self._receivers.get(segment) == self._device
 
-    def sends(self, segments: range) -> tuple[tuple[DeviceId, int], ...]:
+    def sends(self, segments: Iterable[int]) -> tuple[tuple[DeviceId, int], ...]:
         """Who gets which of our stage's segments next."""
         return tuple((self._receivers[s], s) for s in segments if s in self._receivers)
 

@@ -58,8 +58,7 @@ class CheckpointCollector:
             raise RemoteProtocolError("more segments were saved than the model has") from error
 
     def _fits(self, device: DeviceId, saved: SegmentSaved) -> bool:
-        stage = self._plan.stage_of(device)
-        if stage is None or saved.segment not in self._plan.stages[stage].segments:
+        if saved.segment not in self._plan.segments_of(device):
             return False
         return saved.step in range(self._job.first_step, self._contract.steps + 1)
 
@@ -117,6 +116,6 @@ class CheckpointCollector:
         await trio.to_thread.run_sync(self._job.directory.commit_checkpoint, record)
         self.latest = record
         stored = CheckpointStored(stamp=stamp_of(self._plan), step=step)
-        for device in (device for stage in self._plan.stages for device in stage.devices):
+        for device in self._plan.devices:
             self._services.outlet.send(device, stored)
         self._signal.notify()

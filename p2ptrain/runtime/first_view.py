@@ -26,9 +26,15 @@ def first_view(plan: Plan, contract: Contract, begin: Begin) -> View:
 
 def activity(plan: Plan, device: DeviceId) -> str:
     """`run 3f2a1b2c, stage 1 of 3`, for status."""
-    index = plan.stage_of(device)
-    if index is not None:
-        what = f"stage {index + 1} of {len(plan.stages)}"
-    else:
+    what = stages_in_words(plan, device)
+    if what is None:
         what = "data" if device == plan.home else "in reserve"
     return f"run {plan.run[:8]}, {what}"
+
+
+def stages_in_words(plan: Plan, device: DeviceId) -> str | None:
+    """`stage 1 of 3`, of a private run's home peer `stages 1 and 3 of 3`; None without a stage."""
+    numbers = [str(index + 1) for index in plan.stages_of(device)]
+    if not numbers:
+        return None
+    return f"stage{'s' * (len(numbers) > 1)} {' and '.join(numbers)} of {len(plan.stages)}"

@@ -47,10 +47,9 @@ async def _inherit(
 
 def _left_to_us(view: View, state: RunState) -> Iterator[SpanAt]:
     """Segments with a source that is no member any more, of which some are ours now."""
-    index = view.plan.stage_of(state.services.device)
-    if index is None or view.restoration is None:
+    ours = view.plan.segments_of(state.services.device)
+    if not ours or view.restoration is None:
         return
-    ours = view.plan.stages[index].segments
     for at in view.restoration.sources:
         if at.device not in view.plan.members and set(at.span.segments) & set(ours):
             yield at

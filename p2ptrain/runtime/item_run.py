@@ -17,7 +17,7 @@ from p2ptrain.engine.contract import Array
 from p2ptrain.errors import InvariantBroken
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
-from p2ptrain.runtime.inbox import TensorInbox
+from p2ptrain.runtime.bodies import BodyReader
 from p2ptrain.runtime.outlet import Outlet, send_whole
 from p2ptrain.runtime.run_state import LogPlace
 from p2ptrain.runtime.signal import Signal
@@ -25,7 +25,7 @@ from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.training.collectives import MeetingKey
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.learning_rate import learning_rate
-from p2ptrain.training.messages import Done, stamp_of
+from p2ptrain.training.messages import Done, Stamp, stamp_of
 from p2ptrain.training.program import Item, Program
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.wire.frames import TensorHeader
@@ -74,6 +74,27 @@ class Updated(Protocol):
         """As `StageWorker.update`."""
 
 
+class Inbox(Protocol):
+    """Takes in the tensors of a device's part of a view; as `TensorInbox`."""
+
+    async def receive(
+        self, sender: DeviceId, header: TensorHeader, length: int, reader: BodyReader
+    ) -> None:
+        """Take one frame off a data link."""
+
+    def deliver(self, header: TensorHeader, array: Array) -> None:
+        """Take what this very peer feeds."""
+
+    def begun(self) -> bool:
+        """Whether anything of the open item has arrived."""
+
+    def fed(self, kind: str, microbatch: int) -> tuple[Array, ...] | None:
+        """All inputs, or labels and loss weight, of a microbatch; None before they are here."""
+
+    def close(self) -> None:
+        """Accept nothing more."""
+
+
 def apply_update(worker: Updated, contract: Contract, record: StepRecord) -> None:
     """The update of a recorded step, the same whenever and wherever it is applied; blocking."""
     choice = contract.optimizer
@@ -84,7 +105,7 @@ def apply_update(worker: Updated, contract: Contract, record: StepRecord) -> Non
 class ItemRun:
     """Works through the program of a view, with one compute thread; `_run_item` says how."""
 
-    inbox: TensorInbox
+    inbox: Inbox
 
     def __init__(self, place: RunPlace, worker: Updated) -> None:
         self._place, self._updated = place, worker
@@ -171,15 +192,20 @@ class ItemRun:
         await send_whole(self._outlet, device, dataclasses.replace(header, index=key.index), piece)
 
     def _header(self, item: Item, kind: str, microbatch: int, segment: int) -> TensorHeader:
-        return TensorHeader(
-            run=self._stamp.run,
-            lineage=self._stamp.lineage,
-            view=self._stamp.view,
-            plan=self._stamp.plan,
-            kind=kind,
-            phase=item.kind,
-            step=item.step,
-            microbatch=microbatch,
-            segment=segment,
-            index=0,
-        )
+        return header_of(self._stamp, item, kind, microbatch, segment)
+
+
+def header_of(stamp: Stamp, item: Item, kind: str, microbatch: int, segment: int) -> TensorHeader:
+    """Of the first tensor of its kind at one place in an item."""
+    return TensorHeader(
+        run=stamp.run,
+        lineage=stamp.lineage,
+        view=stamp.view,
+        plan=stamp.plan,
+        kind=kind,
+        phase=item.kind,
+        step=item.step,
+        microbatch=microbatch,
+        segment=segment,
+        index=0,
+    )

@@ -49,6 +49,8 @@ class Job:
     checkpoint_every: int
     asked: AskedPlan | None = None
     """The plan to begin with; None: the planner finds one."""
+    private: bool = False
+    """Neither inputs nor labels leave this device, however often the run is resumed."""
 
     def wanted_schedule(self, request: TrainRequest) -> str:
         """The schedule that a plan should have: as its file says, else as the request does."""
@@ -75,6 +77,7 @@ class Job:
             heldout=self.heldout,
             data_options=self.data_options,
             checkpoint_every=self.checkpoint_every,
+            private=self.private,
         )
 
 
@@ -90,7 +93,11 @@ def open_job(
     _check_request(request)
     asked = None if request.plan is None else read_plan(request.plan, file="--plan")
     if request.resume is not None:
-        return replace(_resumed_job(request, runs_path), asked=asked)
+        job = _resumed_job(request, runs_path)
+        private = job.private or request.private
+        if private and job.contract.parallelism != "pipeline":
+            raise _shared_data(job.contract.parallelism)
+        return replace(job, asked=asked, private=private)
     if not request.bundle or not request.data:
         raise ConfigError("a new run needs a model and data", hint="give --model and --data")
     bundle = load_bundle(find_bundle(request.bundle))
@@ -113,6 +120,7 @@ def open_job(
         directory=RunDirectory(runs_path / new_run),
         checkpoint=None,
         checkpoint_every=request.checkpoint_every,
+        private=request.private,
         asked=asked,
     )
 
@@ -186,6 +194,7 @@ def _job_of(
         directory=directory,
         checkpoint=checkpoint,
         checkpoint_every=record.checkpoint_every,
+        private=record.private,
     )
 
 
@@ -196,10 +205,35 @@ def _check_request(request: TrainRequest) -> None:
     if request.stages is not None and not 1 <= request.stages <= limits.STAGES_MAX:
         raise ConfigError(f"stages must be between 1 and {limits.STAGES_MAX}")
     wanted_objective(request)
+    if request.private:
+        _check_private(request)
     if request.stages is not None and request.plan is not None:
         raise ConfigError("a plan has its own number of stages", hint="leave --stages out")
     if request.checkpoint_every < 0:
         raise ConfigError("steps between checkpoints are 0 or more")
+
+
+def _check_private(request: TrainRequest) -> None:
+    """ConfigError for what a private run cannot be."""
+    if request.parallelism != "pipeline":
+        raise _shared_data(request.parallelism)
+    if request.plan is not None:
+        raise ConfigError(
+            "a plan of your own and --private exclude each other",
+            hint="leave --plan out: the first and the last stage are on this device then",
+        )
+    if request.stages == 2:
+        raise ConfigError(
+            "a private run has one stage, or this device's two and others between",
+            hint="use --stages 3, or leave --stages out",
+        )
+
+
+def _shared_data(parallelism: str) -> ConfigError:
+    return ConfigError(
+        f"a private run is a pipeline: {parallelism} parallelism may share its data out",
+        hint="leave --parallelism out, or --private",
+    )
 
 
 def wanted_objective(request: TrainRequest) -> Objective:

@@ -69,8 +69,7 @@ class OfferDesk:
 
     def refusal(self, plan: Plan, contract: Contract) -> str | None:
         """Why we cannot run our stage of this plan; None when we can."""
-        index = plan.stage_of(self._services.device)
-        if index is None:
+        if not plan.stages_of(self._services.device):
             return None
         prepared = self._prepared.get(plan.run)
         if prepared is None or prepared.offer.view != plan.view:
@@ -81,7 +80,7 @@ class OfferDesk:
             return "the plan has other threads or another graph form than was offered"
         if prepared.engine.build not in contract.builds:
             return "its runtime build is not in the numerics contract"
-        need = plan.stages[index].memory_of(self._services.device)
+        need = plan.memory_of(self._services.device)
         have = self._services.memory_bytes()
         return (
             f"its stage needs {need} bytes of memory and {have} are left" if need > have else None

@@ -14,7 +14,7 @@ from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.ids import DeviceId, ViewNumber
 from p2ptrain.planner.pace import AS_PLANNED, PaceWatch
 from p2ptrain.planner.plan import Plan
-from p2ptrain.recovery.inventory import Inventory, LiveStage, SegmentSpan
+from p2ptrain.recovery.inventory import Inventory, LiveStage, live_stage
 from p2ptrain.runtime.replanning import NextView, next_view
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
@@ -125,12 +125,8 @@ def imagined(
 
 
 def _live(plan: Plan, device: DeviceId, step: int) -> LiveStage | None:
-    index = plan.stage_of(device)
-    if index is None:
-        return None
-    stage = plan.stages[index]
-    span = SegmentSpan(first=stage.first_segment, count=stage.segment_count)
-    return LiveStage(span=span, step=step, gradients_complete=False)
+    stages = [plan.stages[index].segments for index in plan.stages_of(device)]
+    return live_stage(stages, step, gradients_complete=False) if stages else None
 
 
 def _layout(plan: Plan) -> list[tuple[tuple[DeviceId, ...], tuple[int, ...], range]]:

@@ -76,8 +76,7 @@ def place(request: TrainRequest, job: Job, group: Group) -> Placement:
     plan, contract = way.plan, way.contract
     if not job.resumed:
         contract = replace(contract, parallelism=_parallelism(contract, plan))
-        taking_part = {device for stage in plan.stages for device in stage.devices}
-        contract = with_builds(contract, (p.build for p in able if p.device in taking_part))
+        contract = with_builds(contract, (p.build for p in able if p.device in plan.devices))
     reasons = plan.reasons
     if len(ways) + len(refusals) > 1:
         reasons += (chosen(way, len(ways) + len(refusals)),)
@@ -115,8 +114,9 @@ def _way(
         stages=request.stages,
         objective=wanted_objective(request),
         kinds=kinds_at_start(contract.parallelism),
-        compared=kinds_compared(contract.parallelism),
-        keep_data_here=request.keep_data_here,
+        compared=() if job.private else kinds_compared(contract.parallelism),
+        keep_data_here=request.keep_data_here or job.private,
+        private=job.private,
         replica_every=request.replicate_every,
         steps_left=contract.steps - job.first_step,
         links=link_estimates(group.links, {p.device: p.host for p in profiles}),

@@ -165,7 +165,7 @@ class ProgressTracker:
 
     def _joules_per_sample(self) -> float | None:
         """None until every stage has booked a step."""
-        if len(self._usage) < len(self._plan.stages):
+        if not set(self._plan.devices) <= set(self._usage):
             return None
         return self.energy().joules_per_sample
 
@@ -217,14 +217,14 @@ class ProgressTracker:
 
     def _step_joules(self) -> float | None:
         """A step's mean, where all steps had one plan."""
-        stages = {device for stage in self._plan.stages for device in stage.devices}
+        stages = set(self._plan.devices)
         if self._views > 1 or not stages <= set(self._usage) or not self._losses:
             return None
         return self.energy().total_joules / len(self._losses)
 
     def _boundary_bytes(self) -> float | None:
         """A step's activations and cotangents at the sockets, where all steps had one plan."""
-        if self._views > 1 or len(self._usage) < len(self._plan.stages):
+        if self._views > 1 or not set(self._plan.devices) <= set(self._usage):
             return None
         whole = 0.0
         for usage in self._usage.values():

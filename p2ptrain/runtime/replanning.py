@@ -299,6 +299,7 @@ class _Planner:
             kinds=kinds_later(contract.parallelism),
             objective=Objective(goal=plan.goal),
             keep_data_here=plan.keep_data_here,
+            private=plan.private,
             holding=tuple(sorted(holding)),
             replica_every=plan.replica_every,
             steps_left=contract.steps - self._wanted.resume_step,

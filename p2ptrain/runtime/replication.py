@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,8 +62,8 @@ class Snapshotted(Protocol):
     """What a device runs of a model, and can be kept."""
 
     @property
-    def segments(self) -> range:
-        """The stage's."""
+    def segments(self) -> Sequence[int]:
+        """The stage's, ascending."""
 
     def image(self, header: StateHeader) -> SegmentImage:
         """A segment's file with its present state, between two steps; blocking."""

@@ -72,6 +72,8 @@ class TrainRequest:
     """Steps between replica sets; None: the planner chooses."""
     keep_data_here: bool = False
     """The data gets no second copy: while this peer is away the run pauses."""
+    private: bool = False
+    """Neither inputs nor labels leave this peer: it has the first and the last stage."""
     force_view: bool = False
     """Resume although the run may be going on elsewhere: begins a new lineage."""
     resume: str | None = None

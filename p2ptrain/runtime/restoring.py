@@ -16,14 +16,14 @@ from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import CheckpointError, InvariantBroken, PeerLost
 from p2ptrain.ids import DeviceId
-from p2ptrain.planner.plan import StagePlan
 from p2ptrain.recovery.restoration import Replay, SpanAt
 from p2ptrain.runtime.asking import Asker
+from p2ptrain.runtime.ends_worker import EndsWorker
 from p2ptrain.runtime.inheriting import inherit_logs
 from p2ptrain.runtime.item_run import apply_update
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replay import Replayer, ShardReplayer
-from p2ptrain.runtime.run_state import WEIGHTS_FOLDER, RunState, Stateful
+from p2ptrain.runtime.run_state import WEIGHTS_FOLDER, RunState, Stateful, Worker
 from p2ptrain.runtime.shard_group import ShardGroup
 from p2ptrain.runtime.shard_worker import ShardWorker
 from p2ptrain.runtime.stage import StageWorker
@@ -86,7 +86,7 @@ class Restorer:
         state.released_step = step
         self._settled = True
 
-    async def restore(self) -> StageWorker | ShardWorker | None:
+    async def restore(self) -> Worker | None:
         """This member's stage of the view, with its state; None without a stage.
 
         Raises:
@@ -98,19 +98,20 @@ class Restorer:
                 if replay.replayer == self._services.device:
                     self._replayed.append(await self._replay(replay))
                     self._changed()
-        stage = self._own_stage()
-        if stage is None:
+        own = self._view.plan.stages_of(self._services.device)
+        if not own:
             return None
         share = share_of(self._view.plan, self._services.device)
-        worker: StageWorker | ShardWorker
+        worker: Worker
         if share is not None:
             worker = await self._assemble_shard(share)
         else:
-            worker = await self._assemble(stage)
+            stages = [await self._assemble(index) for index in own]
+            worker = stages[0] if len(stages) == 1 else EndsWorker(*stages)
         await inherit_logs(self._view, self._state, self.asker)
         return worker
 
-    def adopt(self, worker: StageWorker | ShardWorker | None) -> None:
+    def adopt(self, worker: Worker | None) -> None:
         """Everybody is ready: from now on this is our stage, the old one may go."""
         self._state.worker = worker
         self._replayed.clear()
@@ -149,19 +150,18 @@ class Restorer:
 
     # Our stage.
 
-    def _own_stage(self) -> StagePlan | None:
-        index = self._view.plan.stage_of(self._services.device)
-        return None if index is None else self._view.plan.stages[index]
-
-    async def _assemble(self, stage: StagePlan) -> StageWorker:
+    async def _assemble(self, index: int) -> StageWorker:
         """Keep a worker that covers exactly this stage; else make one and load every segment."""
-        for worker in (self._state.worker, *self._replayed):
+        stage, holds = self._view.plan.stages[index], self._holds(index)
+        present = self._state.worker
+        here = present.ends if isinstance(present, EndsWorker) else (present,)
+        for worker in (*here, *self._replayed):
             if not isinstance(worker, StageWorker):
                 continue
             fits = worker.segments == stage.segments and not worker.rounds_inside
-            if fits and worker.holds.covers(self._holds()):
+            if fits and worker.holds.covers(holds):
                 return worker
-        made = await self._make_worker(stage.segments, self._holds())
+        made = await self._make_worker(stage.segments, holds)
         await self._fill(made)
         return made
 
@@ -191,9 +191,10 @@ class Restorer:
                 source = _device_of(self._view.restoration.sources, segment)
                 await self._load_from(made, segment, source, self._view.resume_step)
 
-    def _holds(self) -> Held:
-        """How many microbatches our stage has room for."""
-        return Route(self._view.plan, self._services.device).held(self._view.contract)
+    def _holds(self, index: int) -> Held:
+        """How many microbatches a stage of ours has room for."""
+        route = Route(self._view.plan, self._services.device, stage=index)
+        return route.held(self._view.contract)
 
     async def _make_worker(
         self, segments: range, holds: Held, cuts: Collection[int] = ()
@@ -264,9 +265,10 @@ class Restorer:
         """Make a lost range again: its replica, then every step since, from logs and records."""
         if replay.shares:
             return await self._replay_shards(replay)
-        segments, stage = replay.span.segments, self._own_stage()
-        ours = stage is not None and stage.segments == segments
-        holds = self._holds() if ours else Held(in_flight=1, delayed=0)
+        segments, plan = replay.span.segments, self._view.plan
+        own = plan.stages_of(self._services.device)
+        ours = next((index for index in own if plan.stages[index].segments == segments), None)
+        holds = Held(in_flight=1, delayed=0) if ours is None else self._holds(ours)
         worker = await self._make_worker(segments, holds, replay.cuts)
         await self._load_replayed(worker, replay)
         replayer = Replayer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,11 +18,12 @@ from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.errors import CheckpointError, InvariantBroken
 from p2ptrain.ids import DeviceId, Lineage, RunId
 from p2ptrain.planner.plan import is_sharded
-from p2ptrain.recovery.inventory import Inventory, LiveStage, LogKind, SegmentSpan
+from p2ptrain.recovery.inventory import Inventory, LiveStage, LogKind, live_stage
 from p2ptrain.recovery.protection import Provisional, Safeguards, protection
 from p2ptrain.recovery.replica_sets import ReplicaSets
 from p2ptrain.recovery.step_log import LogKey, StepLog
 from p2ptrain.runtime.checkpoint_listing import parse_listing
+from p2ptrain.runtime.ends_worker import EndsWorker
 from p2ptrain.runtime.home_duty import HomeSession, note_end
 from p2ptrain.runtime.pacing import Pacing
 from p2ptrain.runtime.replication import ReplicaKeeper
@@ -60,8 +61,8 @@ class Stateful(Protocol):
     """What has the whole state of segments in memory, or takes it."""
 
     @property
-    def segments(self) -> range:
-        """Consecutive ones."""
+    def segments(self) -> Sequence[int]:
+        """Ascending."""
 
     @property
     def applied_step(self) -> int | None:
@@ -75,6 +76,10 @@ class Stateful(Protocol):
 
     def state(self, segment_index: int, step: int) -> SegmentState:
         """A copy of one segment's state after `step` updates."""
+
+
+Worker = StageWorker | EndsWorker | ShardWorker
+"""What a device runs of a model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +109,7 @@ class RunState:
         self._engine = engine
         self.signal = Signal()
         self.path: Path = services.runs_path / run
-        self.worker: StageWorker | ShardWorker | None = None
+        self.worker: Worker | None = None
         """Our stage; None: we have none, or not yet."""
         self.released_step = 0
         """The newest step whose update may be on its way into `worker`."""
@@ -451,7 +456,7 @@ class RunState:
             return None
         if isinstance(worker, ShardWorker) and not worker.has_whole_states:
             return None  # of no segment is enough here
-        span = SegmentSpan(first=worker.segments.start, count=len(worker.segments))
         step = worker.applied_step
         complete = worker.gradients_complete or self.released_step > step
-        return LiveStage(span=span, step=step, gradients_complete=complete)
+        stages = worker.ends if isinstance(worker, EndsWorker) else (worker,)
+        return live_stage([s.segments for s in stages], step, gradients_complete=complete)

@@ -6,6 +6,7 @@ from p2ptrain import limits
 from p2ptrain.agreement.run_events import Paused
 from p2ptrain.ids import DeviceId, short
 from p2ptrain.planner.plan import Plan
+from p2ptrain.runtime.first_view import stages_in_words
 from p2ptrain.runtime.reports import RunStatusReport
 from p2ptrain.runtime.run_member import RunMember
 
@@ -39,8 +40,8 @@ def run_status_report(member: RunMember) -> RunStatusReport:
 
 def part_of(plan: Plan, device: DeviceId) -> str:
     """What a member does under a plan, one phrase."""
-    index = plan.stage_of(device)
-    parts = [] if index is None else [f"stage {index + 1} of {len(plan.stages)}"]
+    stages = stages_in_words(plan, device)
+    parts = [] if stages is None else [stages]
     if device == plan.home:
         parts.append("feeds the data")
     elif device in plan.holders:

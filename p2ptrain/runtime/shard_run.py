@@ -40,6 +40,8 @@ class _Result(Generic[_T]):
 class ShardRun(ItemRun):
     """Runs this peer's shard from `go` to the end of the session."""
 
+    inbox: TensorInbox
+
     def __init__(self, place: RunPlace, worker: ShardWorker) -> None:
         super().__init__(place, worker)
         self._worker, self._rank = worker, worker.share.rank

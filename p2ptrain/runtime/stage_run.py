@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -17,16 +16,15 @@ from p2ptrain.runtime.gradient_sums import GradientSums
 from p2ptrain.runtime.inbox import TensorInbox
 from p2ptrain.runtime.item_run import ItemRun, RunPlace
 from p2ptrain.runtime.neighbours import Neighbours
-from p2ptrain.runtime.outlet import send_whole
 from p2ptrain.runtime.run_state import LogPlace
 from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.tie_exchange import TieExchange
 from p2ptrain.schedule.actions import Action, delayed_microbatches
-from p2ptrain.training.arrivals import TieSend, arrivals, tied_sends
+from p2ptrain.training.arrivals import arrivals, tied_sends
 from p2ptrain.training.collectives import MeetingKey
 from p2ptrain.training.messages import Evaluated
 from p2ptrain.training.program import Item
 from p2ptrain.training.routing import Route, Runners, has_replicas
-from p2ptrain.training.step_tensors import expected_tensors
 from p2ptrain.training.tensor_codec import encode_all
 from p2ptrain.wire.frames import TensorHeader
 
@@ -35,7 +33,7 @@ _How = Literal["whole", "in parts", "done"]
 
 
 @dataclass(slots=True)
-class _OpenItem:
+class OpenItem:
     """What this peer does in one item."""
 
     item: Item
@@ -54,12 +52,28 @@ class StageRun(ItemRun):
     calls. Compute runs in a worker thread, one call at a time; only arrays cross.
     """
 
-    def __init__(self, place: RunPlace, worker: StageWorker, marks: Collection[int] = ()) -> None:
-        """`marks`: segments inside the stage after which what crosses is logged, not sent."""
+    inbox: TensorInbox
+
+    def __init__(
+        self,
+        place: RunPlace,
+        worker: StageWorker,
+        marks: Collection[int] = (),
+        *,
+        stage: int | None = None,
+    ) -> None:
+        """Nothing is sent before `run`, or `start`.
+
+        Args:
+            place: Where in the run.
+            worker: Of the stage.
+            marks: Segments inside the stage after which what crosses is logged, not sent.
+            stage: Which of this device's, where it has two; `runtime.ends_run` then joins them.
+        """
         super().__init__(place, worker)
         plan, contract, manifest = place.plan, place.contract, place.manifest
         device, signal = place.device, place.signal
-        route = self._route = Route(plan, device)
+        route = self._route = Route(plan, device, stage=stage)
         index = route.stage_index
         self._worker = worker
         self._stage = route.stage
@@ -70,7 +84,6 @@ class StageRun(ItemRun):
         self._neighbours = Neighbours(
             route.neighbours, outlet=place.outlet, meter=place.meter, copies=replicated
         )
-        self._tied_sends = tied_sends(manifest, plan, index, route.rank)
         own = len(route.own(contract.microbatches))
         worker.take_share(own, has_siblings=self._stage.split == "replicas")
         self._sums: GradientSums | None = None
@@ -83,11 +96,15 @@ class StageRun(ItemRun):
                 phase=place.meter.phase,
                 signal=signal,
             )
-        self._item: _OpenItem | None = None
+        self._item: OpenItem | None = None
         meetings = None if self._sums is None else self._sums.meetings
         self.inbox = TensorInbox(
-            signal, arrivals=arrivals(manifest, contract, plan, device), meetings=meetings
+            signal,
+            arrivals=arrivals(manifest, contract, plan, device, stage=index),
+            meetings=meetings,
         )
+        sends = tied_sends(manifest, plan, index, route.rank)
+        self._ties = TieExchange(place, worker, self.inbox, sends)
 
     async def run(self) -> None:
         """Work through the program.
@@ -100,25 +117,42 @@ class StageRun(ItemRun):
             PeerLost: a neighbour's link broke: the view cannot go on, but the stage can.
         """
         async with trio.open_nursery() as nursery:
-            self._neighbours.start(nursery)
+            self.start(nursery)
             while (item := self._program.current) is not None:
                 await self._work(item)
-            self._neighbours.close()
+            self.close()
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Send to the neighbours from now on."""
+        self._neighbours.start(nursery)
+
+    def share_cores(self, other: StageRun) -> None:
+        """Compute in turns with another stage of this device."""
+        self._limiter = other._limiter
+
+    @property
+    def compute_ns(self) -> int:
+        """Of the present item's actions so far."""
+        return self._compute_ns
+
+    def close(self) -> None:
+        """Nothing more comes or goes; the sender tasks end once everything is sent."""
+        self._neighbours.close()
         self.inbox.close()
 
     async def _work(self, item: Item) -> None:
         if item.kind in ("checkpoint", "replicate"):
             await self._save(item)
             return
-        opened = self._open(item)
+        opened = self.open(item)
         # Without a microbatch of its own, another replica runs all of an evaluation.
         if (opened.own or item.kind == "train") and not await self._begins(item):
             return  # nobody has begun this step
         if self._sums is None or item.kind != "train":
-            loss = await self._pipeline(opened)
+            loss = await self.pipeline(opened)
         else:
             async with self._sums.added_up():
-                loss = await self._pipeline(opened)
+                loss = await self.pipeline(opened)
         if item.kind == "train":
             await self._finish_step(item.step, loss)
         elif self._last:
@@ -126,11 +160,11 @@ class StageRun(ItemRun):
             self._outlet.send(self._plan.home, done)
         self._program.complete(item)
 
-    def _open(self, item: Item) -> _OpenItem:
+    def open(self, item: Item) -> OpenItem:
         """Accept an item's tensors."""
         count = self._program.microbatches(item)
         own = self._route.own(count)
-        opened = self._item = _OpenItem(
+        opened = self._item = OpenItem(
             item=item,
             own={microbatch: self._sequence + place for place, microbatch in enumerate(own)},
             before=self._route.beside(-1, count),
@@ -140,7 +174,7 @@ class StageRun(ItemRun):
         self.inbox.open(item, self._targets, self._has_room)
         return opened
 
-    async def _pipeline(self, opened: _OpenItem) -> float:
+    async def pipeline(self, opened: OpenItem) -> float:
         """Run every own microbatch of an item; the sum of their losses on the last stage."""
         actions = self._actions(opened.item)
         delayed = delayed_microbatches(actions)
@@ -166,7 +200,7 @@ class StageRun(ItemRun):
             return self._route.training(count)
         return self._route.evaluation(count, trained=self._contract.microbatches)
 
-    async def _forward(self, opened: _OpenItem, microbatch: int) -> float:
+    async def _forward(self, opened: OpenItem, microbatch: int) -> float:
         item, sequence = opened.item, opened.own[microbatch]
         if not self._first:
             await self._wait("activation", microbatch, self._entry_ports)
@@ -198,7 +232,7 @@ class StageRun(ItemRun):
             await self._put(opened.after, header, arrays)
         return 0.0 if loss is None else loss
 
-    async def _backward(self, opened: _OpenItem, microbatch: int, *, parted: bool) -> None:
+    async def _backward(self, opened: OpenItem, microbatch: int, *, parted: bool) -> None:
         """Train: send the cotangent upstream. Evaluate: only say that the buffer is free.
 
         `parted`: gradients follow in an action of their own.
@@ -257,47 +291,15 @@ class StageRun(ItemRun):
     async def _finish_step(self, step: int, loss: float) -> None:
         """Tell what this stage found, then apply the update once it can no longer be lost."""
         if self._worker.held_ties:
-            await self._sum_ties(step)
+            arrived = await self._ties.arrived(step)
+            await self._compute(lambda: self._worker.sum_ties(arrived))
         await self._end_step(step, loss, tells=self._last, counts=self._route.rank == 0)
-
-    async def _sum_ties(self, step: int) -> None:
-        """Give the copies of tied tensors one gradient, wherever they live.
-
-        All sends end before the sum, which overwrites the gradients that are sent.
-        """
-        self._log_tied(step)
-        async with trio.open_nursery() as nursery:
-            for send in self._tied_sends:
-                for device in send.devices:
-                    nursery.start_soon(self._send_tied, step, send, device)
-            with self._meter.phase("wait"):
-                await self._signal.wait_until(lambda: self.inbox.tied() is not None)
-        arrived = self.inbox.tied()
-        if arrived is None:
-            raise InvariantBroken("tied gradients vanished")
-        tensors = self._manifest.tensors
-        elsewhere = {tensors[key.tensor_index].name: array for key, array in arrived.items()}
-        await self._compute(lambda: self._worker.sum_ties(elsewhere))
 
     def _log(
         self, kind: LogKind, step: int, microbatch: int, segment: int, arrays: tuple[Array, ...]
     ) -> None:
         place = LogPlace(kind=kind, step=step, microbatch=microbatch, segment=segment)
         self._hooks.log(place, arrays)
-
-    def _log_tied(self, step: int) -> None:
-        """Log every tied copy of each segment that sends one: a log does not depend on cuts."""
-        for segment in sorted({send.key.segment for send in self._tied_sends}):
-            copies = expected_tensors(self._manifest, self._contract, "tied", segment)
-            names = [self._manifest.tensors[copy.index].name for copy in copies]
-            arrays = tuple(self._worker.gradient(name) for name in names)
-            self._log("tied", step, 0, segment, arrays)
-
-    async def _send_tied(self, step: int, send: TieSend, device: DeviceId) -> None:
-        header = self._header(Item(kind="train", step=step), "tied", 0, send.key.segment)
-        header = dataclasses.replace(header, index=send.key.tensor_index)
-        with self._meter.phase("communicate"):
-            await send_whole(self._outlet, device, header, self._worker.gradient(send.tensor))
 
     async def _wait(self, kind: str, microbatch: int, ports: int) -> None:
         with self._meter.phase("wait"):

@@ -17,18 +17,20 @@ from p2ptrain.planner.keepers import keepers_of
 from p2ptrain.planner.plan import StagePlan, is_sharded
 from p2ptrain.runtime.advancing import Advance
 from p2ptrain.runtime.bodies import BodyReader, discard
+from p2ptrain.runtime.ends_run import EndsRun
+from p2ptrain.runtime.ends_worker import EndsWorker
 from p2ptrain.runtime.giving import Giver
 from p2ptrain.runtime.home_duty import HomeDuty, HomeSession
+from p2ptrain.runtime.inbox import FED_KINDS
 from p2ptrain.runtime.item_run import RunPlace, StageHooks
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replication import SnapshotOwner
 from p2ptrain.runtime.restoring import Restorer
-from p2ptrain.runtime.run_state import RunState
+from p2ptrain.runtime.run_state import RunState, Worker
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.shard_run import ShardRun
 from p2ptrain.runtime.shard_worker import ShardWorker
 from p2ptrain.runtime.slice_joining import savers
-from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.stage_run import StageRun
 from p2ptrain.runtime.stage_weights import prepare_timeout_s
 from p2ptrain.runtime.usage import RunMeter
@@ -107,7 +109,7 @@ class ViewWork:
         self._finished = False
         self.started = False
         """Whether every member got ready and the work began."""
-        self._stage_run: StageRun | ShardRun | None = None
+        self._stage_run: StageRun | EndsRun | ShardRun | None = None
         self._snapshots: SnapshotOwner | None = None
         self._giver = Giver(
             outlet=self._services.outlet, blobs=self._services.blobs, read=self._read_wanted
@@ -211,6 +213,7 @@ class ViewWork:
             case Done():
                 self._take_done(device, message)
             case Wanted():
+                self._check_data_stays(device, message)
                 self._giver.ask(device, message)
             case Given():
                 self._restorer.asker.receive(device, message)
@@ -306,7 +309,7 @@ class ViewWork:
             await self._signal.wait_until(lambda: self._finished)
             nursery.cancel_scope.cancel()
 
-    def _make_stage_run(self, worker: StageWorker | ShardWorker | None) -> None:
+    def _make_stage_run(self, worker: Worker | None) -> None:
         if worker is None:
             return
         self._hooks.told(self.view.resume_step)
@@ -337,6 +340,8 @@ class ViewWork:
         )
         if isinstance(worker, ShardWorker):
             self._stage_run = ShardRun(place, worker)
+        elif isinstance(worker, EndsWorker):
+            self._stage_run = EndsRun(place, worker, self._advance.marks)
         else:
             self._stage_run = StageRun(place, worker, self._advance.marks(worker.segments))
 
@@ -410,10 +415,10 @@ class ViewWork:
 
     def _own_keepers(self) -> tuple[DeviceId, ...]:
         """Who keeps replicas of what we save."""
-        index = self.plan.stage_of(self._services.device)
-        if index is None or not self._is_first():
+        if not self._is_first():
             return ()
-        return keepers_of(self.plan, index)
+        own = self.plan.stages_of(self._services.device)
+        return tuple(sorted({keeper for index in own for keeper in keepers_of(self.plan, index)}))
 
     def _is_first(self) -> bool:
         """Whether we save our stage: of replicas the first, of shards each its slices."""
@@ -423,13 +428,19 @@ class ViewWork:
         """Whether a device saves a stage, or its slices of it."""
         return device in savers(self._state.manifest, stage)
 
+    def _check_data_stays(self, device: DeviceId, wanted: Wanted) -> None:
+        """RemoteProtocolError where others ask for the data of a private run: no replay needs it
+        there."""
+        if self.plan.private and wanted.what in FED_KINDS and device != self._services.device:
+            raise RemoteProtocolError(f"{device[:8]} asks for the data of a private run")
+
     def _saved(self, device: DeviceId, saved: SegmentSaved) -> None:
         """A stage has a snapshot for us: as its replica's keeper, as the home peer, or both."""
-        stage = self.plan.stage_of(device)
-        own = None if stage is None else self.plan.stages[stage]
-        if stage is None or own is None or not self._saves(own, device):
+        stages, own = self.plan.stages, self.plan.stages_of(device)
+        if not any(self._saves(stages[index], device) for index in own):
             raise RemoteProtocolError(f"{device[:8]} saved a stage that is not its own to save")
-        if saved.segment not in own.segments:
+        stage = next((index for index in own if saved.segment in stages[index].segments), None)
+        if stage is None:
             raise RemoteProtocolError(f"segment {saved.segment} was saved against the plan")
         if saved.checkpoint and self._duty is not None:
             self._duty.receive(device, saved)

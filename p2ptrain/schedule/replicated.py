@@ -170,16 +170,19 @@ def play(
     owners: Sequence[Owners],
     times: Sequence[Sequence[ReplicaTimes]],
     passages: Passages,
+    *,
+    folded: bool = False,
 ) -> ReplicatedTimeline:
     """Simulate one step, event by event.
 
     A replica does one action at a time, in order. A tensor leaves when its action ends, and waits
-    for its line in the order in which tensors become ready.
+    for its line in the order in which tensors become ready. `folded`: the first and the last stage
+    are one device, which does one action of either at a time; the stage that waited goes first.
 
     Raises:
         ConfigError: the action lists deadlock.
     """
-    step = _Step(actions, owners, times, passages)
+    step = _Step(actions, owners, times, passages, folded=folded)
     step.run()
     return step.timeline()
 
@@ -193,13 +196,17 @@ class _Step:
         owners: Sequence[Owners],
         times: Sequence[Sequence[ReplicaTimes]],
         passages: Passages,
+        *,
+        folded: bool,
     ) -> None:
+        self._folded = folded
         self._actions, self._owners = actions, owners
         self._times, self._passages = times, passages
         self._last = len(actions) - 1
         self._delayed = [[delayed_microbatches(listed) for listed in own] for own in actions]
         self._spans: list[list[list[Span]]] = [[[] for _ in own] for own in actions]
-        self._free_at_ns: list[list[int | None]] = [[0 for _ in own] for own in actions]
+        self._busy: set[tuple[int, int]] = set()
+        """Stage and replica of what computes; of two stages on one device the first."""
         self._here: set[tuple[int, str, int]] = set()
         self._line_free_ns: dict[str, int] = {}
         self._events: list[tuple[int, int, Action, bool]] = []
@@ -214,8 +221,10 @@ class _Step:
             stage = action.stage
             replica = self._owners[stage][action.microbatch]
             if ended:
-                self._free_at_ns[stage][replica] = now_ns
+                self._busy.discard(self._place(stage, replica))
                 self._send(action, now_ns)
+                if self._folded and stage in (0, self._last):
+                    self._start(self._last - stage, replica, now_ns)
             else:
                 self._here.add((stage, action.kind, action.microbatch))
             self._start(stage, replica, now_ns)
@@ -231,7 +240,7 @@ class _Step:
     def _start(self, stage: int, replica: int, now_ns: int) -> None:
         """Begin the replica's next action if it is free and its input is there."""
         listed, spans = self._actions[stage][replica], self._spans[stage][replica]
-        if self._free_at_ns[stage][replica] is None or len(spans) == len(listed):
+        if self._place(stage, replica) in self._busy or len(spans) == len(listed):
             return
         action = listed[len(spans)]
         edge = stage == (0 if action.kind == "F" else self._last) or action.kind == "W"
@@ -239,8 +248,11 @@ class _Step:
             return
         end_ns = now_ns + self._duration_ns(action, replica)
         spans.append(Span(action=action, start_ns=now_ns, end_ns=end_ns))
-        self._free_at_ns[stage][replica] = None
+        self._busy.add(self._place(stage, replica))
         self._push(end_ns, action, ended=True)
+
+    def _place(self, stage: int, replica: int) -> tuple[int, int]:
+        return (0 if self._folded and stage == self._last else stage, replica)
 
     def _duration_ns(self, action: Action, replica: int) -> int:
         own = self._times[action.stage][replica]

@@ -56,6 +56,8 @@ class RunRecord:
     heldout: str | None
     checkpoint_every: int
     data_options: DataOptions = field(default_factory=DataOptions)
+    private: bool = False
+    """Neither inputs nor labels may leave this device, when it is resumed either."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

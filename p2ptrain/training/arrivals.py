@@ -54,10 +54,18 @@ class TieSend:
     devices: tuple[DeviceId, ...]
 
 
-def arrivals(manifest: Manifest, contract: Contract, plan: Plan, device: DeviceId) -> Arrivals:
-    """What a device with a stage may expect."""
-    route = Route(plan, device)
-    stage_index = route.stage_index
+def arrivals(
+    manifest: Manifest,
+    contract: Contract,
+    plan: Plan,
+    device: DeviceId,
+    *,
+    stage: int | None = None,
+) -> Arrivals:
+    """What a device may expect for its stage; of two, for `stage`, and tied gradients for the
+    first of them, which stand for both."""
+    route = Route(plan, device, stage=stage)
+    stage_index, own_stages = route.stage_index, plan.stages_of(device)
     fed: dict[str, tuple[FedValue, ...]] = {}
     batch = contract.microbatch_size
     if stage_index == 0:
@@ -70,9 +78,9 @@ def arrivals(manifest: Manifest, contract: Contract, plan: Plan, device: DeviceI
     awaited = [
         holder
         for group in tie_groups(manifest)
-        if stage_index in _stages(plan, group)
+        if stage_index == own_stages[0] and _stages(plan, group).intersection(own_stages)
         for holder in group.holders
-        if plan.stage_of_segment(holder.segment) != stage_index
+        if plan.stage_of_segment(holder.segment) not in own_stages
     ]
     tied = {_key(manifest, holder): manifest.tensor(holder.tensor).shape for holder in awaited}
     return Arrivals(fed=fed, microbatches=own, tied=tied, codec=contract.codec)
@@ -82,16 +90,18 @@ def tied_sends(
     manifest: Manifest, plan: Plan, stage_index: int, rank: int = 0
 ) -> tuple[TieSend, ...]:
     """Whose gradients a stage sends after the last backward of a step: to all peers of every other
-    stage that holds a copy of the same tensor.
+    stage that holds a copy of the same tensor. Two stages of one device send together.
 
     Where several peers have the stage, each has the same gradients: the first of them sends, the
     others (`rank`) send to nobody.
     """
     sends = []
+    own_stages = plan.stages_of(plan.stages[stage_index].device)
     for group in tie_groups(manifest):
-        others = sorted(_stages(plan, group) - {stage_index})
-        devices = tuple(device for other in others for device in plan.stages[other].devices)
-        own = [h for h in group.holders if plan.stage_of_segment(h.segment) == stage_index]
+        others = sorted(_stages(plan, group) - set(own_stages))
+        peers = (device for other in others for device in plan.stages[other].devices)
+        devices = tuple(dict.fromkeys(peers))
+        own = [h for h in group.holders if plan.stage_of_segment(h.segment) in own_stages]
         sends += [
             TieSend(
                 tensor=holder.tensor,

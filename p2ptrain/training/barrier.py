@@ -49,9 +49,8 @@ class StepBarrier:
         self._clip_norm = clip_norm
         self._taken, self._last = first_step, last_step
         self._indices: Mapping[DeviceId, tuple[int, ...]] = {
-            device: stage_tensor_indices(manifest, stage.segments)
-            for stage in plan.stages
-            for device in stage.devices
+            device: stage_tensor_indices(manifest, plan.segments_of(device))
+            for device in plan.devices
         }
         self._tellers = plan.stages[-1].devices
         self._tensor_count = len(manifest.tensors)

@@ -37,10 +37,11 @@ def runners(stage: StagePlan, microbatches: int) -> Runners:
 class Route:
     """One peer's place in a plan: what it runs, with whom it exchanges tensors, in which order."""
 
-    def __init__(self, plan: Plan, device: DeviceId) -> None:
-        """InvariantBroken for a device without a stage."""
-        index = plan.stage_of(device)
-        if index is None:
+    def __init__(self, plan: Plan, device: DeviceId, *, stage: int | None = None) -> None:
+        """`stage`: which, of a device with two; InvariantBroken for a device without it."""
+        own = plan.stages_of(device)
+        index = next(iter(own), None) if stage is None else stage
+        if index is None or index not in own:
             raise InvariantBroken("a device without a stage runs no microbatches")
         self._plan, self._device = plan, device
         self.stage_index, self.stage = index, plan.stages[index]
@@ -63,7 +64,7 @@ class Route:
         """All devices of the stages before and after."""
         places = (self.stage_index - 1, self.stage_index + 1)
         stages = (self._plan.stages[i] for i in places if 0 <= i < len(self._plan.stages))
-        return tuple(device for stage in stages for device in stage.devices)
+        return tuple(dict.fromkeys(device for stage in stages for device in stage.devices))
 
     def training(self, microbatches: int) -> tuple[Action, ...]:
         """This peer's actions in a step."""

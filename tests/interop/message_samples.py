@@ -148,6 +148,7 @@ SPECIAL: Final[dict[str, dict[str, Any]]] = {  # Any: what makes a field's value
         "members": lambda: DEVICES,
         "home": lambda: DEVICES[0],
         "holders": lambda: DEVICES[:1],
+        "private": lambda: False,
         "replicas": lambda: (DEVICES[1], None),
         "stages": _stages,
     },
