@@ -22,6 +22,7 @@ REPLICATE_EVERY: Final = 3
 FAULT_STEP: Final = 8
 """At the earliest, and when the run is protected: two replica sets are whole before."""
 STEPS: Final = 40
+STOP_S: Final = 30.0
 CASE_TIMEOUT_S: Final = 120.0
 ROLES: Final = ("first", "middle", "last", "holder")
 PHASES: Final = ("forward", "backward", "update", "commit", "replicate", "replay", "replan")
@@ -190,7 +191,7 @@ async def _is_paused(peer: PeerProcess) -> bool:
 def _wake(peer: PeerProcess, struck: Path) -> None:
     """Let a stopped process go on after a while, as a lid that is opened."""
     for event in _events(struck / f"{peer.name}.jsonl"):
-        if event.get("fault") == "stop" and event["at"] + 15.0 < time.time():
+        if event.get("fault") == "stop" and event["at"] + STOP_S < time.time():
             peer.resume()
 
 

@@ -29,6 +29,7 @@ from tests.memory_group import (
     request_for,
     until,
 )
+from tests.replicated import plan_text
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +84,9 @@ async def test_lost_stage_is_replayed_by_a_survivor(
 async def test_stage_lost_while_tensors_travel(
     tmp_path: Path, alone: TrainResult, index: int, kind: str
 ) -> None:
-    """The home peer is asked to be elsewhere: the planner puts equal peers in the order of ids."""
-    asked = request(tmp_path, stages=3, checkpoint_every=2, evaluate_every=1)
+    """The home peer has the first stage, so that labels travel, too."""
+    plan = plan_text([((peer,), segments, (1,)) for peer, segments in enumerate((2, 2, 2))])
+    asked = request(tmp_path, plan=plan, checkpoint_every=2, evaluate_every=1)
     async with memory_group(tmp_path, 3) as group:
         run = Disturbed(group)
         with trio.fail_after(SECONDS_MAX):
