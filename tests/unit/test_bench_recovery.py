@@ -68,7 +68,7 @@ def test_processor_time_is_read_behind_any_name() -> None:
 
 
 def test_bare_peer_replaces_what_the_product_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, name in ((RunState, "log_sent"), (StepLog, "finish"), (ViewWork, "_own_keeper")):
+    for owner, name in ((RunState, "log_sent"), (StepLog, "finish"), (ViewWork, "_own_keepers")):
         method = getattr(owner, name)
         assert inspect.isfunction(method)
         monkeypatch.setattr(owner, name, method)  # put back after the test
@@ -76,5 +76,5 @@ def test_bare_peer_replaces_what_the_product_has(monkeypatch: pytest.MonkeyPatch
     log = StepLog(bytes_max=10)
     log.finish(1)
     assert log.inventory() == ()
-    assert ViewWork._own_keeper(None) is None  # type: ignore[arg-type]  # nothing of it is read
+    assert ViewWork._own_keepers(None) == ()  # type: ignore[arg-type]  # nothing of it is read
     assert "nothing" in RunState.log_sent.__qualname__

@@ -17,12 +17,13 @@ def strip() -> None:
     def nothing(*_: object) -> None:
         """In place of a log entry, or of what ends a step's log."""
 
-    def nobody(*_: object) -> None:
-        """In place of the keeper of the replicas; a checkpoint at the end still goes home."""
+    def nobody(*_: object) -> tuple[()]:
+        """In place of the keepers of the replicas; a checkpoint at the end still goes home."""
+        return ()
 
     setattr(RunState, "log_sent", nothing)  # noqa: B010 the type checker knows it as a method
     setattr(StepLog, "finish", nothing)  # noqa: B010 as above
-    setattr(ViewWork, "_own_keeper", nobody)  # noqa: B010 as above
+    setattr(ViewWork, "_own_keepers", nobody)  # noqa: B010 as above
 
 
 if __name__ == "__main__":
