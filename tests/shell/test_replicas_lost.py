@@ -113,6 +113,9 @@ async def test_committed_state_is_exact_and_the_curve_stays_near(
     assert view.restoration is not None
     alone = [peers for peers, *_ in layout if peers == [victim]]
     assert len(view.restoration.replays) == len(alone), "a sibling has what a replica had"
+    if not alone:
+        left = [tuple(group[p].device for p in peers if p != victim) for peers, *_ in layout]
+        assert [stage.devices for stage in view.plan.stages] == left, "siblings go on together"
     for replay in view.restoration.replays:
         assert 0 < replay.step < resumed, "nothing was kept, or nothing was to be made again"
         assert len({part.device for part in replay.parts}) > 1
