@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from p2ptrain import limits
+from p2ptrain.agreement.view import View
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 
@@ -54,13 +55,28 @@ def protection(plan: Plan, known: Safeguards) -> Protected | Provisional:
     return Protected(replica_step=known.whole_step)
 
 
+def is_kept_in_vain(view: View, whole_step: int | None) -> bool:
+    """Whether replicas of before a view are of no more use: a later set is whole without them, or
+    none will be made.
+
+    Args:
+        whole_step: `ReplicaSets.releasable_step` in that view.
+    """
+    return _lacks_keeper(view.plan) or (whole_step is not None and whole_step >= view.resume_step)
+
+
+def _lacks_keeper(plan: Plan) -> bool:
+    """Whether no replica set can be whole: nobody keeps a stage that has no siblings either."""
+    kept = zip(plan.stages, plan.replicas, strict=False)
+    lacking = any(keeper is None and stage.split != "replicas" for stage, keeper in kept)
+    return lacking or not plan.replicas
+
+
 def _weakness(plan: Plan, known: Safeguards) -> str | None:
     present = set(plan.members) & set(known.present)
     if len(present) < 2:
         return "this device trains alone"
-    kept = zip(plan.stages, plan.replicas, strict=False)
-    lacking = any(keeper is None and stage.split != "replicas" for stage, keeper in kept)
-    if lacking or not plan.replicas:
+    if _lacks_keeper(plan):
         return "no other device keeps a replica"
     if known.whole_step is None:
         return "the next replica set is not yet whole"

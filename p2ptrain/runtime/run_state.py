@@ -19,7 +19,7 @@ from p2ptrain.errors import CheckpointError, InvariantBroken
 from p2ptrain.ids import DeviceId, Lineage, RunId
 from p2ptrain.planner.plan import is_sharded
 from p2ptrain.recovery.inventory import Inventory, LiveStage, LogKind, live_stage
-from p2ptrain.recovery.protection import Provisional, Safeguards, protection
+from p2ptrain.recovery.protection import Provisional, Safeguards, is_kept_in_vain, protection
 from p2ptrain.recovery.replica_sets import ReplicaSets
 from p2ptrain.recovery.step_log import LogKey, StepLog
 from p2ptrain.runtime.checkpoint_listing import parse_listing
@@ -346,11 +346,8 @@ class RunState:
         )
 
     def keeps_in_vain(self, view: View) -> bool:
-        """Whether what is kept here is of no more use: a later set is whole without it, there is
-        nothing, or nobody who would make such a set."""
-        whole = self.sets.releasable_step()
-        lone = not view.plan.replicas or None in view.plan.replicas
-        return lone or not self.kept() or (whole is not None and whole >= view.resume_step)
+        """Whether what is kept here is of no more use, or there is nothing."""
+        return is_kept_in_vain(view, self.sets.releasable_step()) or not self.kept()
 
     def release(self) -> int | None:
         """Forget what a whole replica set has made needless; the step up to which, or None."""

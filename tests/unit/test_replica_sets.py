@@ -12,7 +12,13 @@ from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.keepers import replica_keepers
 from p2ptrain.planner.plan import StageShare
-from p2ptrain.recovery.protection import Protected, Provisional, Safeguards, protection
+from p2ptrain.recovery.protection import (
+    Protected,
+    Provisional,
+    Safeguards,
+    is_kept_in_vain,
+    protection,
+)
 from p2ptrain.recovery.replica_sets import ReplicaSets
 from p2ptrain.training.messages import ReplicaStored, stamp_of
 from tests.sim.plans import device, digest_of
@@ -161,6 +167,22 @@ def test_siblings_need_no_copy_of_what_each_of_them_has() -> None:
     assert sets.whole_step((A, C)) is None, "the last one of its stage may be lost next"
     safe = known(present=(A, B, C), whole_step=7)
     assert protection(view.plan, safe) == Protected(replica_step=7)
+
+
+def test_who_leaves_replicas_keeps_what_it_has_until_a_later_set_is_whole() -> None:
+    view = replace(shared_view((A, B), (C,)), resume_step=8)
+    assert view.plan.replicas == (None, A)
+    held = {step: is_kept_in_vain(view, step) for step in (None, 7, 8)}
+    assert held == {None: False, 7: False, 8: True}
+
+
+@pytest.mark.parametrize("keepers", [(), (None, None), (B, None)])
+def test_nothing_is_kept_for_a_set_that_nobody_will_make(
+    keepers: tuple[DeviceId | None, ...],
+) -> None:
+    view = staged_view((A, 2), (B, 2))
+    alone = replace(view, plan=replace(view.plan, replicas=keepers))
+    assert is_kept_in_vain(alone, None)
 
 
 def test_where_every_stage_has_siblings_the_newest_step_is_whole() -> None:
