@@ -31,6 +31,7 @@ _names: dict[type, str] = {}
 NESTING_MAX = 9
 ITEMS_MAX = 65_536
 INTEGER_MAX = (1 << 63) - 1
+_SCALARS = frozenset({int, float, str, bytes, bool, type(None)})
 
 
 def message(name: str) -> Callable[[type[_T]], type[_T]]:
@@ -105,6 +106,8 @@ def unpack_map(body: bytes | memoryview, *, bytes_max: int) -> dict[str, Any]:
 
 def to_plain(value: object) -> Any:  # Any: msgpack and JSON values
     """A dataclass as nested dicts, lists and scalars, for msgpack, hashing and JSON."""
+    if type(value) in _SCALARS:
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain_fields(value)
     if isinstance(value, tuple | list):
@@ -122,7 +125,13 @@ def from_plain(cls: type[_T], value: object) -> _T:
 
 
 def _plain_fields(value: Any) -> dict[str, Any]:  # Any: a dataclass instance
-    return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    cls: type = type(value)
+    return {name: to_plain(getattr(value, name)) for name in _field_names(cls)}
+
+
+@functools.cache
+def _field_names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 @functools.cache
