@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from p2ptrain.planner.input import LinkEstimate
 from p2ptrain.planner.kinds import Kind
 from p2ptrain.schedule.actions import Action, Held
 from p2ptrain.schedule.replicated import Owners
@@ -50,8 +51,8 @@ class Hop:
 
     latency_ns: int
     bytes_per_s: int
-    links: tuple[tuple[tuple[int, int], int, int, str], ...]
-    """(replica before, after), latency, bytes per second, medium."""
+    links: tuple[tuple[tuple[int, int], LinkEstimate], ...]
+    """By (replica before, after)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

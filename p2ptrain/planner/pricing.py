@@ -18,6 +18,7 @@ from p2ptrain.bundle.shard_traffic import CollectiveCost
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups, Hop, Replica
 from p2ptrain.planner.input import SAME_HOST_BYTES_PER_S, LinkEstimate
+from p2ptrain.planner.lines import Interfaces
 from p2ptrain.planner.links import LinkTable
 from p2ptrain.planner.question import Question
 from p2ptrain.planner.replica_interval import (
@@ -91,6 +92,8 @@ class Pricing:
         self.microbatches = question.contract.microbatches
         self._kinds = tuple(segment.kind for segment in question.manifest.segments)
         self._links = LinkTable(question.links)
+        profiles = [device.profile for device in self.devices]
+        self._interfaces = Interfaces(profiles, self._links)
         self._memory: dict[tuple[int, int, Held], int] = {}
         self._longest: dict[tuple[int, Held, int, int], int] = {}
         self._times: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {}
@@ -233,11 +236,10 @@ class Pricing:
     def _hop(self, before: tuple[int, ...], after: tuple[int, ...]) -> Hop:
         links = []
         for (i, a), (j, b) in itertools.product(enumerate(before), enumerate(after)):
-            link = self.link(a, b)
-            links.append(((i, j), link.latency_ns, link.bytes_per_s, link.medium))
+            links.append(((i, j), self.link(a, b)))
         return Hop(
-            latency_ns=min(each[1] for each in links),
-            bytes_per_s=max(each[2] for each in links),
+            latency_ns=min(link.latency_ns for _, link in links),
+            bytes_per_s=max(link.bytes_per_s for _, link in links),
             links=tuple(links),
         )
 
@@ -307,14 +309,13 @@ class Pricing:
         found = {}
         for boundary, hop in enumerate(arrangement.hops):
             crossing = self.costs.segments[cuts[boundary] - 1]
-            for (i, j), latency_ns, bytes_per_s, medium in hop.links:
-                name = f"{boundary}.{i}.{j}"
+            before, after = arrangement.groups[boundary], arrangement.groups[boundary + 1]
+            for (i, j), link in hop.links:
+                on, back = (before[i], after[j]), (after[j], before[i])
                 found[boundary, i, j] = Passage(
-                    forward_line=medium or f"{name} on",
-                    backward_line=medium or f"{name} back",
-                    forward_busy_ns=-(-crossing.sent_bytes * NS_PER_S // bytes_per_s),
-                    backward_busy_ns=-(-crossing.returned_bytes * NS_PER_S // bytes_per_s),
-                    latency_ns=latency_ns,
+                    forward_lines=self._interfaces.lines(*on, crossing.sent_bytes),
+                    backward_lines=self._interfaces.lines(*back, crossing.returned_bytes),
+                    latency_ns=link.latency_ns,
                 )
         return found
 
@@ -485,7 +486,7 @@ class Pricing:
             rates = [self.link(a, b).bytes_per_s for a in group for b in others]
         else:
             near = arrangement.hops[max(0, stage - 1) : stage + 1]
-            rates = [each[2] for hop in near for each in hop.links]
+            rates = [link.bytes_per_s for hop in near for _, link in hop.links]
         return min(rates, default=SAME_HOST_BYTES_PER_S)
 
 

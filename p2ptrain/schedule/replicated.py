@@ -38,12 +38,10 @@ _WHOLE: Final = 1 << 60
 class Passage:
     """How tensors get from one replica to another one of the next stage, and cotangents back."""
 
-    forward_line: str
-    """What carries it, one tensor at a time: a direction of a pair, or a shared medium."""
-    backward_line: str
-    forward_busy_ns: int
-    """For how long an activation takes the line."""
-    backward_busy_ns: int
+    forward_lines: tuple[tuple[str, int], ...]
+    """What an activation needs all at once, one tensor at a time, and for how many nanoseconds it
+    takes each: a direction of a pair, an end's interface, or a shared medium."""
+    backward_lines: tuple[tuple[str, int], ...]
     latency_ns: int
 
 
@@ -176,7 +174,7 @@ def play(
     """Simulate one step, event by event.
 
     A replica does one action at a time, in order. A tensor leaves when its action ends, and waits
-    for its line in the order in which tensors become ready. `folded`: the first and the last stage
+    for its lines in the order in which tensors become ready. `folded`: the first and the last stage
     are one device, which does one action of either at a time; the stage that waited goes first.
 
     Raises:
@@ -272,10 +270,11 @@ class _Step:
         ends = (self._owners[boundary], self._owners[boundary + 1])
         before, after = (own[action.microbatch] for own in ends)
         passage = self._passages[boundary, before, after]
-        line = passage.forward_line if forward else passage.backward_line
-        busy_ns = passage.forward_busy_ns if forward else passage.backward_busy_ns
-        sent_ns = max(now_ns, self._line_free_ns.get(line, 0)) + busy_ns
-        self._line_free_ns[line] = sent_ns
+        lines = passage.forward_lines if forward else passage.backward_lines
+        begins_ns = max(now_ns, *(self._line_free_ns.get(line, 0) for line, _ in lines))
+        for line, busy_ns in lines:
+            self._line_free_ns[line] = begins_ns + busy_ns
+        sent_ns = begins_ns + max(busy_ns for _, busy_ns in lines)
         arriving = Action(stage=target, kind=action.kind, microbatch=action.microbatch)
         self._push(sent_ns + passage.latency_ns, arriving, ended=False)
 

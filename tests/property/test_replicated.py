@@ -16,9 +16,7 @@ from p2ptrain.schedule.replicated import (
     replicated_evaluation,
 )
 
-LINE = Passage(
-    forward_line="out", backward_line="back", forward_busy_ns=1, backward_busy_ns=1, latency_ns=0
-)
+LINE = Passage(forward_lines=(("out", 1),), backward_lines=(("back", 1),), latency_ns=0)
 
 
 @st.composite

@@ -124,6 +124,26 @@ def test_one_medium_makes_two_boundaries_wait_for_each_other() -> None:
     assert step_ns("air") > 1.3 * step_ns("")
 
 
+def test_both_links_of_the_middle_stage_share_its_interface() -> None:
+    """What its fastest link shows of the interface decides, also where that link is not used."""
+    taking_part = equal_devices("abcd", segment_count=3)
+
+    def step_ns(unused: int) -> int:
+        rates = {"ab": 100_000, "bc": 100_000, "bd": unused}
+        links = tuple(
+            LinkEstimate(first=device(a), second=device(b), latency_ns=0, bytes_per_s=rate)
+            for (a, b), rate in rates.items()
+        )
+        pricing = Pricing(question(taking_part, segment_count=3, links=links))
+        arrangement = pricing.arrange(((0,), (1,), (2,)), "1f1b")
+        assert arrangement is not None
+        return pricing.price(arrangement, (1, 2, 3)).step_ns
+
+    slow, free = step_ns(100_000), step_ns(100_000_000)
+    assert slow > free
+    assert step_ns(1_000_000_000) == free
+
+
 def test_all_reduce_is_partly_hidden_behind_the_last_backward() -> None:
     # 3 segments of 16 float32; 64 bytes take 0.5 ms each over this link, in two rounds of halves.
     taking_part = equal_devices("ab", segment_count=3)
