@@ -177,6 +177,8 @@ STAGES_MAX: Final = 64
 MICROBATCHES_MAX: Final = 4096
 OFFER_TIMEOUT_S: Final = 60.0
 PREPARE_TIMEOUT_S: Final = 120.0
+REPLAY_PACE_MAX: Final = 4
+"""A replay may take so many times what its steps were predicted to."""
 READY_REPEAT_S: Final = 2.0
 PREPARE_BYTES_PER_S_MIN: Final = 500_000
 BLOB_TIMEOUT_S: Final = 60.0

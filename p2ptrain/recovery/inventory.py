@@ -51,6 +51,27 @@ class LiveStage:
         return (*self.span.segments, *further)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveShard:
+    """A tensor shard in a peer's memory: its slices of every segment, and perhaps gradients."""
+
+    weights: tuple[int, ...]
+    """Of all shards, by rank."""
+    rank: int
+    step: int
+    """Updates applied."""
+    gradients_complete: bool
+    """As of a `LiveStage`."""
+
+    def __post_init__(self) -> None:
+        if (
+            len(self.weights) < 2
+            or min(self.weights) < 1
+            or self.rank not in range(len(self.weights))
+        ):
+            raise ValueError("a shard is one of two or more, each with a part")
+
+
 def live_stage(stages: Sequence[range], step: int, *, gradients_complete: bool) -> LiveStage:
     """What a device with one stage, or a private run's two, has in memory."""
     spans = [SegmentSpan(first=own.start, count=len(own)) for own in stages]
@@ -113,6 +134,9 @@ class Inventory:
     """What it has measured of its links."""
     battery: Battery | None = None
     """That it runs on now; as in `PeerProfile`."""
+    shard: LiveShard | None = None
+    """None: no tensor shard, or it was lost with a crash. Of no segment is enough here, so it
+    counts only beside all the others."""
 
     def __post_init__(self) -> None:
         if len(self.links) > limits.LINK_PEERS_MAX:

@@ -10,8 +10,10 @@ from p2ptrain.planner.ends import fits_ends
 from p2ptrain.planner.explore import Explorer
 from p2ptrain.planner.input import PlanningInput
 from p2ptrain.planner.pricing import Pricing
+from p2ptrain.planner.sharded import Sharded, ShardedPricing
 from p2ptrain.recovery.successor import Place, Placement, Wish
 from p2ptrain.schedule.replicated import owners_by_weight
+from p2ptrain.training.memory import PROCESS_BYTES
 
 
 def placing(planning: PlanningInput) -> Place:
@@ -45,6 +47,15 @@ def placing(planning: PlanningInput) -> Place:
         )
 
     return place
+
+
+def replay_bytes(planning: PlanningInput, shares: tuple[int, ...]) -> int:
+    """Predicted peak of a device that replays tensor shards of these weights: all of them, and
+    then a copy of the states that they have come to."""
+    pricing = Pricing(run_question(planning))
+    shards = Sharded(kind="tensor", devices=(), weights=shares)
+    each = ShardedPricing(pricing).memory_bytes(shards)
+    return sum(each) - (len(each) - 1) * PROCESS_BYTES + pricing.state_bytes
 
 
 def _scaled(weights: tuple[int, ...], microbatches: int) -> tuple[int, ...]:

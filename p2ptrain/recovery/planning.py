@@ -4,8 +4,9 @@ A segment is live where its stage's memory has it at the step where the view res
 nowhere is lost: each gap-free range of lost segments is loaded from the newest replicas from which
 its inputs are logged up to that step, and replayed by whoever runs its first segment next. Where
 nothing else helps, live segments whose logs are gone are made again together with the lost ones.
-Of tensor shards no segment is live anywhere: the whole model is loaded and every step since made
-again by one peer, which computes all of the shards in their order.
+Of tensor shards no segment is live anywhere: where all of them go on as they are nothing is to be
+done, and else the whole model is loaded and every step since made again by one peer, which
+computes all of the shards in their order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from p2ptrain.agreement.view import View
 from p2ptrain.ids import DeviceId, short
 from p2ptrain.planner.plan import Plan
-from p2ptrain.recovery.inventory import Inventory, LiveStage, LogKind, SegmentSpan
+from p2ptrain.recovery.inventory import Inventory, LiveShard, LiveStage, LogKind, SegmentSpan
 from p2ptrain.recovery.restoration import (
     BoundaryKind,
     LogPart,
@@ -59,6 +60,11 @@ class Losses:
 
 def restoration(losses: Losses) -> Restoration | Unrecoverable:
     """Sources of all segments and the replays that some need first; deterministic."""
+    if _shards_stay(losses):
+        stage = losses.plan.stages[0]
+        return Restoration(
+            replays=(), sources=(SpanAt(span=_span(stage.segments), device=stage.device),)
+        )
     live = {
         segment: device
         for segment, owner in _owners(losses.plan)
@@ -77,6 +83,21 @@ def restoration(losses: Losses) -> Restoration | Unrecoverable:
     for replay in replays:
         sources |= dict.fromkeys(replay.span.segments, replay.replayer)
     return Restoration(replays=tuple(replays), sources=_merged(sources))
+
+
+def _shards_stay(losses: Losses) -> bool:
+    """Whether every tensor shard of the plan is where it shall be, at the resumed step."""
+    stage = losses.plan.stages[0]
+    if stage.split != "tensor":
+        return False
+    told = [losses.promises.get(device) for device in stage.devices]
+    shards = [None if held is None else held.shard for held in told]
+    return all(
+        shard is not None
+        and (shard.weights, shard.rank) == (stage.weights, rank)
+        and _reaches(shard, losses.resume_step)
+        for rank, shard in enumerate(shards)
+    )
 
 
 _Tried = Mapping[range, Replay | None]
@@ -194,7 +215,7 @@ def _live(losses: Losses, segment: int, owner: DeviceId) -> DeviceId | None:
     return _preferred(losses.promises, found, owner)
 
 
-def _reaches(live: LiveStage, step: int) -> bool:
+def _reaches(live: LiveStage | LiveShard, step: int) -> bool:
     return live.step == step or (live.step == step - 1 and live.gradients_complete)
 
 

@@ -92,4 +92,12 @@ class Restoration:
 
     replays: tuple[Replay, ...]
     sources: tuple[SpanAt, ...]
-    """Covers every segment once, in order; a replayer is the source of its span."""
+    """Covers every segment once, in order; a replayer is the source of its span. Where tensor
+    shards stay as they are it is the first of them, and nobody asks it."""
+
+    def replayed_steps(self, resume_step: int) -> int:
+        """Of the longest replay, each shard's part of a step counted as one."""
+        return max(
+            ((resume_step - each.step) * max(1, len(each.shares)) for each in self.replays),
+            default=0,
+        )

@@ -23,9 +23,17 @@ class Asker:
     """The asking side of one view; `receive` takes the answers."""
 
     def __init__(
-        self, *, stamp: Stamp, outlet: Outlet, blobs: BlobExchange, signal: Signal
+        self,
+        *,
+        stamp: Stamp,
+        outlet: Outlet,
+        blobs: BlobExchange,
+        signal: Signal,
+        replay_s: float = 0.0,
     ) -> None:
+        """`replay_s`: how long who is asked may need to make it again, beside getting ready."""
         self._stamp, self._outlet, self._blobs, self._signal = stamp, outlet, blobs, signal
+        self._wait_s = limits.PREPARE_TIMEOUT_S + replay_s
         self._answers: dict[_Key, Given | None] = {}
         self.fetched_bytes = 0
 
@@ -70,12 +78,12 @@ class Asker:
         return content
 
     async def _wait(self, key: _Key) -> Given:
-        with trio.move_on_after(limits.PREPARE_TIMEOUT_S):
+        with trio.move_on_after(self._wait_s):
             await self._signal.wait_until(lambda: self._answers[key] is not None)
         given = self._answers[key]
         if given is None:
             raise PeerLost(
                 f"{key[0][:8]} did not give the {key[1]} of segment {key[2]} at step {key[3]} "
-                f"within {limits.PREPARE_TIMEOUT_S:.0f} s"
+                f"within {self._wait_s:.0f} s"
             )
         return given

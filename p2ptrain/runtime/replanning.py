@@ -26,13 +26,13 @@ from p2ptrain.planner.plan import Plan, is_sharded
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.recovery.advance import announced, stages_of, told_step
 from p2ptrain.recovery.inventory import Inventory
-from p2ptrain.recovery.placing import placing
+from p2ptrain.recovery.placing import placing, replay_bytes
 from p2ptrain.recovery.planning import Losses, Unrecoverable, last_whole_set, restoration
-from p2ptrain.recovery.restoration import SpanAt
+from p2ptrain.recovery.restoration import Restoration, SpanAt
 from p2ptrain.recovery.successor import Place, Succession, following_plan, successor_plans
 from p2ptrain.runtime.placement import planning_profile, predicted_memory
 from p2ptrain.training.ties import tie_groups
-from p2ptrain.units import NS_PER_S
+from p2ptrain.units import NS_PER_S, format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ def _fallen_back(given: NextView) -> NextView:
     inventories = {promise.device: promise.inventory for promise in wanted.promises}
     step = last_whole_set(inventories, count)
     promises = tuple(
-        replace(promise, inventory=replace(promise.inventory, live=None, logs=()))
+        replace(promise, inventory=replace(promise.inventory, live=None, shard=None, logs=()))
         for promise in wanted.promises
     )
     records = tuple(record for record in wanted.records if record.step <= step)
@@ -213,6 +213,8 @@ class _Planner:
         )
         if isinstance(found, Unrecoverable):
             return found
+        if (lacking := self._lacks_memory(plan, found)) is not None:
+            return lacking
         return replace(
             self._base,
             plan=plan,
@@ -225,6 +227,24 @@ class _Planner:
             aim=candidate.aim,
             exact_from=self._exact_from(plan),
         )
+
+    def _lacks_memory(self, plan: Plan, found: Restoration) -> Unrecoverable | None:
+        """Why a peer cannot replay shards: it has all of them in memory at once."""
+        for replay in found.replays:
+            device = replay.replayer
+            if not replay.shares or device not in self._profiles:
+                continue
+            needs = replay_bytes(self._planning(plan.home), replay.shares)
+            room = self._profiles[device].memory_bytes
+            if needs > room:
+                return Unrecoverable(
+                    devices_needed=(),
+                    sentence=f"to make the steps since {replay.step} again, all shards on "
+                    f"{short(device)} need {format_bytes(needs)} of its {format_bytes(room)}: it "
+                    "takes a larger --memory there, or --force-view to go back to step "
+                    f"{last_whole_set(self._promises, replay.span.segments.stop)}",
+                )
+        return None
 
     def _exact_from(self, plan: Plan) -> int:
         """Where a stage that several peers shared goes to one, or shards are cut otherwise, replays

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import trio
 
+from p2ptrain import limits
 from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import CheckpointError, InvariantBroken, PeerLost
@@ -23,8 +24,8 @@ from p2ptrain.runtime.inheriting import inherit_logs
 from p2ptrain.runtime.item_run import apply_update
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replay import Replayer, ShardReplayer
-from p2ptrain.runtime.run_state import WEIGHTS_FOLDER, RunState, Stateful, Worker
-from p2ptrain.runtime.shard_group import ShardGroup
+from p2ptrain.runtime.run_state import WEIGHTS_FOLDER, Holder, Loadable, RunState, Stateful, Worker
+from p2ptrain.runtime.shard_group import WholeStates, joined_states
 from p2ptrain.runtime.shard_worker import ShardWorker
 from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.runtime.stage_weights import StageWeights
@@ -35,6 +36,16 @@ from p2ptrain.training.routing import Route
 from p2ptrain.training.shard_cuts import Share, share_of
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.training.step_tensors import expected_tensors, joined
+from p2ptrain.units import NS_PER_S
+
+
+def replay_limit_s(view: View) -> float:
+    """How long the replays that a view begins with may take; all wait for them, and derive the
+    same from the view."""
+    if view.restoration is None:
+        return 0.0
+    steps = view.restoration.replayed_steps(view.resume_step)
+    return limits.REPLAY_PACE_MAX * steps * view.plan.step_ns / NS_PER_S
 
 
 class Restorer:
@@ -56,9 +67,10 @@ class Restorer:
             outlet=state.services.outlet,
             blobs=state.services.blobs,
             signal=state.signal,
+            replay_s=replay_limit_s(view),
         )
         self._settled = False
-        self._replayed: list[StageWorker | ShardGroup] = []
+        self._replayed: list[StageWorker | WholeStates] = []
         self.replayed_steps = 0
 
     @property
@@ -231,7 +243,7 @@ class Restorer:
                 self._state.load, worker, segment, self._view.first_step, content
             )
 
-    def _holder(self, segment: int) -> Stateful | None:
+    def _holder(self, segment: int) -> Holder | None:
         """A worker of ours with this segment's whole state at the view's step."""
         step = self._view.resume_step
         for worker in (self._state.worker, *self._replayed):
@@ -241,7 +253,7 @@ class Restorer:
                 return worker
         return None
 
-    async def _load_from(self, worker: Stateful, segment: int, source: DeviceId, step: int) -> None:
+    async def _load_from(self, worker: Loadable, segment: int, source: DeviceId, step: int) -> None:
         if source == self._services.device:
             content = await self._own_replica(segment, step)
         else:
@@ -261,11 +273,17 @@ class Restorer:
 
     # Replay.
 
-    async def _replay(self, replay: Replay) -> StageWorker | ShardGroup:
+    async def _replay(self, replay: Replay) -> StageWorker | WholeStates:
         """Make a lost range again: its replica, then every step since, from logs and records."""
+        segments, plan, present = replay.span.segments, self._view.plan, self._state.worker
+        if isinstance(present, ShardWorker) and not present.has_whole_states:
+            self._state.worker = None  # slices are of no more use, and what follows needs the room
         if replay.shares:
             return await self._replay_shards(replay)
-        segments, plan = replay.span.segments, self._view.plan
+        if plan.stages[0].split == "tensor" and replay.step == self._view.resume_step > 0:
+            states = WholeStates(segments)  # nobody here is to run them whole
+            await self._load_replicas(states, replay)
+            return states
         own = plan.stages_of(self._services.device)
         ours = next((index for index in own if plan.stages[index].segments == segments), None)
         holds = Held(in_flight=1, delayed=0) if ours is None else self._holds(ours)
@@ -281,20 +299,23 @@ class Restorer:
         await self._replay_steps(replay, replayer.run_step)
         return worker
 
-    async def _replay_shards(self, replay: Replay) -> ShardGroup:
-        """As `_replay`, of a model that shards had computed: all of them are computed here."""
-        self._state.worker = None  # a slice is of no more use, and these take the memory
+    async def _replay_shards(self, replay: Replay) -> WholeStates:
+        """As `_replay`, of a model that shards had computed: all of them are computed here, and
+        are gone before our next part is made."""
         weights = await self._weights(replay.span.segments)
         group = await trio.to_thread.run_sync(self._state.make_group, replay.shares, weights)
         await self._load_replayed(group, replay)
         replayer = ShardReplayer(group, self._view.contract)
         await self._replay_steps(replay, replayer.run_step)
-        return group
+        return await trio.to_thread.run_sync(joined_states, group, self._view.resume_step)
 
     async def _load_replayed(self, worker: Stateful, replay: Replay) -> None:
         if replay.step == 0:
             await trio.to_thread.run_sync(worker.draw_parameters)
             return
+        await self._load_replicas(worker, replay)
+
+    async def _load_replicas(self, worker: Loadable, replay: Replay) -> None:
         for segment in replay.span.segments:
             source = _device_of(replay.replicas, segment)
             await self._load_from(worker, segment, source, replay.step)

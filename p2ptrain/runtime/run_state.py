@@ -18,7 +18,7 @@ from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.errors import CheckpointError, InvariantBroken
 from p2ptrain.ids import DeviceId, Lineage, RunId
 from p2ptrain.planner.plan import is_sharded
-from p2ptrain.recovery.inventory import Inventory, LiveStage, LogKind, live_stage
+from p2ptrain.recovery.inventory import Inventory, LiveShard, LiveStage, LogKind, live_stage
 from p2ptrain.recovery.protection import Provisional, Safeguards, is_kept_in_vain, protection
 from p2ptrain.recovery.replica_sets import ReplicaSets
 from p2ptrain.recovery.step_log import LogKey, StepLog
@@ -57,8 +57,8 @@ JOURNAL_FILE = "agreement.jsonl"
 WEIGHTS_FOLDER = "weights"
 
 
-class Stateful(Protocol):
-    """What has the whole state of segments in memory, or takes it."""
+class Holder(Protocol):
+    """What has the whole state of segments in memory."""
 
     @property
     def segments(self) -> Sequence[int]:
@@ -68,14 +68,22 @@ class Stateful(Protocol):
     def applied_step(self) -> int | None:
         """Updates applied to every segment; None while they differ."""
 
-    def draw_parameters(self) -> None:
-        """Start afresh."""
+    def state(self, segment_index: int, step: int) -> SegmentState:
+        """A copy of one segment's state after `step` updates."""
+
+
+class Loadable(Protocol):
+    """What takes the whole states of segments."""
 
     def load(self, segment_index: int, state: SegmentState) -> None:
         """Take over one segment's state; CheckpointError when it does not fit."""
 
-    def state(self, segment_index: int, step: int) -> SegmentState:
-        """A copy of one segment's state after `step` updates."""
+
+class Stateful(Holder, Loadable, Protocol):
+    """What has such states and takes them, and can draw them."""
+
+    def draw_parameters(self) -> None:
+        """Start afresh."""
 
 
 Worker = StageWorker | EndsWorker | ShardWorker
@@ -213,7 +221,7 @@ class RunState:
             weights=weights,
         )
 
-    def load(self, worker: Stateful, segment: int, step: int, content: bytes) -> None:
+    def load(self, worker: Loadable, segment: int, step: int, content: bytes) -> None:
         """Give a worker one segment's state; CheckpointError when it is something else."""
         stored = read_segment_state(
             content,
@@ -226,7 +234,7 @@ class RunState:
             raise CheckpointError(f"what came as segment {segment} is something else")
         worker.load(segment, stored.state)
 
-    def serialise(self, worker: Stateful, segment: int, stamp: Stamp, step: int) -> bytes:
+    def serialise(self, worker: Holder, segment: int, stamp: Stamp, step: int) -> bytes:
         """One segment's state as a checkpoint file."""
         header = StateHeader(
             run=stamp.run,
@@ -412,6 +420,7 @@ class RunState:
             linked=self.services.directory.linked(),
             links=self.services.link_figures(),
             battery=self.services.battery(),
+            shard=self._live_shard(),
         )
 
     def close(self) -> None:
@@ -453,7 +462,27 @@ class RunState:
             return None
         if isinstance(worker, ShardWorker) and not worker.has_whole_states:
             return None  # of no segment is enough here
-        step = worker.applied_step
-        complete = worker.gradients_complete or self.released_step > step
         stages = worker.ends if isinstance(worker, EndsWorker) else (worker,)
-        return live_stage([s.segments for s in stages], step, gradients_complete=complete)
+        return live_stage(
+            [s.segments for s in stages],
+            worker.applied_step,
+            gradients_complete=self._reaches_next(worker, worker.applied_step),
+        )
+
+    def _live_shard(self) -> LiveShard | None:
+        worker = self.worker
+        if not isinstance(worker, ShardWorker) or worker.has_whole_states:
+            return None
+        step = worker.applied_step
+        if step is None:
+            return None
+        return LiveShard(
+            weights=worker.share.weights,
+            rank=worker.share.rank,
+            step=step,
+            gradients_complete=self._reaches_next(worker, step),
+        )
+
+    def _reaches_next(self, worker: Worker, step: int) -> bool:
+        """Whether the update after `step` can be applied, or is on its way."""
+        return worker.gradients_complete or self.released_step > step

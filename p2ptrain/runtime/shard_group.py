@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from p2ptrain.bundle.manifest import Loss
 from p2ptrain.bundle.sharding import Mode
 from p2ptrain.engine.contract import Array, Engine
+from p2ptrain.errors import InvariantBroken
 from p2ptrain.runtime.shard_worker import ShardWorker
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.contract import Contract
@@ -131,3 +132,37 @@ class ShardGroup:
         """Forget what a step has begun."""
         for worker in self.workers:
             worker.abandon_step()
+
+
+class WholeStates:
+    """States of segments without anything that runs them: what others ask a replayer for, and what
+    its own next part is made of, while that takes the memory."""
+
+    def __init__(self, segments: range) -> None:
+        """Of these segments, none of which is there yet."""
+        self.segments = segments
+        self._states: dict[int, SegmentState] = {}
+
+    @property
+    def applied_step(self) -> int | None:
+        """Of every segment; None before all are there."""
+        steps = {state.step for state in self._states.values()}
+        return steps.pop() if set(self._states) == set(self.segments) and len(steps) == 1 else None
+
+    def load(self, segment_index: int, state: SegmentState) -> None:
+        """Keep one segment's."""
+        self._states[segment_index] = state
+
+    def state(self, segment_index: int, step: int) -> SegmentState:
+        """One segment's; `step` is that of all."""
+        if step != self.applied_step:
+            raise InvariantBroken(f"states of step {self.applied_step}, not {step}")
+        return self._states[segment_index]
+
+
+def joined_states(group: ShardGroup, step: int) -> WholeStates:
+    """What shards that have made `step` have come to, copied."""
+    states = WholeStates(group.segments)
+    for index in group.segments:
+        states.load(index, group.state(index, step))
+    return states

@@ -25,7 +25,7 @@ from p2ptrain.runtime.inbox import FED_KINDS
 from p2ptrain.runtime.item_run import RunPlace, StageHooks
 from p2ptrain.runtime.recovery_clock import RecoveryClock
 from p2ptrain.runtime.replication import SnapshotOwner
-from p2ptrain.runtime.restoring import Restorer
+from p2ptrain.runtime.restoring import Restorer, replay_limit_s
 from p2ptrain.runtime.run_state import RunState, Worker
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.shard_run import ShardRun
@@ -275,6 +275,7 @@ class ViewWork:
 
     async def _wait_ready(self) -> None:
         limit_s = prepare_timeout_s(self._state.manifest, resumed=not self._restorer.draws)
+        limit_s += replay_limit_s(self.view)
         with trio.move_on_after(limit_s) as scope:
             await self._signal.wait_until(lambda: self._ready >= set(self.plan.members))
         if scope.cancelled_caught:

@@ -161,6 +161,7 @@ SPECIAL: Final[dict[str, dict[str, Any]]] = {  # Any: what makes a field's value
         "aim": lambda: _aim(),
     },
     "Replay": {"shares": lambda: (3, 1)},
+    "LiveShard": {"weights": lambda: (3, 1), "rank": lambda: 1},
     "Contract": {
         "dropout": lambda: 0.1,
         "optimizer": OptimizerChoice,

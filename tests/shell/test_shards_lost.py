@@ -12,7 +12,7 @@ import trio
 
 from p2ptrain.agreement.run_machine import RunMachine
 from p2ptrain.runtime.replay import ShardReplayer
-from p2ptrain.runtime.reports import StepReport, TrainRequest, TrainResult
+from p2ptrain.runtime.reports import PlanReport, StepReport, TrainRequest, TrainResult
 from p2ptrain.runtime.run_status import run_status_report
 from p2ptrain.runtime.shard_worker import ShardWorker
 from p2ptrain.store.bundles import Bundle, load_bundle, shipped_bundles
@@ -96,30 +96,38 @@ def request_for(path: Path, group: MemoryGroup, weights: Sequence[int]) -> Train
     )  # fmt: skip
 
 
-def undisturbed(path: Path, weights: Sequence[int]) -> TrainResult:
-    async def train() -> TrainResult:
+def undisturbed(path: Path, weights: Sequence[int]) -> tuple[TrainResult, PlanReport]:
+    async def train() -> tuple[TrainResult, PlanReport]:
         async with memory_group(path, len(weights)) as group:
-            return await group[0].train(request_for(path, group, weights))
+            result = await group[0].train(request_for(path, group, weights))
+            (plan,) = [r for r in group.reports("plan") if isinstance(r, PlanReport)]
+            return result, plan
 
     return trio.run(train)
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """One peer's run."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, PlanReport]:
+    """One peer's run, and its plan."""
     return undisturbed(tmp_path_factory.mktemp("one"), (1,))
+
+
+@pytest.fixture(scope="module")
+def one(alone: tuple[TrainResult, PlanReport]) -> TrainResult:
+    """One peer's run."""
+    return alone[0]
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory, updates: Updates) -> TrainResult:
     """The undisturbed run of three shards."""
-    return undisturbed(tmp_path_factory.mktemp("three"), THREE)
+    return undisturbed(tmp_path_factory.mktemp("three"), THREE)[0]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, updates: Updates) -> TrainResult:
     """The undisturbed run of two uneven shards."""
-    return undisturbed(tmp_path_factory.mktemp("two"), TWO)
+    return undisturbed(tmp_path_factory.mktemp("two"), TWO)[0]
 
 
 def assert_recovered(
@@ -246,16 +254,39 @@ async def test_two_lost_at_once_leave_no_quorum(tmp_path: Path, updates: Updates
                 group.kill(group[2])
                 home = group[0].runs.member
                 assert home is not None
-                await until(lambda: home.paused is not None)
+                await home.state.signal.wait_until(lambda: home.paused is not None)
                 assert "no quorum (1 of 3: " in (run_status_report(home).waits_for or "")
                 nursery.cancel_scope.cancel()
+
+
+async def test_a_replay_that_memory_does_not_hold_is_not_begun(
+    tmp_path: Path, alone: tuple[TrainResult, PlanReport], updates: Updates
+) -> None:
+    """The model would fit the peer that is left, but not the shards beside each other."""
+    whole, replayed = alone[1].stages[0].memory_bytes, len(updates.replayed)
+    async with memory_group(tmp_path, 2) as group:
+        group[0].memory_bytes = lambda: whole
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, request_for(tmp_path, group, TWO))
+                await run.wait_step(5)
+                group.kill(group[1])
+                home = group[0].runs.member
+                assert home is not None
+                await home.state.signal.wait_until(lambda: home.paused is not None)
+                reason = run_status_report(home).waits_for or ""
+                assert "all shards on" in reason
+                assert "--force-view to go back to step" in reason
+                nursery.cancel_scope.cancel()
+    assert len(updates.replayed) == replayed
 
 
 async def test_a_view_that_changes_nothing_changes_no_bit(
     tmp_path: Path, three: TrainResult, updates: Updates
 ) -> None:
     async with memory_group(tmp_path, 3) as group:
-        run = Disturbed(group)
+        run, replayed = Disturbed(group), len(updates.replayed)
         with trio.fail_after(SECONDS_MAX):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run.train, request_for(tmp_path, group, THREE))
@@ -264,6 +295,7 @@ async def test_a_view_that_changes_nothing_changes_no_bit(
                 assert member is not None
                 member.driver.call(RunMachine.want, "a test", member.driver.now(), after_s=0.0)
     assert run.result is not None
+    assert len(updates.replayed) == replayed, "every shard was where it should be"
     assert float_bits(run.result.losses) == float_bits(three.losses)
     assert run.result.state_digest == three.state_digest
     updates.assert_same(THREE)

@@ -216,3 +216,23 @@ def test_of_tensor_shards_a_set_is_whole_once_two_keep_it() -> None:
     assert sets.whole_step((A, C)) == 0
     safe = known(present=members, whole_step=9)
     assert protection(view.plan, safe) == Protected(replica_step=9)
+
+
+def test_shards_that_were_cut_anew_are_protected_by_a_set_of_their_own_only() -> None:
+    """Steps of before were made by others, so older sets are of no use after the next one."""
+    shared = shared_view((A, B))
+    (stage,) = shared.plan.stages
+    stage = replace(stage, split="tensor")
+    keepers = replica_keepers((stage,), shared.members)
+    plan = replace(shared.plan, stages=(stage,), replicas=keepers)
+    view = replace(shared, plan=plan, resume_step=9, exact_from=9)
+    sets = begun(view)
+    for step in (4, 12):
+        assert sets.whole_step((A, B)) is None
+        safe = known(present=(A, B), whole_step=sets.whole_step((A, B)), data_copies=(A, B))
+        assert protection(plan, safe) == Provisional(reason="the next replica set is not yet whole")
+        for keeper in (A, B):
+            for segment in stage.segments:
+                sets.stored(stored(step, segment, view), keeper)
+    assert sets.whole_step((A, B)) == 12
+    assert sets.whole_step((A,)) is None

@@ -7,18 +7,22 @@ from dataclasses import replace
 
 import pytest
 
+from p2ptrain import limits
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan, StageShare
 from p2ptrain.recovery.inventory import (
     HeldLog,
     HeldState,
     Inventory,
+    LiveShard,
     LiveStage,
     LogKind,
     SegmentSpan,
 )
 from p2ptrain.recovery.planning import Losses, Unrecoverable, last_whole_set, restoration
 from p2ptrain.recovery.restoration import Replay, Restoration, SpanAt, TiedAt
+from p2ptrain.runtime.restoring import replay_limit_s
+from p2ptrain.units import NS_PER_S
 from tests.sim.plans import device
 from tests.sim.run_views import make_step, staged_plan, staged_view
 
@@ -471,3 +475,55 @@ def test_a_loss_while_shards_are_replayed_takes_the_same_shares() -> None:
     assert isinstance(again, Restoration)
     (replay,) = again.replays
     assert (replay.step, replay.replayer, replay.shares) == (REPLICA, A, (3, 2, 1))
+
+
+def shards_there(**changes: int) -> Losses:
+    """All three shards are asked to go on as they are, after more steps than anybody could make
+    again."""
+    lost = shards_lost()
+    base = replace(lost.base, exact_from=REPLICA + 1, resume_step=REPLICA + 1)
+    shards = [
+        LiveShard(weights=(3, 2, 1), rank=rank, step=STEP, gradients_complete=False)
+        for rank in range(3)
+    ]
+    shards[2] = replace(shards[2], **changes)  # type: ignore[arg-type]  # fields by name
+    promises = {
+        each: replace(lost.promises[A], shard=shard)
+        for each, shard in zip((A, B, C), shards, strict=True)
+    }
+    return replace(lost, base=base, plan=base.plan, promises=promises)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"step": STEP - 1, "gradients_complete": True}], ids=["applied", "to apply"]
+)
+def test_shards_that_all_stay_make_nothing_again(changes: dict[str, int]) -> None:
+    whole = SpanAt(span=span(0, 8), device=A)
+    assert restoration(shards_there(**changes)) == Restoration(replays=(), sources=(whole,))
+
+
+@pytest.mark.parametrize("changes", [{"step": STEP - 1}, {"rank": 1}, {"step": STEP - 2}])
+def test_a_shard_that_is_not_where_it_shall_be_is_lost(changes: dict[str, int]) -> None:
+    assert isinstance(restoration(shards_there(**changes)), Unrecoverable)
+
+
+def test_shards_that_are_cut_otherwise_do_not_stay() -> None:
+    there = shards_there()
+    plan = sharded(A, B, C, weights=(1, 1, 1))
+    assert isinstance(restoration(replace(there, plan=plan)), Unrecoverable)
+    base = replace(there.base, exact_from=0)
+    found = restoration(replace(there, base=base, plan=plan))
+    assert isinstance(found, Restoration)
+    assert [replay.shares for replay in found.replays] == [(3, 2, 1)]
+
+
+def test_who_waits_for_a_replay_of_shards_counts_every_shard() -> None:
+    found = restoration(shards_lost())
+    assert isinstance(found, Restoration)
+    assert found.replayed_steps(STEP) == 3 * (STEP - REPLICA)
+    assert Restoration(replays=(), sources=found.sources).replayed_steps(STEP) == 0
+    plan = replace(plan_of((B, 8)), step_ns=NS_PER_S)
+    view = replace(BASE, plan=plan, restoration=found, resume_step=STEP, records=RECORDS,
+                   previous=BASE.plan.digest)  # fmt: skip
+    assert replay_limit_s(view) == limits.REPLAY_PACE_MAX * 3 * (STEP - REPLICA)
+    assert replay_limit_s(BASE) == 0.0, "a lineage begins without any"
