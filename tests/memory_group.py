@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import trio
+import trio.testing
 
 from p2ptrain.agreement.machine import Agreement
 from p2ptrain.agreement.messages import Accept, Decided, Propose, Refuse, Withdraw
@@ -54,6 +55,8 @@ from tests.sim.plans import device, make_record
 AGREEMENT = (Propose, Accept, Refuse, Decided, Withdraw)
 MEMORY_BYTES = 1 << 34
 SECONDS_MAX = 20.0
+LOOK_S = 0.05
+"""How often at least `until` looks, for what no task changes."""
 
 
 class MemoryReader:
@@ -103,6 +106,8 @@ class Member:
     steps_in_memory: bool = False
     lives: bool = True
     leaves: bool = False
+    ended: trio.Event = field(default_factory=trio.Event)
+    """Once it was killed: nothing of it runs any more, no thread either."""
 
     def __post_init__(self) -> None:
         self.blobs = BlobExchange(send=self.send, send_bulk=self._send_bulk)
@@ -149,13 +154,16 @@ class Member:
         self._inbox_in, self._inbox = trio.open_memory_channel[tuple[DeviceId, object]](10_000)
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        with self.scope:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(self.agreement.run)
-                await nursery.start(self.runs.run)
-                task_status.started()
-                async for sender, message in self._inbox:
-                    await self._dispatch(sender, message)
+        try:
+            with self.scope:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(self.agreement.run)
+                    await nursery.start(self.runs.run)
+                    task_status.started()
+                    async for sender, message in self._inbox:
+                        await self._dispatch(sender, message)
+        finally:
+            self.ended.set()
 
     # Directory.
 
@@ -365,7 +373,12 @@ class MemoryGroup:
                 self.heal_link(member.device, other)
 
     async def restart(self, member: Member) -> Member:
-        """A new process on the same device, with what the old one left on the disk."""
+        """A new process on the same device, with what the old one left on the disk.
+
+        What the old one has in a thread is waited for: kill -9 leaves nothing that still writes, or
+        speaks in the name of the new one.
+        """
+        await member.ended.wait()
         fresh = Member(
             self, member.device, member.name, member.runs_path,
             steps_in_memory=member.steps_in_memory,
@@ -397,12 +410,39 @@ async def memory_group(path: Path, count: int) -> AsyncIterator[MemoryGroup]:
         nursery.cancel_scope.cancel()
 
 
+class _Look(trio.abc.Instrument):
+    """Looks at a condition after every step of every task, as seldom as it can change."""
+
+    def __init__(self, condition: Callable[[], bool]) -> None:
+        self._condition, self.met = condition, trio.Event()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        try:
+            met = self.met.is_set() or self._condition()
+        except Exception:  # whoever waits gets it, too
+            met = True
+        if met:
+            self.met.set()
+
+
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait while other tasks work; the virtual clock stands still, the real one fails the test."""
-    give_up_s = time.monotonic() + SECONDS_MAX
-    while not condition():
-        await trio.lowlevel.checkpoint()
-        assert time.monotonic() < give_up_s, "it never came true"
+    """Wait while other tasks work; the virtual clock stands still, the real one fails the test.
+
+    Going round on the real clock would take half of the time from those tasks' threads.
+    """
+    give_up_s, look = time.monotonic() + SECONDS_MAX, _Look(condition)
+    virtual = isinstance(trio.lowlevel.current_clock(), trio.testing.MockClock)
+    trio.lowlevel.add_instrument(look)
+    try:
+        while not condition() and (virtual or not look.met.is_set()):
+            assert time.monotonic() < give_up_s, "it never came true"
+            if virtual:
+                await trio.lowlevel.checkpoint()
+                continue
+            with trio.move_on_after(LOOK_S):
+                await look.met.wait()
+    finally:
+        trio.lowlevel.remove_instrument(look)
 
 
 def tiny_text(length: int = 4096) -> bytes:

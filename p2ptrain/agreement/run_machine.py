@@ -299,7 +299,9 @@ class RunMachine:
             LocalProtocolError: not a message of a run's machine; the caller's dispatch is wrong.
         """
         if isinstance(message, ViewHead | ViewPromise | ViewAccepted | StepRecorded):
-            self._recall.heard.note(sender, message.memory)
+            restarted = self._recall.heard.note(sender, message.memory)
+            if restarted and self._out.view is not None:
+                self._tell_head(sender, now)  # it has no vote before: do not let it wait
         match message:
             case DecidedView():
                 self._take_decided(message, sender, now)

@@ -96,14 +96,20 @@ class Heard:
         self._counts: dict[DeviceId, dict[tuple[int, int], int]] = {}
         self._journals: dict[DeviceId, int] = {}
 
-    def note(self, device: DeviceId, memory: Memory) -> None:
-        """A device spoke from this memory; bounded, the oldest start goes."""
+    def note(self, device: DeviceId, memory: Memory) -> bool:
+        """A device spoke from this memory; bounded, the oldest start goes.
+
+        Returns:
+            Whether it has started anew since it last spoke.
+        """
         self._journals[device] = memory.journal
         counts = self._counts.setdefault(device, {})
         key = (memory.journal, memory.start)
+        restarted = bool(counts) and key not in counts
         counts[key] = max(memory.count, counts.get(key, 0))
         while len(counts) > limits.HEARD_STARTS_MAX:
             del counts[next(iter(counts))]
+        return restarted
 
     def from_device(self, device: DeviceId) -> tuple[Memory, ...]:
         """What to remind a device of."""

@@ -2,8 +2,9 @@
 
 A segment is live where its stage's memory has it at the step where the view resumes. What is live
 nowhere is lost: each gap-free range of lost segments is loaded from the newest replicas from which
-its inputs are logged up to that step, and replayed by whoever runs its first segment next. Where
-nothing else helps, live segments whose logs are gone are made again together with the lost ones.
+its inputs are logged up to that step, and replayed by whoever runs its first segment next (what
+takes a private run's labels by its home peer). Where nothing else helps, live segments whose logs
+are gone are made again together with the lost ones.
 Of tensor shards no segment is live anywhere: where all of them go on as they are nothing is to be
 done, and else the whole model is loaded and every step since made again by one peer, which
 computes all of the shards in their order.
@@ -250,7 +251,11 @@ def _replica_steps(losses: Losses) -> list[int]:
 
 
 def _replayer(losses: Losses, span: range) -> DeviceId:
-    return losses.plan.stages[losses.plan.stage_of_segment(span.start)].device
+    """Who runs the span's first segment next; what takes labels stays where a private run's are."""
+    plan = losses.plan
+    if plan.private and span.stop == plan.stages[-1].segments.stop:
+        return plan.home
+    return plan.stages[plan.stage_of_segment(span.start)].device
 
 
 def _replay_from(losses: Losses, span: range, step: int) -> Replay | None:

@@ -74,7 +74,7 @@ class EndsRun(ItemRun):
             StageRun(place, end, marks(end.segments), stage=index)
             for end, index in zip(worker.ends, (0, last), strict=True)
         )
-        self._back.share_cores(self._front)
+        self._back.share_device(self._front)
         self.inbox = EndsInbox(self._front.inbox, self._back.inbox)
         sends = tied_sends(place.manifest, place.plan, 0)
         self._ties = TieExchange(place, worker, self._front.inbox, sends)
@@ -115,8 +115,9 @@ class EndsRun(ItemRun):
     async def _pipelines(self, front: OpenItem, back: OpenItem) -> float:
         """Both ends' microbatches of an item, beside each other; the sum of the back's losses.
 
-        Neither goes on to the next item before the other: what is sent to a stage between them is
-        then never held up by what it has not begun (PROTOCOL.md section 6.3).
+        Neither goes on to the next item before the other, and a lone stage between them is sent all
+        in one order: what it waits for never comes behind what it has not begun (PROTOCOL.md
+        section 6.3).
         """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._front.pipeline, front)

@@ -95,8 +95,8 @@ def open_job(
     if request.resume is not None:
         job = _resumed_job(request, runs_path)
         private = job.private or request.private
-        if private and job.contract.parallelism != "pipeline":
-            raise _shared_data(job.contract.parallelism)
+        if private:
+            _check_private(replace(request, parallelism=job.contract.parallelism))
         return replace(job, asked=asked, private=private)
     if not request.bundle or not request.data:
         raise ConfigError("a new run needs a model and data", hint="give --model and --data")
@@ -216,10 +216,13 @@ def _check_request(request: TrainRequest) -> None:
 def _check_private(request: TrainRequest) -> None:
     """ConfigError for what a private run cannot be."""
     if request.parallelism != "pipeline":
-        raise _shared_data(request.parallelism)
+        raise ConfigError(
+            f"a private run is a pipeline: {request.parallelism} parallelism may share data out",
+            hint="leave --parallelism out, or --private",
+        )
     if request.plan is not None:
         raise ConfigError(
-            "a plan of your own and --private exclude each other",
+            "a plan of your own and a private run exclude each other",
             hint="leave --plan out: the first and the last stage are on this device then",
         )
     if request.stages == 2:
@@ -227,13 +230,6 @@ def _check_private(request: TrainRequest) -> None:
             "a private run has one stage, or this device's two and others between",
             hint="use --stages 3, or leave --stages out",
         )
-
-
-def _shared_data(parallelism: str) -> ConfigError:
-    return ConfigError(
-        f"a private run is a pipeline: {parallelism} parallelism may share its data out",
-        hint="leave --parallelism out, or --private",
-    )
 
 
 def wanted_objective(request: TrainRequest) -> Objective:

@@ -45,11 +45,18 @@ class Neighbours:
         self._queues = {
             device: trio.open_memory_channel[Outgoing](SEND_QUEUE_MAX) for device in devices
         }
+        self._shared: frozenset[DeviceId] = frozenset()
+
+    def share(self, other: Neighbours) -> None:
+        """Send to a neighbour of both in the order of both's `put`; the other one starts that."""
+        self._shared = frozenset(self._queues.keys() & other._queues.keys())
+        self._queues |= {device: other._queues[device] for device in self._shared}
 
     def start(self, nursery: trio.Nursery) -> None:
         """Send from now on; the tasks end after `close`, when everything is sent."""
         for device, (_, receive) in self._queues.items():
-            nursery.start_soon(self._send_all, device, receive)
+            if device not in self._shared:
+                nursery.start_soon(self._send_all, device, receive)
 
     async def put(self, device: DeviceId, header: TensorHeader, arrays: tuple[Array, ...]) -> None:
         """Queue the tensors of one boundary; waits while the queue is full."""

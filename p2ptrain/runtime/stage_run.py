@@ -126,9 +126,10 @@ class StageRun(ItemRun):
         """Send to the neighbours from now on."""
         self._neighbours.start(nursery)
 
-    def share_cores(self, other: StageRun) -> None:
-        """Compute in turns with another stage of this device."""
+    def share_device(self, other: StageRun) -> None:
+        """Compute in turns with another stage of this device, and send to others in one order."""
         self._limiter = other._limiter
+        self._neighbours.share(other._neighbours)
 
     @property
     def compute_ns(self) -> int:

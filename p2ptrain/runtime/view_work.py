@@ -212,8 +212,10 @@ class ViewWork:
                     self._tell(device, Ready(stamp=self.stamp))
             case Done():
                 self._take_done(device, message)
+            case Wanted() if self._stays(device, message):
+                error = RemoteProtocolError(f"{device[:8]} asks for the data of a private run")
+                self._services.drop_link(device, error)
             case Wanted():
-                self._check_data_stays(device, message)
                 self._giver.ask(device, message)
             case Given():
                 self._restorer.asker.receive(device, message)
@@ -429,11 +431,10 @@ class ViewWork:
         """Whether a device saves a stage, or its slices of it."""
         return device in savers(self._state.manifest, stage)
 
-    def _check_data_stays(self, device: DeviceId, wanted: Wanted) -> None:
-        """RemoteProtocolError where others ask for the data of a private run: no replay needs it
-        there."""
-        if self.plan.private and wanted.what in FED_KINDS and device != self._services.device:
-            raise RemoteProtocolError(f"{device[:8]} asks for the data of a private run")
+    def _stays(self, device: DeviceId, wanted: Wanted) -> bool:
+        """Whether somebody else asks for the data of a private run: no replay needs it there."""
+        others = device != self._services.device
+        return self.plan.private and others and wanted.what in FED_KINDS
 
     def _saved(self, device: DeviceId, saved: SegmentSaved) -> None:
         """A stage has a snapshot for us: as its replica's keeper, as the home peer, or both."""

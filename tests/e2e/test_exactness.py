@@ -54,6 +54,11 @@ async def test_every_number_of_stages_gives_the_same_bits(
             assert len({stage["device"] for stage in plan["stages"]}) == stages
             assert plan["exactness"].startswith("exact")
             assert plan["schedule"] == schedule
+        ended = await command(home.member, *typed(job(text, stages=4)), "--private")
+        assert ended.returncode == 0, ended.stderr
+        result = from_plain(TrainResult, json.loads(ended.stdout))
+        assert (result.stages, result.peers) == (4, 3)
+        assert_same_bits(result, undisturbed)
 
 
 async def test_home_peer_without_a_stage_gives_the_same_bits(

@@ -17,6 +17,7 @@ from p2ptrain.runtime.job import Job, open_job
 from p2ptrain.runtime.reports import TrainRequest, TrainResult
 from p2ptrain.runtime.run_status import run_status_report
 from p2ptrain.store.bundles import Bundle, shipped_bundles
+from p2ptrain.training.messages import Wanted, stamp_of
 from p2ptrain.training.minibatch import read_minibatch
 from p2ptrain.training.program import Item
 from tests.disturbed_runs import (
@@ -232,6 +233,26 @@ async def test_run_waits_for_its_owner_and_goes_on_with_it(tmp_path: Path, bundl
     assert watcher.shows(marks) == dict.fromkeys(marks, 0)
 
 
+async def test_who_asks_for_the_data_loses_its_link(tmp_path: Path, alone: TrainResult) -> None:
+    async with memory_group(tmp_path, 3) as group:
+        run, watcher = Disturbed(group), Watcher(group)
+        asked = request(tmp_path, private=True, stages=3)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, asked)
+                await run.wait_step(3)
+                home = group[0].runs.member
+                assert home is not None
+                assert home.plan is not None
+                stamp, pair = stamp_of(home.plan), (group[0].device, group[1].device)
+                group[1].send(pair[0], Wanted(stamp=stamp, what="labels", segment=0, step=1))
+                await until(lambda: frozenset(pair) in group.broken)
+    assert run.result is not None
+    assert_same(run.result, alone)
+    marks = traces(asked, tmp_path)
+    assert watcher.shows(marks) == dict.fromkeys(marks, 0)
+
+
 async def test_newcomer_comes_between_the_ends(tmp_path: Path, alone: TrainResult) -> None:
     async with memory_group(tmp_path, 3) as group:
         group.leave_out(group[2])
@@ -271,6 +292,9 @@ async def test_private_run_stays_private_when_it_is_resumed(tmp_path: Path) -> N
     async with memory_group(tmp_path, 2) as group:
         stopped = await stopped_after(group, 3, asked)
         watcher = Watcher(group)
+        for changes in ({"plan": OPEN.format(rest=4)}, {"stages": 2}):
+            with pytest.raises(ConfigError, match="private run"):
+                await group[0].train(request_for(tmp_path, BUNDLE, resume=stopped.run, **changes))
         with trio.fail_after(SECONDS_MAX):
             result = await group[0].train(request_for(tmp_path, BUNDLE, resume=stopped.run))
     assert result.first_step > 0

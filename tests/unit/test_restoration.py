@@ -527,3 +527,23 @@ def test_who_waits_for_a_replay_of_shards_counts_every_shard() -> None:
                    previous=BASE.plan.digest)  # fmt: skip
     assert replay_limit_s(view) == limits.REPLAY_PACE_MAX * 3 * (STEP - REPLICA)
     assert replay_limit_s(BASE) == 0.0, "a lineage begins without any"
+
+
+def test_owner_of_private_data_replays_whatever_takes_its_labels() -> None:
+    """It has come back without a state, and the stage before its last one is gone for good."""
+    ends = {"private": True, "keep_data_here": True, "replicas": (), "members": (A, B, C)}
+    stages = ((A, 2), (B, 2), (C, 2), (A, 2))
+    owner = replace(member(None, keeps=(0, 6), data=True), logs=())
+    found = restoration(
+        Losses(
+            base=replace(BASE, plan=staged_plan(BASE.plan, *stages, **ends)),
+            plan=staged_plan(BASE.plan, (A, 2), (B, 4), (A, 2), **{**ends, "members": (A, B)}),
+            promises={A: owner, B: member(2, keeps=(4,))}, resume_step=STEP, records=RECORDS,
+        )
+    )  # fmt: skip
+    assert isinstance(found, Restoration)
+    assert [(replay.span, replay.replayer) for replay in found.replays] == [
+        (span(0), A), (span(4, 4), A)
+    ]  # fmt: skip
+    assert {replay.data_from for replay in found.replays} == {A}
+    assert found.sources == (at(0, 2, A), at(2, 2, B), at(4, 4, A))

@@ -203,6 +203,9 @@ def test_restarted_device_waits_no_longer_than_it_has_to() -> None:
 def test_what_was_heard_is_bounded_and_the_oldest_start_goes() -> None:
     heard = Heard()
     assert heard.journal_of(B) == 0
+    assert not heard.note(B, Memory(journal=1, start=0, count=1))
+    assert not heard.note(B, Memory(journal=1, start=0, count=2))
+    assert heard.note(B, Memory(journal=1, start=1, count=2))
     for start in range(limits.HEARD_STARTS_MAX + 2):
         heard.note(B, Memory(journal=1, start=start, count=2))
         heard.note(B, Memory(journal=1, start=start, count=1))
@@ -254,6 +257,16 @@ def test_restarted_member_votes_once_it_was_reminded_or_nobody_is_there() -> Non
     net.wait(limits.RECALL_WAIT_S)
     net.complete(2, B)
     assert net.machines[B].records[-1] == make_step(2)
+
+
+def test_restarted_member_is_reminded_as_soon_as_it_speaks() -> None:
+    """The others may have seen it come before it could hear them."""
+    net = three()
+    net.start(B)
+    net.machines[B].reachable(frozenset({A, C}), net.now)
+    net.settle()
+    net.complete(1, B)
+    assert net.machines[B].records == (make_step(1),)
 
 
 def test_member_that_missed_a_view_keeps_no_record_of_a_step_that_was_made_again() -> None:
