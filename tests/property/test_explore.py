@@ -13,6 +13,7 @@ from p2ptrain.planner.arrangement import Groups
 from p2ptrain.planner.explore import Explorer
 from p2ptrain.planner.input import LinkEstimate
 from p2ptrain.planner.kinds import KINDS
+from p2ptrain.planner.links import LOOPBACK_BYTES_PER_S_MIN
 from p2ptrain.planner.objective import GOALS, Objective
 from p2ptrain.planner.pricing import Pricing, spans
 from p2ptrain.planner.profile import PeerProfile, Power
@@ -170,11 +171,14 @@ def test_lower_bounds_are_below_the_price(asked: Question) -> None:
 def test_without_replicas_it_is_the_simulator_of_runs(
     stages: int, microbatches: int, schedule: str, data: st.DataObject
 ) -> None:
+    """On one machine no interface is shared by the links of a stage, as there."""
     times = data.draw(st.lists(st.tuples(_TIME, _TIME), min_size=stages, max_size=stages))
-    rate = data.draw(st.integers(10**7, 10**9))
+    rate = data.draw(st.integers(LOOPBACK_BYTES_PER_S_MIN, 10**9))
     taking_part = tuple(
         Device(
-            profile=in_parts(profile(letter, [own] * stages)),
+            profile=dataclasses.replace(
+                in_parts(profile(letter, [own] * stages)), host="one", own_cores=letter
+            ),
             power=Power(idle_uw=0, busy_uw=0, pj_per_byte=0),
         )
         for letter, own in zip("abcd", times, strict=False)
