@@ -11,14 +11,13 @@ from typing import Final
 
 from p2ptrain.planner.arrangement import Arrangement, Cuts
 from p2ptrain.planner.ends import bottleneck_ends, fits_ends
+from p2ptrain.planner.halving import least_busy
 from p2ptrain.planner.pricing import Pricing
 
 REACH: Final = 36
 """Segments that all cuts together may be away from the bottleneck's."""
 EXTENSIONS: Final = 12_000
 """Partial cuts that one beam makes longer, about."""
-PRECISION: Final = 512
-"""The bottleneck is found to one part in so many."""
 
 
 def bottleneck_cuts(pricing: Pricing, arrangement: Arrangement) -> Cuts | None:
@@ -31,15 +30,7 @@ def bottleneck_cuts(pricing: Pricing, arrangement: Arrangement) -> Cuts | None:
         return bottleneck_ends(pricing, arrangement)
     high = max(r.busy_ns(0, pricing.segment_count) for own in arrangement.stages for r in own)
     best = _filled(pricing, arrangement, high) or _fitting(pricing, arrangement)
-    low = 0
-    while best is not None and high - low > max(high // PRECISION, 1):
-        middle = (low + high) // 2
-        found = _filled(pricing, arrangement, middle)
-        if found is None:
-            low = middle
-        else:
-            best, high = found, middle
-    return best
+    return least_busy(lambda limit_ns: _filled(pricing, arrangement, limit_ns), high, best)
 
 
 def _filled(pricing: Pricing, arrangement: Arrangement, within_ns: int) -> Cuts | None:

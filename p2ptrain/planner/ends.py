@@ -12,6 +12,7 @@ from typing import Final
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.planner.arrangement import Arrangement, Cuts
+from p2ptrain.planner.halving import least_busy
 from p2ptrain.planner.pricing import Pricing, spans
 from p2ptrain.planner.question import Question
 from p2ptrain.schedule.actions import Held
@@ -20,8 +21,6 @@ from p2ptrain.units import format_bytes
 FRONTS_MAX: Final = 48
 """Lengths of the first stage that are tried."""
 ONE: Final = Held(in_flight=1, delayed=0)
-PRECISION: Final = 512
-"""The bottleneck is found to one part in so many."""
 
 
 def private_objection(manifest: Manifest) -> str | None:
@@ -105,16 +104,9 @@ def bottleneck_ends(pricing: Pricing, arrangement: Arrangement) -> Cuts | None:
     For a given time and first stage the stages between take all they can; the time is found by
     halving.
     """
-    low, high = 0, _longest_ns(pricing, arrangement)
+    high = _longest_ns(pricing, arrangement)
     best = _within(pricing, arrangement, high)
-    while best is not None and high - low > max(high // PRECISION, 1):
-        middle = (low + high) // 2
-        found = _within(pricing, arrangement, middle)
-        if found is None:
-            low = middle
-        else:
-            best, high = found, middle
-    return best
+    return least_busy(lambda limit_ns: _within(pricing, arrangement, limit_ns), high, best)
 
 
 def _longest_ns(pricing: Pricing, arrangement: Arrangement) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import trio
@@ -11,6 +12,7 @@ from p2ptrain.runtime.job import Job
 from p2ptrain.runtime.outlet import Outlet, send_whole
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.contract import Contract
+from p2ptrain.training.headers import header_of
 from p2ptrain.training.messages import stamp_of
 from p2ptrain.training.minibatch import FedKind, read_minibatch
 from p2ptrain.training.program import Item, Program
@@ -89,16 +91,5 @@ class Feeder:
                         await send_whole(self._outlet, device, header, array)
 
     def _header(self, item: Item, kind: str, microbatch: int, index: int) -> TensorHeader:
-        stamp = stamp_of(self._plan)
-        return TensorHeader(
-            run=stamp.run,
-            lineage=stamp.lineage,
-            view=stamp.view,
-            plan=stamp.plan,
-            kind=kind,
-            phase=item.kind,
-            step=item.step,
-            microbatch=microbatch,
-            segment=0,
-            index=index,
-        )
+        first = header_of(stamp_of(self._plan), item, kind, microbatch, 0)
+        return dataclasses.replace(first, index=index)

@@ -24,8 +24,9 @@ from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.usage import RunMeter
 from p2ptrain.training.collectives import MeetingKey
 from p2ptrain.training.contract import Contract
+from p2ptrain.training.headers import header_of
 from p2ptrain.training.learning_rate import learning_rate
-from p2ptrain.training.messages import Done, Stamp, stamp_of
+from p2ptrain.training.messages import Done, stamp_of
 from p2ptrain.training.program import Item, Program
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.wire.frames import TensorHeader
@@ -193,19 +194,3 @@ class ItemRun:
 
     def _header(self, item: Item, kind: str, microbatch: int, segment: int) -> TensorHeader:
         return header_of(self._stamp, item, kind, microbatch, segment)
-
-
-def header_of(stamp: Stamp, item: Item, kind: str, microbatch: int, segment: int) -> TensorHeader:
-    """Of the first tensor of its kind at one place in an item."""
-    return TensorHeader(
-        run=stamp.run,
-        lineage=stamp.lineage,
-        view=stamp.view,
-        plan=stamp.plan,
-        kind=kind,
-        phase=item.kind,
-        step=item.step,
-        microbatch=microbatch,
-        segment=segment,
-        index=0,
-    )

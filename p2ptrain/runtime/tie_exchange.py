@@ -12,11 +12,12 @@ from p2ptrain.engine.contract import Array
 from p2ptrain.errors import InvariantBroken
 from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.inbox import TensorInbox
-from p2ptrain.runtime.item_run import RunPlace, header_of
+from p2ptrain.runtime.item_run import RunPlace
 from p2ptrain.runtime.outlet import send_whole
 from p2ptrain.runtime.run_state import LogPlace
 from p2ptrain.runtime.segment_memory import FloatArray
 from p2ptrain.training.arrivals import TieSend
+from p2ptrain.training.headers import header_of
 from p2ptrain.training.messages import stamp_of
 from p2ptrain.training.program import Item
 from p2ptrain.training.step_tensors import expected_tensors
