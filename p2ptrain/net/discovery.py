@@ -60,12 +60,21 @@ class Announcement:
 
     @property
     def instance(self) -> str:
-        return f"{self.device[:16]}-{self.group[:8]}.{SERVICE}"
+        return f"{_label(self.device)}{self.group[:8]}.{SERVICE}"
 
     @property
     def properties(self) -> dict[str, str]:
         invites = "1" if self.inviting else "0"
         return {"v": TXT_VERSION, "g": self.group[:8], "id": self.device, "inv": invites}
+
+
+def is_of(name: str, device: DeviceId) -> bool:
+    """Whether an announced name is that of a device, in whatever group."""
+    return name.startswith(_label(device))
+
+
+def _label(device: DeviceId) -> str:
+    return f"{device[:16]}-"
 
 
 def hints_of(

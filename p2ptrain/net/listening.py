@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from p2ptrain import limits
 from p2ptrain.diagnosis.observations import Announcement, Multicast
 from p2ptrain.ids import DeviceId, is_base32
-from p2ptrain.net.discovery import SERVICE, TXT_VERSION, multicast_error
+from p2ptrain.net.discovery import SERVICE, TXT_VERSION, is_of, multicast_error
 from p2ptrain.net.listener import join_address
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def hear_peers(addresses: Sequence[str], *, seconds: float, own: DeviceId | None
         zeroconf.ServiceBrowser(running, SERVICE, handlers=[changed])
         found = {
             each
-            for name in _names_within(names, seconds)
+            for name in names_within(names, seconds, own=own)
             for each in _announcements(running, name)
             if each.device != own
         }
@@ -66,8 +66,13 @@ def hear_peers(addresses: Sequence[str], *, seconds: float, own: DeviceId | None
     return Multicast(heard=tuple(sorted(found, key=lambda each: each.address)), seconds=seconds)
 
 
-def _names_within(names: queue.SimpleQueue[str], seconds: float) -> Iterator[str]:
-    """Different names as they come, until the time is over or no more seem to come."""
+def names_within(
+    names: queue.SimpleQueue[str], seconds: float, *, own: DeviceId | None
+) -> Iterator[str]:
+    """Different names of others as they come, until the time is over or no more seem to come.
+
+    Our own peer is heard at once wherever it runs, which says nothing of when others will be.
+    """
     ends_s = time.monotonic() + seconds
     seen: set[str] = set()
     while (left_s := ends_s - time.monotonic()) > 0 and len(seen) < _HEARD_MAX:
@@ -75,7 +80,7 @@ def _names_within(names: queue.SimpleQueue[str], seconds: float) -> Iterator[str
             name = names.get(timeout=left_s)
         except queue.Empty:
             return
-        if name not in seen:
+        if name not in seen and not (own and is_of(name, own)):
             seen.add(name)
             yield name
             ends_s = min(ends_s, time.monotonic() + limits.DOCTOR_SETTLED_S)

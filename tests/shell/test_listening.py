@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+
 import pytest
 import zeroconf
 
@@ -9,7 +11,7 @@ from p2ptrain.diagnosis.observations import Announcement
 from p2ptrain.ids import DeviceId
 from p2ptrain.net import listening
 from p2ptrain.net.discovery import SERVICE
-from p2ptrain.net.listening import hear_peers
+from p2ptrain.net.listening import hear_peers, names_within
 
 GROUP, DEVICE = "abcdefgh", "b" * 26
 NAME = f"{DEVICE[:16]}-{GROUP}.{SERVICE}"
@@ -95,3 +97,14 @@ def test_address_that_nobody_has_is_an_error() -> None:
     found = hear_peers(["203.0.113.77"], seconds=0.1, own=None)
     assert found.heard == ()
     assert found.error == "No such device on 203.0.113.77"
+
+
+def test_own_peer_that_is_heard_first_does_not_end_the_listening(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(listening.limits, "DOCTOR_SETTLED_S", 0.0)
+    names: queue.SimpleQueue[str] = queue.SimpleQueue()
+    own = DeviceId("a" * 26)
+    names.put(f"{own[:16]}-{GROUP}.{SERVICE}")
+    names.put(NAME)
+    assert list(names_within(names, 5.0, own=own)) == [NAME]
