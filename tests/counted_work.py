@@ -8,9 +8,7 @@ from numpy.typing import DTypeLike
 
 from p2ptrain.engine.contract import Array, Binding, Buffer, Engine, Program
 from p2ptrain.engine.onnxruntime_engine import open_engine
-from p2ptrain.ids import DeviceId
 from p2ptrain.training.contract import RuntimeBuild
-from tests.memory_group import MemoryGroup
 
 RUN_NS = 10_000_000
 """What running any graph takes on a device as it was at first."""
@@ -74,13 +72,3 @@ class CountedBinding:
     def run(self) -> None:
         self._binding.run()
         self._clock.worked()
-
-
-def count_work(group: MemoryGroup) -> dict[DeviceId, WorkClock]:
-    """Let every member of a group measure by a clock of its own."""
-    clocks = {device: WorkClock() for device in group.members}
-    for device, member in group.members.items():
-        clock = clocks[device]
-        member.clock_ns = clock
-        member.open_engine = lambda threads, clock=clock: CountedEngine(clock, threads)
-    return clocks

@@ -27,7 +27,6 @@ from p2ptrain.agreement.messages import Accept, Decided, Propose, Refuse, Withdr
 from p2ptrain.agreement.run_messages import RUN_MESSAGES
 from p2ptrain.energy.meter import MeterIdentity
 from p2ptrain.engine.contract import Array, Engine
-from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, short
 from p2ptrain.membership.record import MemberRecord
@@ -50,6 +49,7 @@ from p2ptrain.wire.codec import decode, encode
 from p2ptrain.wire.flows import Flow
 from p2ptrain.wire.frames import BulkHeader, TensorHeader
 from tests.bundles import write_bundle
+from tests.counted_work import CountedEngine, WorkClock
 from tests.sim.plans import device, make_record
 
 AGREEMENT = (Propose, Accept, Refuse, Decided, Withdraw)
@@ -91,7 +91,10 @@ class Member:
     memory_bytes: Callable[[], int] = lambda: MEMORY_BYTES
     battery: Battery | None = None
     threads_max: int = 2
-    open_engine: Callable[[int], Engine] = lambda threads: open_engine(threads=threads)
+    open_engine: Callable[[int], Engine] | None = None
+    """In place of an engine that counts its work on `work`."""
+    work: WorkClock = field(default_factory=WorkClock)
+    """By which it measures itself, so that plans are the same however busy the machine is."""
     drops: Callable[[object], bool] = lambda message: False
     """Which of its messages to others never leave it."""
     durable: Callable[[Sequence[object]], Awaitable[None]] | None = None
@@ -101,7 +104,6 @@ class Member:
     senders: list[DeviceId] = field(default_factory=list)
     """Of each received message."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    clock_ns: Callable[[], int] = time.perf_counter_ns
     link_figures: tuple[LinkFigure, ...] = ()
     steps_in_memory: bool = False
     lives: bool = True
@@ -127,9 +129,9 @@ class Member:
                 blobs=self.blobs,
                 runs_path=self.runs_path,
                 cache_path=self.runs_path.with_name(f"cache-{self.name}"),
-                open_engine=lambda threads: self.open_engine(threads),
+                open_engine=self._open_engine,
                 open_meter=self._open_meter,
-                clock_ns=lambda: self.clock_ns(),
+                clock_ns=self.work,
                 link_figures=lambda: self.link_figures,
                 memory_bytes=lambda: self.memory_bytes(),
                 battery=lambda: self.battery,
@@ -249,6 +251,11 @@ class Member:
         await trio.lowlevel.checkpoint()
         if self.durable is not None:
             await self.durable(records)
+
+    def _open_engine(self, threads: int) -> Engine:
+        if self.open_engine is not None:
+            return self.open_engine(threads)
+        return CountedEngine(self.work, threads)
 
     def _open_meter(self, plan: Plan, samples_per_step: int) -> RunMeter:
         return RunMeter(self.meter, plan, samples_per_step=samples_per_step)

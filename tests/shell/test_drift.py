@@ -16,7 +16,6 @@ from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.reports import StepReport, TrainResult
 from p2ptrain.training.messages import Done
 from tests.bundles import tiny_bundle
-from tests.counted_work import count_work
 from tests.memory_group import MemoryGroup, float_bits, memory_group, request_for, until
 
 BUNDLE = tiny_bundle(blocks=7)
@@ -60,7 +59,6 @@ async def test_peer_that_becomes_slow_loses_segments_and_no_bit_changes(
 ) -> None:
     results: list[TrainResult] = []
     async with memory_group(tmp_path, 3) as group:
-        clocks = count_work(group)
 
         async def train() -> None:
             results.append(await group[0].train(request_for(tmp_path, BUNDLE, steps=STEPS)))
@@ -71,7 +69,7 @@ async def test_peer_that_becomes_slow_loses_segments_and_no_bit_changes(
                 await wait_step(group, 5)
                 before = plan_of(group)
                 slow = max(stage.device for stage in before.stages)
-                clocks[slow].slowness = 4
+                group.members[slow].work.slowness = 4
                 await until(lambda: plan_of(group).view > before.view)
                 after = plan_of(group)
     held, kept = (
@@ -87,13 +85,12 @@ async def test_peer_that_becomes_slow_loses_segments_and_no_bit_changes(
 
 async def test_peers_that_become_slow_together_change_nothing(tmp_path: Path) -> None:
     async with memory_group(tmp_path, 2) as group:
-        clocks = count_work(group)
         with trio.fail_after(SECONDS_MAX):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(group[0].train, request_for(tmp_path, BUNDLE, steps=60))
                 await wait_step(group, 5)
-                for clock in clocks.values():
-                    clock.slowness = 3
+                for member in group.members.values():
+                    member.work.slowness = 3
         told = [message for member in group.members.values() for message in member.received]
     slow = [m for m in told if isinstance(m, Done) and m.step > 5 and m.compute_ns > 0]
     assert len(slow) > 100

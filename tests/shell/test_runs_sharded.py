@@ -17,7 +17,6 @@ from p2ptrain.runtime.reports import PlanReport, StepReport, TrainRequest, Train
 from p2ptrain.store.bundles import Bundle, load_bundle, shipped_bundles
 from p2ptrain.training.contract import OptimizerChoice
 from tests.bundles import write_bundle
-from tests.counted_work import count_work
 from tests.memory_group import (
     MemoryGroup,
     float_bits,
@@ -141,11 +140,10 @@ async def test_a_shard_that_becomes_slow_keeps_its_part(
     monkeypatch.setattr(limits, "DRIFT_SAMPLE_S", 0.0)
     steps = 2 * STEPS_MIN + 12
     async with memory_group(tmp_path, 2) as group:
-        clocks = count_work(group)
 
         async def slow_down() -> None:
             await group.wait(lambda: len(group.reports("step")) >= 2)
-            clocks[group[1].device].slowness = 4
+            group[1].work.slowness = 4
 
         with trio.fail_after(SECONDS_MAX):
             async with trio.open_nursery() as nursery:
