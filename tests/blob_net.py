@@ -9,7 +9,7 @@ import trio
 
 from p2ptrain.errors import PeerLost
 from p2ptrain.ids import DeviceId
-from p2ptrain.runtime.blobs import BlobExchange
+from p2ptrain.runtime.exchange.blobs import BlobExchange
 from p2ptrain.training.messages import BlobMissing, BlobRequest
 from p2ptrain.wire import frames
 from p2ptrain.wire.flows import Flow

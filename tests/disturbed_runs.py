@@ -11,7 +11,7 @@ import trio
 from p2ptrain.errors import PeerLost
 from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.reports import PlanReport, StepReport, TrainRequest, TrainResult
-from p2ptrain.runtime.run_member import LeftOut
+from p2ptrain.runtime.runs.run_member import LeftOut
 from p2ptrain.training.contract import OptimizerChoice
 from tests.bundles import tiny_bundle
 from tests.memory_group import Member, MemoryGroup, float_bits, memory_group, request_for

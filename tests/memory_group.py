@@ -35,14 +35,14 @@ from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import Battery
 from p2ptrain.power.meter import Meter
 from p2ptrain.power.model import PowerConfig, model_for
-from p2ptrain.runtime.ballots import Ballots, follow_ballot
-from p2ptrain.runtime.blobs import BlobExchange
 from p2ptrain.runtime.driver import Driver
+from p2ptrain.runtime.exchange.blobs import BlobExchange
+from p2ptrain.runtime.reporting.usage import PeerMeter, RunMeter, Traffic
 from p2ptrain.runtime.reports import TrainRequest, TrainResult
-from p2ptrain.runtime.run_service import RunService
+from p2ptrain.runtime.runs.ballots import Ballots, follow_ballot
+from p2ptrain.runtime.runs.run_service import RunService
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
-from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.wire import frames
 from p2ptrain.wire.codec import decode, encode

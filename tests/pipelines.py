@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.ids import Digest
-from p2ptrain.runtime.replay import OnSent
-from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.compute.replay import OnSent
+from p2ptrain.runtime.compute.stage import StageWorker
 from p2ptrain.schedule.actions import Action, all_actions, delayed_microbatches, held
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.clipping import Clip, clip_scale

@@ -9,7 +9,7 @@ import numpy as np
 
 from p2ptrain.bundle.sharding import Mode
 from p2ptrain.engine.contract import Array, Engine
-from p2ptrain.runtime.shard_group import ShardGroup
+from p2ptrain.runtime.compute.shard_group import ShardGroup
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.clipping import clip_scale
 from p2ptrain.training.contract import Contract, OptimizerChoice

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
-from p2ptrain.runtime.trained_weights import TrainedRun
+from p2ptrain.runtime.home.trained_weights import TrainedRun
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory, SavedSegment
 from p2ptrain.store.weights import open_weights

@@ -14,8 +14,12 @@ from p2ptrain.errors import ConfigError, NotFound, PeerNotRunning
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from p2ptrain.runtime.revoking import RevokeRequest
-    from p2ptrain.runtime.trust_reports import MemberTrust, RevocationReport, TrustReport
+    from p2ptrain.runtime.credentials.revoking import RevokeRequest
+    from p2ptrain.runtime.credentials.trust_reports import (
+        MemberTrust,
+        RevocationReport,
+        TrustReport,
+    )
     from p2ptrain.store.groups import Group
     from p2ptrain.store.home import Home
 
@@ -29,7 +33,7 @@ def members(name: str, as_json: bool) -> None:
     Works without a running peer, from what this device has on disk.
     """
     from p2ptrain.cli.display import print_report
-    from p2ptrain.runtime.trust_reports import trust_report
+    from p2ptrain.runtime.credentials.trust_reports import trust_report
     from p2ptrain.store.groups import load_group
     from p2ptrain.store.home import open_home
     from p2ptrain.wire.codec import to_plain
@@ -63,7 +67,7 @@ def revoke(device: str, group_name: str | None, as_json: bool, **given: Any) -> 
     at once, and all members refuse it as soon as they hear of it. What it had admitted is out as
     well, unless it is kept. To come back it must be invited again, with new keys.
     """
-    from p2ptrain.runtime.revoking import RevokeRequest
+    from p2ptrain.runtime.credentials.revoking import RevokeRequest
     from p2ptrain.store.home import open_home
     from p2ptrain.wire.codec import to_plain
 
@@ -111,8 +115,8 @@ def load_only(home: Home, name: str | None) -> Group:
 def _revoke(home: Home, group: Group, request: RevokeRequest) -> tuple[RevocationReport, bool]:
     """By the running peer, or on disk for the peer to spread when it runs."""
     from p2ptrain.cli.asking import ask
-    from p2ptrain.runtime.revoking import sign_revocation
-    from p2ptrain.runtime.trust_reports import RevocationReport, read_known
+    from p2ptrain.runtime.credentials.revoking import sign_revocation
+    from p2ptrain.runtime.credentials.trust_reports import RevocationReport, read_known
     from p2ptrain.store.home import control_socket_path, lock_group
     from p2ptrain.store.trust_log import append_statements
     from p2ptrain.wire.codec import from_plain, to_plain

@@ -8,7 +8,7 @@ from cryptography import x509
 
 from p2ptrain.diagnosis.observations import Certificate, Membership
 from p2ptrain.errors import ConfigError, NotFound, TrustError
-from p2ptrain.runtime.trust_reports import read_known
+from p2ptrain.runtime.credentials.trust_reports import read_known
 from p2ptrain.store.groups import Group, known_groups, load_group
 from p2ptrain.store.home import Home
 

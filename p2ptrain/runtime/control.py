@@ -9,9 +9,9 @@ import trio
 
 from p2ptrain.errors import ConfigError, RemoteProtocolError
 from p2ptrain.net.control_socket import serve_control
+from p2ptrain.runtime.credentials.revoking import RevokeRequest
 from p2ptrain.runtime.peer import Peer
 from p2ptrain.runtime.reports import TrainRequest
-from p2ptrain.runtime.revoking import RevokeRequest
 from p2ptrain.runtime.status import links_report
 from p2ptrain.store.home import control_socket_path
 from p2ptrain.trust.rotation import Rotation

@@ -36,25 +36,25 @@ from p2ptrain.power.battery import battery_now, battery_percent
 from p2ptrain.power.cgroups import cpu_quota
 from p2ptrain.power.host import available_memory_bytes, host_identity, power_source, quota_identity
 from p2ptrain.power.meter import open_meter
-from p2ptrain.runtime.ballots import Ballots, follow_ballot
-from p2ptrain.runtime.battery_watch import spare_battery
-from p2ptrain.runtime.blobs import BlobExchange
-from p2ptrain.runtime.bodies import BodyReader
 from p2ptrain.runtime.config import PeerConfig, default_threads, power_settings, step_setting
+from p2ptrain.runtime.credentials.trust_service import TRUST_MESSAGES, TrustHooks, TrustService
+from p2ptrain.runtime.device.battery_watch import spare_battery
+from p2ptrain.runtime.device.link_figures import link_figures
+from p2ptrain.runtime.device.link_watch import LOOK_EVERY_S, LinkWatch
+from p2ptrain.runtime.device.own_record import keep_own_record, read_own_state
+from p2ptrain.runtime.device.suspension import SuspensionWatch
 from p2ptrain.runtime.driver import Driver
-from p2ptrain.runtime.energy_report import energy_report
-from p2ptrain.runtime.job import CACHE_FOLDER
+from p2ptrain.runtime.exchange.blobs import BlobExchange
+from p2ptrain.runtime.exchange.bodies import BodyReader
 from p2ptrain.runtime.journal import Journal, steps_in_memory
-from p2ptrain.runtime.link_figures import link_figures
-from p2ptrain.runtime.link_watch import LOOK_EVERY_S, LinkWatch
-from p2ptrain.runtime.own_record import keep_own_record, read_own_state
+from p2ptrain.runtime.planning.job import CACHE_FOLDER
+from p2ptrain.runtime.reporting.energy_report import energy_report
+from p2ptrain.runtime.reporting.usage import PeerMeter, RunMeter, Traffic
 from p2ptrain.runtime.reports import EnergyReport, PeerStatus, TrainRequest, TrainResult
-from p2ptrain.runtime.run_service import RunService
+from p2ptrain.runtime.runs.ballots import Ballots, follow_ballot
+from p2ptrain.runtime.runs.run_service import RunService
 from p2ptrain.runtime.services import Emit, Services
 from p2ptrain.runtime.status import status_report
-from p2ptrain.runtime.suspension import SuspensionWatch
-from p2ptrain.runtime.trust_service import TRUST_MESSAGES, TrustHooks, TrustService
-from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
 from p2ptrain.store.codes import code_ends_s, create_code
 from p2ptrain.store.groups import Group, create_invite, load_addresses, save_addresses
 from p2ptrain.store.home import Home, read_config

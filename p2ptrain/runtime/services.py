@@ -15,9 +15,9 @@ from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import Battery, Power
 from p2ptrain.power.cgroups import CpuQuota
-from p2ptrain.runtime.blobs import BlobExchange
-from p2ptrain.runtime.outlet import Outlet
-from p2ptrain.runtime.usage import RunMeter
+from p2ptrain.runtime.exchange.blobs import BlobExchange
+from p2ptrain.runtime.exchange.outlet import Outlet
+from p2ptrain.runtime.reporting.usage import RunMeter
 from p2ptrain.training.contract import Contract
 
 Emit = Callable[[str, object], None]

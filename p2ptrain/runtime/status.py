@@ -10,11 +10,11 @@ from p2ptrain.membership.machine import Membership, MemberView
 from p2ptrain.net.discovery import DiscoveryState
 from p2ptrain.net.links import Links, PeerLinkStatistics
 from p2ptrain.net.tls_link import CLOCKS_DIFFER
+from p2ptrain.runtime.credentials.trust_service import TrustService
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.reports import LinksReport, MemberReport, PeerStatus
-from p2ptrain.runtime.run_service import RunService
-from p2ptrain.runtime.run_status import run_status_report
-from p2ptrain.runtime.trust_service import TrustService
+from p2ptrain.runtime.runs.run_service import RunService
+from p2ptrain.runtime.runs.run_status import run_status_report
 from p2ptrain.store.groups import Group
 from p2ptrain.store.home import Home
 from p2ptrain.store.runs import summaries

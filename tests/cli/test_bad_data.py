@@ -10,7 +10,7 @@ import trio
 
 from p2ptrain.ids import RunId
 from p2ptrain.net.control_socket import Emit
-from p2ptrain.runtime.job import open_job
+from p2ptrain.runtime.planning.job import open_job
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.wire.codec import from_plain
 from tests.bundles import tiny_bundle, write_bundle

@@ -24,15 +24,15 @@ import trio
 
 from p2ptrain.cli.main import main
 from p2ptrain.net.tls_link import TlsLink
-from p2ptrain.runtime.asking import Asker
-from p2ptrain.runtime.blobs import BlobExchange
+from p2ptrain.runtime.compute.replay import Replayer
+from p2ptrain.runtime.compute.stage import StageWorker
+from p2ptrain.runtime.exchange.asking import Asker
+from p2ptrain.runtime.exchange.blobs import BlobExchange
 from p2ptrain.runtime.journal import RunJournal
-from p2ptrain.runtime.proposing import Proposing
-from p2ptrain.runtime.replay import Replayer
-from p2ptrain.runtime.replication import ReplicaKeeper, SnapshotOwner
-from p2ptrain.runtime.run_member import RunMember
-from p2ptrain.runtime.stage import StageWorker
-from p2ptrain.runtime.view_work import ViewWork
+from p2ptrain.runtime.keeping.replication import ReplicaKeeper, SnapshotOwner
+from p2ptrain.runtime.runs.proposing import Proposing
+from p2ptrain.runtime.runs.run_member import RunMember
+from p2ptrain.runtime.views.view_work import ViewWork
 from p2ptrain.wire.flows import Flow
 
 FAULT_VARIABLE: Final = "P2PTRAIN_TEST_FAULT"

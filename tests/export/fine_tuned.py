@@ -11,8 +11,8 @@ from p2ptrain.graph.fine_tuning import FineTuning
 from p2ptrain.graph.measured import Measured
 from p2ptrain.graph.source import LABELS, LOSS_WEIGHT, Source
 from p2ptrain.graph.write import write_bundle
-from p2ptrain.runtime.stage import StageWorker
-from p2ptrain.runtime.trained_weights import TrainedRun
+from p2ptrain.runtime.compute.stage import StageWorker
+from p2ptrain.runtime.home.trained_weights import TrainedRun
 from p2ptrain.store.bundles import Bundle, load_bundle
 from p2ptrain.store.weights import open_weights
 from tests.bundles import contract_for

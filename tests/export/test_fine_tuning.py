@@ -28,8 +28,8 @@ from p2ptrain.graph.source import LOGITS, Source
 from p2ptrain.graph.sources.hugging_face import folder_source
 from p2ptrain.graph.sources.requests import Request
 from p2ptrain.graph.sources.torch_factory import module_source
-from p2ptrain.runtime.trained_model import write_trained_model, write_trained_safetensors
-from p2ptrain.runtime.trained_weights import TrainedRun
+from p2ptrain.runtime.home.trained_model import write_trained_model, write_trained_safetensors
+from p2ptrain.runtime.home.trained_weights import TrainedRun
 from p2ptrain.store.bundles import Bundle, load_bundle
 from p2ptrain.training.layout import flat_layout
 from tests.export.fine_tuned import train, tuned_bundle

@@ -15,7 +15,7 @@ from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.graph.export import export
 from p2ptrain.graph.sources.requests import Request
 from p2ptrain.graph.sources.torch_factory import module_source
-from p2ptrain.runtime.shard_group import ShardGroup
+from p2ptrain.runtime.compute.shard_group import ShardGroup
 from p2ptrain.store.bundles import Bundle, bundle_from_parts
 from tests.export.models import Rotary
 from tests.sharded_training import (

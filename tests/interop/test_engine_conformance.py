@@ -286,7 +286,7 @@ def test_runtime_build_names_what_is_imported() -> None:
 
 def test_engine_modules_import_neither_onnxruntime_nor_onnx() -> None:
     code = (
-        "import sys; import p2ptrain.engine.onnxruntime_engine, p2ptrain.runtime.stage; "
+        "import sys; import p2ptrain.engine.onnxruntime_engine, p2ptrain.runtime.compute.stage; "
         "print(sorted({'onnxruntime', 'onnx', 'torch', 'trio'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

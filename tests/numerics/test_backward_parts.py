@@ -9,7 +9,7 @@ import pytest
 
 from p2ptrain.graph.check import check_masks
 from p2ptrain.graph.runner import Arrays, Runner
-from p2ptrain.runtime.profiling import made_up_feed
+from p2ptrain.runtime.compute.profiling import made_up_feed
 from p2ptrain.store.bundles import Bundle, load_bundle
 from p2ptrain.training.random import draw_parameter
 

@@ -7,7 +7,7 @@ import gc
 import numpy as np
 
 from p2ptrain.engine.onnxruntime_engine import OnnxRuntimeEngine
-from p2ptrain.runtime.profiling import made_up_feed, profile_kinds
+from p2ptrain.runtime.compute.profiling import made_up_feed, profile_kinds
 from tests.bundles import CONTEXT, VOCABULARY, tiny_bundle
 from tests.parted_bundle import parted_bundle
 from tests.varied_bundle import varied_bundle

@@ -15,8 +15,8 @@ from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import InvariantBroken, RemoteProtocolError
 from p2ptrain.ids import Digest
-from p2ptrain.runtime.replay import Replayer
-from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.compute.replay import Replayer
+from p2ptrain.runtime.compute.stage import StageWorker
 from p2ptrain.store.bundles import Bundle, find_bundle, load_bundle
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.training.minibatch import read_minibatch

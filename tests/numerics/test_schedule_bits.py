@@ -12,7 +12,7 @@ import pytest
 from p2ptrain.engine.contract import Engine
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import InvariantBroken
-from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.compute.stage import StageWorker
 from p2ptrain.schedule.actions import SCHEDULES
 from p2ptrain.store.bundles import Bundle, load_bundle
 from p2ptrain.training.contract import OptimizerChoice

@@ -13,8 +13,8 @@ from p2ptrain.bundle.sharding import Mode
 from p2ptrain.engine.contract import Engine
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import CheckpointError, ConfigError, InvariantBroken, PlanInfeasible
-from p2ptrain.runtime.shard_group import ShardGroup
-from p2ptrain.runtime.shard_worker import ShardWorker
+from p2ptrain.runtime.compute.shard_group import ShardGroup
+from p2ptrain.runtime.compute.shard_worker import ShardWorker
 from p2ptrain.store.bundles import Bundle, load_bundle, shipped_bundles
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.shard_cuts import Share

@@ -10,7 +10,7 @@ import pytest
 from p2ptrain.engine.contract import Engine
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import CheckpointError, ConfigError, GraphError, InvariantBroken
-from p2ptrain.runtime.stage import StageStatistics, StageWorker
+from p2ptrain.runtime.compute.stage import StageStatistics, StageWorker
 from p2ptrain.store.bundles import Bundle, bundle_from_parts
 from p2ptrain.training.contract import OptimizerChoice
 from tests.bundles import CONTEXT, WIDTH, contract_for, graph_files, tiny_bundle

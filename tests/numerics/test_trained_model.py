@@ -16,8 +16,8 @@ from p2ptrain.bundle.manifest import Inference
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import BundleError, CheckpointError, ConfigError
 from p2ptrain.ids import Digest
-from p2ptrain.runtime.trained_model import write_trained_model
-from p2ptrain.runtime.trained_weights import final_tensors
+from p2ptrain.runtime.home.trained_model import write_trained_model
+from p2ptrain.runtime.home.trained_weights import final_tensors
 from p2ptrain.store.bundles import Bundle, bundle_from_parts
 from p2ptrain.store.weights import open_weights
 from p2ptrain.training.contract import Contract

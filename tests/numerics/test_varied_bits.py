@@ -14,7 +14,7 @@ from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import BundleError, InvariantBroken
 from p2ptrain.ids import Digest
-from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.compute.stage import StageWorker
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.random import draw_tensor
 from p2ptrain.training.segment_state import read_segment_state

@@ -11,7 +11,7 @@ import trio.testing
 
 from p2ptrain.ids import DeviceId, ViewNumber
 from p2ptrain.planner.profile import PeerProfile
-from p2ptrain.runtime.admission import Admission
+from p2ptrain.runtime.runs.admission import Admission
 from p2ptrain.runtime.services import Services
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.messages import Declined, Offer, Profiled

@@ -6,7 +6,7 @@ import trio
 import trio.testing
 
 from p2ptrain import limits
-from p2ptrain.runtime.battery_watch import spare_battery
+from p2ptrain.runtime.device.battery_watch import spare_battery
 
 
 async def test_low_battery_hands_over_once_and_a_charged_one_stays(

@@ -18,8 +18,14 @@ from p2ptrain import limits
 from p2ptrain.data import arriving
 from p2ptrain.errors import DataError, PeerLost, RemoteProtocolError
 from p2ptrain.ids import RunId
-from p2ptrain.runtime.data_copy import CopiedRun, CopyProgress, DataCopy, DataOffer, OfferedData
-from p2ptrain.runtime.job import Job, open_job
+from p2ptrain.runtime.keeping.data_copy import (
+    CopiedRun,
+    CopyProgress,
+    DataCopy,
+    DataOffer,
+    OfferedData,
+)
+from p2ptrain.runtime.planning.job import Job, open_job
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.store.bundles import bundle_from_parts
 from p2ptrain.store.weights import open_weights

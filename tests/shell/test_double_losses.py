@@ -17,12 +17,12 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.recovery.restoration import Replay
-from p2ptrain.runtime.proposing import Proposing
+from p2ptrain.runtime.compute.stage import StageWorker
+from p2ptrain.runtime.keeping.run_state import RunState
 from p2ptrain.runtime.reports import TrainResult
-from p2ptrain.runtime.restoring import Restorer
-from p2ptrain.runtime.run_state import RunState
-from p2ptrain.runtime.run_status import waits_for
-from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.runs.proposing import Proposing
+from p2ptrain.runtime.runs.run_status import waits_for
+from p2ptrain.runtime.views.restoring import Restorer
 from p2ptrain.training.messages import DataOffered, Offer, ReplicaStored
 from tests.disturbed_runs import (
     BUNDLE,
@@ -227,7 +227,9 @@ async def test_neighbour_lost_after_a_leave_is_replayed_from_the_logs_of_who_too
     """Before the next replica set, when the leaver's logs would have gone with it."""
     cost = KindCost(forward_ns=1_000_000, backward_ns=2_000_000)
     costs = dict.fromkeys(BUNDLE.manifest.kinds, cost)
-    monkeypatch.setattr("p2ptrain.runtime.known_profiles.profile_kinds", lambda *_, **__: costs)
+    monkeypatch.setattr(
+        "p2ptrain.runtime.compute.known_profiles.profile_kinds", lambda *_, **__: costs
+    )
     async with told_group(tmp_path, 5) as group:
         run = Disturbed(group)
         for member in group.members.values():  # no set is whole after that of step 6

@@ -180,8 +180,8 @@ async def test_bad_code_and_bad_name_are_said_before_anybody_is_asked(
 async def test_sponsor_that_was_revoked_admits_nobody(
     mint_group: MintGroup, make_home: MakeHome
 ) -> None:
-    from p2ptrain.runtime.revoking import RevokeRequest, sign_revocation
-    from p2ptrain.runtime.trust_reports import read_known
+    from p2ptrain.runtime.credentials.revoking import RevokeRequest, sign_revocation
+    from p2ptrain.runtime.credentials.trust_reports import read_known
     from p2ptrain.store.trust_log import append_statements
 
     (sponsor,) = mint_group(1)

@@ -18,9 +18,9 @@ from p2ptrain.agreement.view import View
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.recovery.advance import receivers
+from p2ptrain.runtime.compute.stage import StageWorker
+from p2ptrain.runtime.keeping.run_state import WEIGHTS_FOLDER
 from p2ptrain.runtime.reports import StepReport, TrainRequest, TrainResult
-from p2ptrain.runtime.run_state import WEIGHTS_FOLDER
-from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.training.messages import SegmentSaved, Wanted
 from tests.bundles import CONTEXT, VOCABULARY, tiny_bundle
 from tests.memory_group import Member, MemoryGroup, float_bits, memory_group, request_for, until
@@ -39,7 +39,9 @@ def equal_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is measured, so that more peers are always faster."""
     cost = KindCost(forward_ns=20_000_000, backward_ns=40_000_000)
     costs = dict.fromkeys(BUNDLE.manifest.kinds, cost)
-    monkeypatch.setattr("p2ptrain.runtime.known_profiles.profile_kinds", lambda *_, **__: costs)
+    monkeypatch.setattr(
+        "p2ptrain.runtime.compute.known_profiles.profile_kinds", lambda *_, **__: costs
+    )
 
 
 def request(path: Path, **changes: object) -> TrainRequest:
@@ -245,7 +247,9 @@ async def test_weights_that_are_frozen_come_in_advance_too(
     costs = dict.fromkeys(bundle.manifest.kinds, cost)
     slowest = KindCost(forward_ns=60_000_000, backward_ns=120_000_000)
     costs[bundle.manifest.segments[0].kind] = slowest  # so that `fixed` is in the second half
-    monkeypatch.setattr("p2ptrain.runtime.known_profiles.profile_kinds", lambda *_, **__: costs)
+    monkeypatch.setattr(
+        "p2ptrain.runtime.compute.known_profiles.profile_kinds", lambda *_, **__: costs
+    )
     data = str(tmp_path / "data.npz")
     asked = request_for(tmp_path, bundle, data=data, steps=STEPS, replicate_every=EVERY)
     async with joining(tmp_path, 2, asked, gate) as (run, joiner):

@@ -35,7 +35,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
 def equal_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = KindCost(forward_ns=1_000_000, backward_ns=2_000_000)
     costs = dict.fromkeys(BUNDLE.manifest.kinds, cost)
-    monkeypatch.setattr("p2ptrain.runtime.known_profiles.profile_kinds", lambda *_, **__: costs)
+    monkeypatch.setattr(
+        "p2ptrain.runtime.compute.known_profiles.profile_kinds", lambda *_, **__: costs
+    )
 
 
 def view_of(group: MemoryGroup) -> View:

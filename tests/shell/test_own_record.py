@@ -15,9 +15,9 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.membership.events import MemberDown, MemberUp, MemberWasAway
 from p2ptrain.membership.machine import Membership
 from p2ptrain.power.battery import battery_percent
+from p2ptrain.runtime.device.own_record import OwnState, keep_own_record, read_own_state
+from p2ptrain.runtime.device.suspension import SuspensionWatch, awake_clock_s, boot_clock_s
 from p2ptrain.runtime.driver import Driver
-from p2ptrain.runtime.own_record import OwnState, keep_own_record, read_own_state
-from p2ptrain.runtime.suspension import SuspensionWatch, awake_clock_s, boot_clock_s
 from tests.sim.plans import device, make_record
 
 ME, PEER = device(0), device(1)
@@ -186,7 +186,7 @@ def test_battery_percent(tmp_path: Path, files: dict[str, str], percent: int | N
 
 
 def test_battery_is_told_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("p2ptrain.runtime.own_record.battery_percent", lambda: 43)
+    monkeypatch.setattr("p2ptrain.runtime.device.own_record.battery_percent", lambda: 43)
     assert read_own_state(("a:1",)).battery_percent == 40
-    monkeypatch.setattr("p2ptrain.runtime.own_record.battery_percent", lambda: None)
+    monkeypatch.setattr("p2ptrain.runtime.device.own_record.battery_percent", lambda: None)
     assert read_own_state(("a:1",)).battery_percent is None

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from p2ptrain.agreement.run_messages import ViewPrepare
-from p2ptrain.runtime.view_work import ViewWork
+from p2ptrain.runtime.views.view_work import ViewWork
 from p2ptrain.training.messages import Done
 from tests.disturbed_runs import SECONDS_MAX, Disturbed, assert_same, request, undisturbed
 from tests.memory_group import memory_group, until

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from p2ptrain.runtime.reports import TrainRequest, TrainResult
-from p2ptrain.runtime.run_status import run_status_report
+from p2ptrain.runtime.runs.run_status import run_status_report
 from tests.disturbed_runs import (
     BUNDLE,
     SECONDS_MAX,

@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from p2ptrain import limits
 from p2ptrain.net.renew import meet_issuer
-from p2ptrain.runtime import credential_keeper as keeper_module
+from p2ptrain.runtime.credentials import credential_keeper as keeper_module
+from p2ptrain.runtime.credentials.revoking import RevokeRequest
 from p2ptrain.runtime.peer import Peer
-from p2ptrain.runtime.revoking import RevokeRequest
 from p2ptrain.store.groups import (
     Group,
     NewMember,

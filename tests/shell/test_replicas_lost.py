@@ -15,8 +15,8 @@ import trio
 
 from p2ptrain.agreement.run_messages import DecidedView
 from p2ptrain.agreement.view import View
+from p2ptrain.runtime.compute.stage import StageWorker
 from p2ptrain.runtime.reports import TrainResult
-from p2ptrain.runtime.stage import StageWorker
 from tests.bundles import tiny_bundle
 from tests.disturbed_runs import CLIPPING, SECONDS_MAX, Disturbed
 from tests.memory_group import MemoryGroup, float_bits, memory_group, request_for

@@ -17,7 +17,7 @@ from p2ptrain.engine.contract import Engine
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest
-from p2ptrain.runtime.replication import ReplicaKeeper, SnapshotOwner
+from p2ptrain.runtime.keeping.replication import ReplicaKeeper, SnapshotOwner
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.store.replicas import ReplicaPlace, ReplicaStore
 from p2ptrain.training.messages import SegmentSaved, stamp_of

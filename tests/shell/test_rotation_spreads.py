@@ -14,8 +14,8 @@ import trio
 import trio.testing
 
 from p2ptrain import limits
+from p2ptrain.runtime.credentials.trust_reports import read_known
 from p2ptrain.runtime.peer import Peer
-from p2ptrain.runtime.trust_reports import read_known
 from p2ptrain.store.groups import Group, first_member, load_group, store_member
 from p2ptrain.store.home import Home, open_home
 from p2ptrain.store.trust_log import append_statements

@@ -30,10 +30,10 @@ from p2ptrain.errors import (
     RemoteProtocolError,
 )
 from p2ptrain.ids import Digest, RunId, ViewNumber
+from p2ptrain.runtime.compute.stage import StageWorker
+from p2ptrain.runtime.keeping.run_state import RunState
 from p2ptrain.runtime.reports import NoteReport, TrainRequest, TrainResult
-from p2ptrain.runtime.run_member import BEGIN_WITHIN_S
-from p2ptrain.runtime.run_state import RunState
-from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.runs.run_member import BEGIN_WITHIN_S
 from p2ptrain.training.messages import (
     Abort,
     Begin,

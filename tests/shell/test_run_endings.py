@@ -13,10 +13,10 @@ from trio.testing import MockClock
 from p2ptrain import limits
 from p2ptrain.errors import ConfigError, P2PTrainError
 from p2ptrain.ids import DeviceId, RunId
-from p2ptrain.runtime.placement import Placement, place
+from p2ptrain.runtime.compute.stage import StageWorker
+from p2ptrain.runtime.keeping.run_state import JOURNAL_FILE, RunState
+from p2ptrain.runtime.planning.placement import Placement, place
 from p2ptrain.runtime.reports import NoteReport, StepReport, TrainRequest, TrainResult
-from p2ptrain.runtime.run_state import JOURNAL_FILE, RunState
-from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.training.messages import Abort, Done, Ended, Finish, Offer
 from tests.bundles import tiny_bundle
@@ -129,7 +129,7 @@ async def test_next_run_waits_for_one_that_ends_while_it_is_planned(
             go.wait(SECONDS_MAX)
         return place(*given)  # type: ignore[arg-type]  # as given
 
-    monkeypatch.setattr("p2ptrain.runtime.founding.place", held)
+    monkeypatch.setattr("p2ptrain.runtime.runs.founding.place", held)
     async with memory_group(tmp_path, 2) as group:
         with trio.fail_after(2 * SECONDS_MAX):
             async with trio.open_nursery() as nursery:

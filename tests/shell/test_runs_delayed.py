@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import trio
 
+from p2ptrain.runtime.compute.stage import StageWorker
 from p2ptrain.runtime.reports import PlanReport, StepReport, TrainResult
-from p2ptrain.runtime.stage import StageWorker
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.contract import OptimizerChoice
 from tests.adapted_bundle import adapted_bundle

@@ -13,9 +13,9 @@ import trio
 
 from p2ptrain.errors import ConfigError
 from p2ptrain.ids import DeviceId, RunId
-from p2ptrain.runtime.job import Job, open_job
+from p2ptrain.runtime.planning.job import Job, open_job
 from p2ptrain.runtime.reports import TrainRequest, TrainResult
-from p2ptrain.runtime.run_status import run_status_report
+from p2ptrain.runtime.runs.run_status import run_status_report
 from p2ptrain.store.bundles import Bundle, shipped_bundles
 from p2ptrain.training.messages import Wanted, stamp_of
 from p2ptrain.training.minibatch import read_minibatch

@@ -27,7 +27,9 @@ def equal_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured times vary, and with them the cuts; other cuts round other values."""
     cost = KindCost(forward_ns=1_000_000, backward_ns=2_000_000)
     costs = dict.fromkeys(BUNDLE.manifest.kinds, cost)
-    monkeypatch.setattr("p2ptrain.runtime.known_profiles.profile_kinds", lambda *_, **__: costs)
+    monkeypatch.setattr(
+        "p2ptrain.runtime.compute.known_profiles.profile_kinds", lambda *_, **__: costs
+    )
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def same_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
         plans = successor_plans(succession, place)
         return tuple(p for p in plans if [stage.segments for stage in p.stages] == cuts)
 
-    monkeypatch.setattr("p2ptrain.runtime.replanning.successor_plans", kept)
+    monkeypatch.setattr("p2ptrain.runtime.planning.replanning.successor_plans", kept)
 
 
 def request(path: Path, **changes: object) -> TrainRequest:

@@ -11,8 +11,8 @@ import trio
 
 from p2ptrain.errors import BundleError, P2PTrainError
 from p2ptrain.ids import DeviceId
+from p2ptrain.runtime.keeping.run_state import RunState
 from p2ptrain.runtime.reports import PlanReport, TrainRequest, TrainResult
-from p2ptrain.runtime.run_state import RunState
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.training.messages import Abort, BlobRequest, Ready

@@ -11,10 +11,10 @@ import pytest
 import trio
 
 from p2ptrain.agreement.run_machine import RunMachine
-from p2ptrain.runtime.replay import ShardReplayer
+from p2ptrain.runtime.compute.replay import ShardReplayer
+from p2ptrain.runtime.compute.shard_worker import ShardWorker
 from p2ptrain.runtime.reports import PlanReport, StepReport, TrainRequest, TrainResult
-from p2ptrain.runtime.run_status import run_status_report
-from p2ptrain.runtime.shard_worker import ShardWorker
+from p2ptrain.runtime.runs.run_status import run_status_report
 from p2ptrain.store.bundles import Bundle, load_bundle, shipped_bundles
 from p2ptrain.training.contract import OptimizerChoice
 from tests.bundles import write_bundle

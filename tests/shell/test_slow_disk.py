@@ -8,8 +8,8 @@ import pytest
 import trio
 
 from p2ptrain.agreement.run_messages import ViewHead
+from p2ptrain.runtime.keeping.run_state import JOURNAL_FILE
 from p2ptrain.runtime.reports import TrainResult
-from p2ptrain.runtime.run_state import JOURNAL_FILE
 from tests.disturbed_runs import SECONDS_MAX, Disturbed, assert_same, request, undisturbed
 from tests.memory_group import Member, memory_group, until
 

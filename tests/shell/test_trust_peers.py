@@ -14,10 +14,10 @@ import trio
 from p2ptrain.errors import ConfigError, NotFound, TrustError
 from p2ptrain.membership.states import State
 from p2ptrain.net.enrol import enrol_with_code
+from p2ptrain.runtime.credentials.revoking import RevokeRequest, sign_revocation
+from p2ptrain.runtime.credentials.trust_reports import read_known, trust_report
 from p2ptrain.runtime.peer import Peer
 from p2ptrain.runtime.reports import StepReport
-from p2ptrain.runtime.revoking import RevokeRequest, sign_revocation
-from p2ptrain.runtime.trust_reports import read_known, trust_report
 from p2ptrain.store.groups import Group, first_member, load_group, store_member
 from p2ptrain.store.home import Home, open_home
 from p2ptrain.store.recovering import recover, sign_rotation

@@ -8,8 +8,8 @@ import pytest
 
 from p2ptrain import limits
 from p2ptrain.recovery.step_log import StepLog
-from p2ptrain.runtime.run_state import RunState
-from p2ptrain.runtime.view_work import ViewWork
+from p2ptrain.runtime.keeping.run_state import RunState
+from p2ptrain.runtime.views.view_work import ViewWork
 from tools.bench import bare_peer
 from tools.bench.processes import parse_cpu_s
 from tools.bench.recovery import (

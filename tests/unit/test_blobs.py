@@ -16,7 +16,7 @@ from trio.testing import MockClock
 from p2ptrain import limits
 from p2ptrain.errors import PeerLost, RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest
-from p2ptrain.runtime.blobs import BlobExchange, blob_digest
+from p2ptrain.runtime.exchange.blobs import BlobExchange, blob_digest
 from p2ptrain.training.messages import BlobMissing, BlobRequest
 from p2ptrain.wire.flows import Flow
 from p2ptrain.wire.frames import BulkHeader

@@ -12,7 +12,7 @@ from p2ptrain.agreement.run_memory import Memory
 from p2ptrain.agreement.run_messages import ViewHead
 from p2ptrain.errors import CheckpointError
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
-from p2ptrain.runtime.ended_runs import EndedRuns
+from p2ptrain.runtime.runs.ended_runs import EndedRuns
 from p2ptrain.store.runs import RunDirectory, RunRecord
 from p2ptrain.training.messages import Ended
 from tests.sim.plans import make_contract

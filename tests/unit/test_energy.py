@@ -20,7 +20,7 @@ from p2ptrain.energy.power_model import PowerModel, process_share_uj, split
 from p2ptrain.energy.recorder import EnergyRecorder
 from p2ptrain.errors import InvariantBroken
 from p2ptrain.ids import DeviceId
-from p2ptrain.runtime.energy_report import energy_report
+from p2ptrain.runtime.reporting.energy_report import energy_report
 from p2ptrain.wire.codec import from_plain, to_plain
 
 SECOND = 1_000_000_000

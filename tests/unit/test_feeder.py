@@ -13,7 +13,7 @@ from p2ptrain.bundle.manifest import Loss
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import DataError
 from p2ptrain.ids import DeviceId
-from p2ptrain.runtime.feeder import Feeder
+from p2ptrain.runtime.home.feeder import Feeder
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.feed import Feed
 from p2ptrain.training.program import Intervals, Program

@@ -16,7 +16,7 @@ from p2ptrain.bundle.reading import check_manifest, decode_manifest, parse_manif
 from p2ptrain.engine import onnxruntime_engine
 from p2ptrain.errors import BundleError
 from p2ptrain.ids import Digest, RunId
-from p2ptrain.runtime.job import TrainRequest, open_job
+from p2ptrain.runtime.planning.job import TrainRequest, open_job
 from p2ptrain.store.bundles import Bundle, bundle_from_parts, load_bundle
 from tests.bundles import graph_files, tiny_bundle
 from tests.hostile import GRAPHS, MANIFESTS, Change, Parts, changed_by, node, parts_of, setting

@@ -13,8 +13,8 @@ import trio.testing
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
-from p2ptrain.runtime.bodies import discard
-from p2ptrain.runtime.inbox import DECODED_IN_PLACE_BYTES, FED_AHEAD_MAX, TensorInbox
+from p2ptrain.runtime.exchange.bodies import discard
+from p2ptrain.runtime.exchange.inbox import DECODED_IN_PLACE_BYTES, FED_AHEAD_MAX, TensorInbox
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.arrivals import Arrivals, FedValue, TieKey
 from p2ptrain.training.program import Item

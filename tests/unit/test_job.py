@@ -12,8 +12,8 @@ from p2ptrain.errors import BundleError, CheckpointError, ConfigError, DataError
 from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.profile import KindCost, SizedCosts
-from p2ptrain.runtime.job import Job, open_job, wanted_objective
-from p2ptrain.runtime.placement import Group, _outsiders, place, with_builds
+from p2ptrain.runtime.planning.job import Job, open_job, wanted_objective
+from p2ptrain.runtime.planning.placement import Group, _outsiders, place, with_builds
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory, SavedSegment
 from tests.bundles import CONTEXT, graph_files, tiny_bundle, write_bundle

@@ -16,7 +16,7 @@ from p2ptrain.net.link_reports import PeerLinkStatistics
 from p2ptrain.planner.choose import choose_plan
 from p2ptrain.planner.input import OTHER_HOST_BYTES_PER_S, OTHER_HOST_LATENCY_NS, LinkEstimate
 from p2ptrain.planner.links import LinkFigure, link_estimates
-from p2ptrain.runtime.link_figures import link_figures
+from p2ptrain.runtime.device.link_figures import link_figures
 from p2ptrain.runtime.status import member_report
 from p2ptrain.units import format_bytes
 from tests.planning_cases import device, planning_input, profile

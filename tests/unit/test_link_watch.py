@@ -5,7 +5,7 @@ from __future__ import annotations
 from p2ptrain import limits
 from p2ptrain.membership.standings import MemberView
 from p2ptrain.membership.states import State
-from p2ptrain.runtime.link_watch import LOOK_EVERY_S, LOOKS, LinkWatch
+from p2ptrain.runtime.device.link_watch import LOOK_EVERY_S, LOOKS, LinkWatch
 from tests.sim.plans import device
 
 SILENT_S = limits.LINK_SILENT_S + 1

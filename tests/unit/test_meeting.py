@@ -12,7 +12,7 @@ import trio.testing
 
 from p2ptrain.errors import InvariantBroken, RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
-from p2ptrain.runtime.meeting import ADDED_IN_PLACE_BYTES, Meetings, Ranks
+from p2ptrain.runtime.exchange.meeting import ADDED_IN_PLACE_BYTES, Meetings, Ranks
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.training.collectives import (
     Array,

@@ -11,7 +11,7 @@ from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Buffer
 from p2ptrain.engine.onnxruntime_engine import OnnxRuntimeEngine
 from p2ptrain.errors import PlanInfeasible
-from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.compute.stage import StageWorker
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training import memory
 from p2ptrain.training.contract import OptimizerChoice

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from p2ptrain.runtime.memory_release import release_memory
+from p2ptrain.runtime.compute.memory_release import release_memory
 
 PIECES, PIECE_BYTES = 4096, 64 * 1024
 

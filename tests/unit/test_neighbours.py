@@ -7,8 +7,8 @@ import trio.testing
 
 from p2ptrain.engine.contract import Array
 from p2ptrain.ids import DeviceId
-from p2ptrain.runtime.neighbours import Neighbours
-from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
+from p2ptrain.runtime.reporting.usage import PeerMeter, RunMeter, Traffic
+from p2ptrain.runtime.views.neighbours import Neighbours
 from p2ptrain.wire.frames import TensorHeader
 from tests.memory_group import model_meter
 from tests.sim.plans import device, make_plan

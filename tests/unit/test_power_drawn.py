@@ -6,7 +6,7 @@ import pytest
 
 from p2ptrain.energy.ledger import PhaseAmount
 from p2ptrain.energy.power_model import PowerModel
-from p2ptrain.runtime.usage import power_drawn
+from p2ptrain.runtime.reporting.usage import power_drawn
 
 MODEL = PowerModel(idle_watts=3.0, core_watts=2.0, joules_per_byte=1e-7, cores=4, source="a model")
 LONG = PhaseAmount(wall_ns=20 * 10**9, marginal_uj=100 * 10**6, idle_uj=60 * 10**6)

@@ -10,8 +10,8 @@ import pytest
 from p2ptrain.engine.contract import Engine
 from p2ptrain.engine.onnxruntime_engine import OnnxRuntimeEngine
 from p2ptrain.planner.profile import KindCost
-from p2ptrain.runtime import known_profiles
-from p2ptrain.runtime.stopwatch import NO_QUOTA, Stopwatch
+from p2ptrain.runtime.compute import known_profiles
+from p2ptrain.runtime.compute.stopwatch import NO_QUOTA, Stopwatch
 from p2ptrain.store import profiles
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.profiles import KEPT_S, SIZES_MAX, ProfileStore, profile_key

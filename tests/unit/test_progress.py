@@ -10,8 +10,8 @@ import pytest
 
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan, StageShare
-from p2ptrain.runtime.job import Job
-from p2ptrain.runtime.progress import ProgressTracker
+from p2ptrain.runtime.home.progress import ProgressTracker
+from p2ptrain.runtime.planning.job import Job
 from p2ptrain.runtime.reports import EvaluationReport
 from p2ptrain.runtime.services import Services
 from p2ptrain.training.messages import Evaluated, stamp_of

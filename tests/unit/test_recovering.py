@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from p2ptrain.errors import ConfigError, NotFound, PeerAlreadyRunning, TrustError
-from p2ptrain.runtime.revoking import RevokeRequest, sign_revocation
-from p2ptrain.runtime.trust_reports import read_known, trust_report
+from p2ptrain.runtime.credentials.revoking import RevokeRequest, sign_revocation
+from p2ptrain.runtime.credentials.trust_reports import read_known, trust_report
 from p2ptrain.store.groups import Group, create_group, known_groups, load_group, load_issuer
 from p2ptrain.store.home import Home, lock_group, open_home
 from p2ptrain.store.recovering import forget, recover, sign_rotation

@@ -21,7 +21,7 @@ from p2ptrain.recovery.inventory import (
 )
 from p2ptrain.recovery.planning import Losses, Unrecoverable, last_whole_set, restoration
 from p2ptrain.recovery.restoration import Replay, Restoration, SpanAt, TiedAt
-from p2ptrain.runtime.restoring import replay_limit_s
+from p2ptrain.runtime.views.restoring import replay_limit_s
 from p2ptrain.units import NS_PER_S
 from tests.sim.plans import device
 from tests.sim.run_views import make_step, staged_plan, staged_view

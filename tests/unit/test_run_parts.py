@@ -23,11 +23,11 @@ from p2ptrain.errors import (
 from p2ptrain.ids import DeviceId
 from p2ptrain.net import addresses
 from p2ptrain.net.addresses import join_address, reachable_addresses
-from p2ptrain.runtime.expected import ExpectedPlan
-from p2ptrain.runtime.foreign import SURVIVABLE, as_ours
-from p2ptrain.runtime.outlet import send_whole
+from p2ptrain.runtime.exchange.foreign import SURVIVABLE, as_ours
+from p2ptrain.runtime.exchange.outlet import send_whole
+from p2ptrain.runtime.reporting.usage import PeerMeter, RunMeter, Traffic
+from p2ptrain.runtime.runs.expected import ExpectedPlan
 from p2ptrain.runtime.signal import Signal
-from p2ptrain.runtime.usage import PeerMeter, RunMeter, Traffic
 from p2ptrain.training.messages import Ready, stamp_of
 from p2ptrain.wire.flows import Carried
 from p2ptrain.wire.frames import TensorHeader

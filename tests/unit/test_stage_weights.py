@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from p2ptrain import limits
-from p2ptrain.runtime.stage_weights import prepare_timeout_s
+from p2ptrain.runtime.keeping.stage_weights import prepare_timeout_s
 from tests.bundles import tiny_bundle
 from tests.weights import some_weights, write_weighted
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from p2ptrain.runtime.stopwatch import LOOP_CORES, NO_QUOTA, Stopwatch, Taken
+from p2ptrain.runtime.compute.stopwatch import LOOP_CORES, NO_QUOTA, Stopwatch, Taken
 
 MS = 1_000_000
 

@@ -40,6 +40,21 @@ LAYERS: Final[tuple[frozenset[str], ...]] = (
 the public names out lazily, so whoever imports p2ptrain itself pulls in nothing; the demo starts
 peers as processes and uses the control socket, so it lies between embed and cli."""
 
+RUNTIME_LAYERS: Final[tuple[frozenset[str], ...]] = (
+    frozenset({"__init__", "config", "driver", "reports", "signal"}),
+    frozenset({"compute", "device", "exchange", "journal", "reporting"}),
+    frozenset({"credentials", "services"}),
+    frozenset({"planning"}),
+    frozenset({"home"}),
+    frozenset({"keeping"}),
+    frozenset({"views"}),
+    frozenset({"runs"}),
+    frozenset({"status"}),
+    frozenset({"peer"}),
+    frozenset({"control"}),
+)
+"""The same within the runtime; what stands in one layer knows nothing of its neighbours there."""
+
 IMPORT_EXCEPTIONS: Final[dict[tuple[str, str], str]] = {
     ("__init__", "embed"): "the public API, imported when it is first used",
     ("__init__", "runtime"): "the public API's reports, imported when they are first used",
@@ -155,6 +170,25 @@ def _points_down(path: Path, target: str) -> bool:
         there = "__init__"  # a public name
         return layer(here) > layer("engine") or here in ("cli", "demo")
     return (here, there) in IMPORT_EXCEPTIONS or layer(there) <= layer(here)
+
+
+def test_the_parts_of_the_runtime_import_down() -> None:
+    home = LIBRARY / "runtime"
+    wrong = [
+        found.place
+        for path in sorted(home.rglob("*.py"))
+        for found in imports(path)
+        if found.target.startswith("p2ptrain.runtime.")
+        and not _is_below(found.target.split(".")[2], path.relative_to(home).parts[0])
+    ]
+    assert wrong == []
+
+
+def _is_below(there: str, here: str) -> bool:
+    """Whether one part of the runtime may be imported by another, or is the same."""
+    layers = {part: n for n, parts in enumerate(RUNTIME_LAYERS) for part in parts}
+    here = here.removesuffix(".py")
+    return there == here or layers[there] < layers[here]
 
 
 def test_cores_know_no_clock_file_thread_or_socket() -> None:

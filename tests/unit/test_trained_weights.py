@@ -11,7 +11,7 @@ import pytest
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import BundleError, CheckpointError
-from p2ptrain.runtime.trained_weights import (
+from p2ptrain.runtime.home.trained_weights import (
     TrainedRun,
     final_tensors,
     own_tensors,

@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 
 from p2ptrain.planner.choose import choose_plan
-from p2ptrain.runtime.reports import TrainRequest
-from p2ptrain.runtime.variants import (
+from p2ptrain.runtime.planning.variants import (
     Way,
     asked_size,
     best,
@@ -17,6 +16,7 @@ from p2ptrain.runtime.variants import (
     may_delay,
     other_sizes,
 )
+from p2ptrain.runtime.reports import TrainRequest
 from tests.planning_cases import contract, planning_input, profile
 
 REQUEST = TrainRequest(bundle="b", data="d")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from p2ptrain.cli.main import main
 from p2ptrain.recovery.step_log import StepLog
-from p2ptrain.runtime.run_state import RunState
-from p2ptrain.runtime.view_work import ViewWork
+from p2ptrain.runtime.keeping.run_state import RunState
+from p2ptrain.runtime.views.view_work import ViewWork
 
 
 def strip() -> None:

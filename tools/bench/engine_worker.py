@@ -20,7 +20,7 @@ import numpy as np
 from p2ptrain.engine.contract import Array
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.ids import Digest
-from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.compute.stage import StageWorker
 from p2ptrain.store.bundles import load_bundle
 from p2ptrain.training.clipping import clip_scale
 from p2ptrain.training.contract import Contract, OptimizerChoice

@@ -11,8 +11,8 @@ from typing import Any
 from p2ptrain.engine.contract import Engine, Program
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.ids import Digest
-from p2ptrain.runtime.profiling import made_up_feed
-from p2ptrain.runtime.stage import StageWorker
+from p2ptrain.runtime.compute.profiling import made_up_feed
+from p2ptrain.runtime.compute.stage import StageWorker
 from p2ptrain.store.bundles import Bundle, find_bundle, load_bundle
 from p2ptrain.training.contract import Contract, OptimizerChoice
 from p2ptrain.training.memory import stage_memory

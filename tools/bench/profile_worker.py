@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from p2ptrain.engine.onnxruntime_engine import open_engine, runtime_build
-from p2ptrain.runtime.profiling import profile_kinds
+from p2ptrain.runtime.compute.profiling import profile_kinds
 from p2ptrain.store.bundles import load_bundle
 from p2ptrain.wire.codec import to_plain
 

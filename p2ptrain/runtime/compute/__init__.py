@@ -1,0 +1,1 @@
+"""What computes: segments, stages and shards; blocking, for a worker thread, no network."""

@@ -1,0 +1,1 @@
+"""What a peer notices of its own machine and links."""

@@ -1,0 +1,1 @@
+"""How members reach each other in a run: blobs, meetings, questions, and where tensors land."""

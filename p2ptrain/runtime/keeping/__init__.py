@@ -1,0 +1,1 @@
+"""What a member keeps of a run from view to view: states, replicas, the data, weights."""

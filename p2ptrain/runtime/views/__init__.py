@@ -1,0 +1,1 @@
+"""One view of a run at one member: get its states back, work, hand over."""
