@@ -24,13 +24,12 @@ from p2ptrain.net.dialler import Attempt, Dialler, no_matter
 from p2ptrain.net.link_reports import (
     LinkDown,
     LinksStatistics,
-    LinkTotals,
     LinkUp,
     PeerLinkStatistics,
 )
 from p2ptrain.net.listener import Handler, Listener, connect, join_address, listen
 from p2ptrain.net.renewal import keep_fresh
-from p2ptrain.net.session import Session
+from p2ptrain.net.session import Session, SessionTable
 from p2ptrain.net.tls_link import (
     LinkBroken,
     LinkRefused,
@@ -43,7 +42,7 @@ from p2ptrain.training.messages import run_of
 from p2ptrain.trust.credentials import Credentials, FindObjection, no_objection
 from p2ptrain.wire import codec
 from p2ptrain.wire import hello as wire_hello
-from p2ptrain.wire.arbitration import Standing, may_accept, may_offer
+from p2ptrain.wire.arbitration import may_accept, may_offer
 from p2ptrain.wire.flows import Flow
 from p2ptrain.wire.frames import BulkHeader, TensorHeader
 from p2ptrain.wire.hello import LINK_KINDS, Hello, Spoken, negotiate
@@ -96,15 +95,12 @@ class Links:
         self._instance = random.SystemRandom().getrandbits(_INSTANCE_BITS)
         self._listener: Listener | None = None
         self._nursery: trio.Nursery | None = None
-        self._sessions: dict[DeviceId, Session] = {}
-        self._finished: dict[DeviceId, trio.Event] = {}
-        self._changed = trio.Event()
+        self._sessions = SessionTable(on_end=self._ended)
         self._undecided = 0
-        self._past = LinkTotals()
         self._refused_count = self._renewed_count = 0
         self._last_refusal: str | None = None
         self._dialler = Dialler(
-            attempt=self._attempt, wait_missing=self._wait_missing, on_refused=on_refused
+            attempt=self._attempt, wait_missing=self._sessions.wait_missing, on_refused=on_refused
         )
         self._events_in, self.events = trio.open_memory_channel[LinkUp | LinkDown](
             limits.LINK_EVENTS_MAX
@@ -137,8 +133,7 @@ class Links:
                 )
         finally:
             self._listener.close()
-            for session in list(self._sessions.values()):
-                session.over = LinkBroken("this peer stops")
+            self._sessions.stop(LinkBroken("this peer stops"))
             self._events_in.close()
             self._inbox_in.close()
 
@@ -169,7 +164,7 @@ class Links:
 
     def devices(self) -> tuple[DeviceId, ...]:
         """Peers that are up now, sorted."""
-        return tuple(sorted(d for d, s in self._sessions.items() if s.was_announced))
+        return self._sessions.announced()
 
     def send_control(self, device: DeviceId, message: object) -> None:
         """Queue a message; never waits. A full queue closes the links with that peer.
@@ -177,10 +172,10 @@ class Links:
         Raises:
             PeerLost: no link, or it was just closed; membership hears of it by LinkDown.
         """
-        session = self._live_session(device)
+        session = self._sessions.live(device)
         queue = session.slots["control"].queue_control
         if not queue(codec.encode(message), run_of(message)):
-            self._end(session, LinkBroken("the peer takes no control messages"))
+            self._sessions.end(session, LinkBroken("the peer takes no control messages"))
             raise PeerLost(f"peer {short(device)} takes no control messages")
 
     async def send_tensor(
@@ -193,7 +188,7 @@ class Links:
         Raises:
             PeerLost: no link, or it broke.
         """
-        connection = self._live_session(device).slots["data"]
+        connection = self._sessions.live(device).slots["data"]
         with _as_peer_lost(device):
             await connection.send_tensor(header, buffers)
 
@@ -201,7 +196,7 @@ class Links:
         self, device: DeviceId, header: BulkHeader, chunk: ReadableBuffer, flow: Flow
     ) -> None:
         """Send one chunk while no tensor waits; otherwise as `send_tensor`."""
-        connection = self._live_session(device).slots["data"]
+        connection = self._sessions.live(device).slots["data"]
         with _as_peer_lost(device):
             await connection.send_bulk(header, chunk, flow)
 
@@ -209,12 +204,12 @@ class Links:
         """Close the links with a peer; LinkDown follows, and whoever dials may come back."""
         session = self._sessions.get(device)
         if session is not None:
-            self._end(session, LinkBroken(reason))
+            self._sessions.end(session, LinkBroken(reason))
 
     def statistics(self) -> LinksStatistics:
         """Bytes per peer and refused connections so far."""
         return LinksStatistics(
-            peers=self._totals().peers(trio.current_time()),
+            peers=self._sessions.totals().peers(trio.current_time()),
             refused_count=self._refused_count,
             last_refusal=self._last_refusal,
             renewed_count=self._renewed_count,
@@ -222,12 +217,7 @@ class Links:
 
     def sent(self, run: str) -> dict[DeviceId, dict[str, int]]:
         """Encrypted bytes sent for a run, by device and kind, since this process started."""
-        return self._totals().sent(run)
-
-    def _totals(self) -> LinkTotals:
-        sessions = self._sessions.values()
-        connections = [each for session in sessions for each in session.slots.values()]
-        return LinkTotals(self._past, connections)
+        return self._sessions.totals().sent(run)
 
     # Connections that others dialled.
 
@@ -271,11 +261,11 @@ class Links:
         if theirs.renews:
             await self._answer_renewal(connection, theirs)
             return
-        session = self._reserve(connection, theirs)
+        session = self._sessions.reserve(connection, theirs)
         try:
             await connection.send_hello(self._hello(theirs.kind))
         except LinkBroken as error:
-            self._end(session, error)
+            self._sessions.end(session, error)
             raise
         if not self._dialler.knows(device):
             self.dial(connection.address, device=device)
@@ -283,7 +273,8 @@ class Links:
 
     async def _answer_renewal(self, fresh: Connection, theirs: Hello) -> None:
         """Hold a link ready in whose favour the peer will move; `_judge` found what it renews."""
-        renewed = self._sessions[fresh.device].renewable(theirs)
+        session = self._sessions.get(fresh.device)
+        renewed = None if session is None else session.renewable(theirs)
         if renewed is None:
             raise InvariantBroken("a renewal was judged good without a connection to renew")
         renewed.offer_successor(fresh.link)  # before the answer: the peer may move at once
@@ -313,7 +304,7 @@ class Links:
             return wire_hello.REFUSE_DUPLICATE if renewed is None else None
         if device not in self._sessions and len(self._sessions) >= limits.LINK_PEERS_MAX:
             return wire_hello.REFUSE_FULL
-        standing = self._standing(device, theirs.kind, theirs.instance)
+        standing = self._sessions.standing(device, theirs.kind, theirs.instance)
         if not may_accept(self._credentials.device, device, standing):
             return wire_hello.REFUSE_DUPLICATE
         return None
@@ -327,7 +318,7 @@ class Links:
             return Attempt(failure="there are links enough; the rest is for those that dial us")
         device: DeviceId | None = None
         for kind in LINK_KINDS:
-            if device is not None and self._has(device, kind):
+            if device is not None and self._sessions.has(device, kind):
                 continue
             attempt = await self._dial_one(address, kind)
             device = attempt.device
@@ -388,23 +379,23 @@ class Links:
             await connection.link.aclose()
             return Attempt(device=device, refusal="this device itself", is_self=True)
         full = device not in self._sessions and len(self._sessions) >= limits.LINK_PEERS_MAX
-        if full or not may_offer(self._standing(device, kind, None)):
+        if full or not may_offer(self._sessions.standing(device, kind, None)):
             await connection.link.aclose()
             return Attempt(device=device, failure="too many links" if full else None)
         we_decide = self._credentials.device < device
-        session = self._reserve(connection, None) if we_decide else None
+        session = self._sessions.reserve(connection, None) if we_decide else None
         try:
             theirs = await self._exchange_hello(connection)
         except BaseException as error:
             if session is not None:
-                self._drop_reservation(session, connection, error)
+                self._sessions.drop(session, connection, error)
             raise
         if theirs.refusal is not None:
             if session is not None:
-                self._drop_reservation(session, connection, LinkBroken("refused"))
+                self._sessions.drop(session, connection, LinkBroken("refused"))
             await connection.link.aclose()
             return refused_by_hello(self._hello(kind), theirs)
-        self._admit(connection, session or self._reserve(connection, theirs))
+        self._admit(connection, session or self._sessions.reserve(connection, theirs))
         return Attempt(device=device)
 
     async def _exchange_hello(self, connection: Connection) -> Hello:
@@ -417,45 +408,13 @@ class Links:
 
     # Sessions.
 
-    def _standing(self, device: DeviceId, kind: str, instance: int | None) -> Standing:
-        session = self._sessions.get(device)
-        if session is None:
-            return Standing.NONE
-        if instance is not None and session.instance not in (None, instance):
-            return Standing.OTHER_INSTANCE
-        return Standing.SAME_INSTANCE if kind in session.slots else Standing.NONE
-
-    def _reserve(self, connection: Connection, theirs: Hello | None) -> Session:
-        """Give a connection its place; whatever had it, or another process, is over."""
-        device = connection.device
-        session = self._sessions.get(device)
-        instance = None if theirs is None else theirs.instance
-        standing = self._standing(device, connection.kind, instance)
-        if session is not None and standing is not Standing.NONE:
-            restarted = standing is Standing.OTHER_INSTANCE
-            reason = "the peer was restarted" if restarted else "the peer dialled again"
-            self._end(session, LinkBroken(reason, closed_by_peer=True))
-            session = None
-        if session is None:
-            session = Session(device, self._finished.get(device))
-            self._sessions[device] = session
-        session.slots[connection.kind] = connection
-        return session
-
-    def _drop_reservation(
-        self, session: Session, connection: Connection, error: BaseException
-    ) -> None:
-        if session.over is None and session.slots.get(connection.kind) is connection:
-            broken = error if isinstance(error, LinkBroken) else LinkBroken("the dial failed")
-            self._end(session, broken)
-
     def _admit(self, connection: Connection, session: Session) -> None:
         """HELLO was agreed: start the connection's task; announce the peer if it is complete."""
         hello = connection.hello
         if hello is None or self._nursery is None:
             raise InvariantBroken("a connection is admitted after HELLO, while links run")
         if session.over is None and session.instance not in (None, hello.instance):
-            self._end(session, LinkBroken("the peer was restarted", closed_by_peer=True))
+            self._sessions.end(session, LinkBroken("the peer was restarted", closed_by_peer=True))
         if session.over is not None:
             connection.close()
             return
@@ -497,9 +456,9 @@ class Links:
                 await self._read(connection, session)
                 raise LinkBroken("the peer closed the link", closed_by_peer=True)
         except LinkBroken as error:
-            self._end(session, error)
+            self._sessions.end(session, error)
         except RemoteProtocolError as error:
-            self._end(session, LinkBroken(f"the peer broke the protocol: {error.message}"))
+            self._sessions.end(session, LinkBroken(f"the peer broke the protocol: {error.message}"))
         finally:
             await connection.aclose()
 
@@ -517,21 +476,7 @@ class Links:
     async def _deliver(self, device: DeviceId, message: object) -> None:
         await self._inbox_in.send((device, message))
 
-    def _end(self, session: Session, why: LinkBroken) -> None:
-        """Forget a session and close its links; LinkDown follows if it was announced."""
-        if session.over is not None:
-            return
-        session.over = why
-        if self._sessions.get(session.device) is session:
-            del self._sessions[session.device]
-        self._finished[session.device] = session.finished
-        for connection in session.slots.values():
-            self._past.add(connection)
-            connection.scope.cancel()
-            if not connection.ready:
-                connection.close()
-        self._changed.set()
-        self._changed = trio.Event()
+    def _ended(self, session: Session, why: LinkBroken) -> None:
         if self._nursery is None:
             raise InvariantBroken("a session ends while links run")
         self._nursery.start_soon(self._report_down, session, why)
@@ -551,29 +496,7 @@ class Links:
                     )
                 )
         finally:
-            session.finished.set()
-            if self._finished.get(session.device) is session.finished:
-                del self._finished[session.device]
-
-    def _has(self, device: DeviceId, kind: str) -> bool:
-        return self._standing(device, kind, None) is not Standing.NONE
-
-    async def _wait_missing(self, device: DeviceId) -> bool:
-        """Wait until there is no session with this device; False when there was none.
-
-        A session that stays incomplete ends after LINK_PAIR_TIMEOUT_S, so this ends too.
-        """
-        waited = False
-        while device in self._sessions:
-            waited = True
-            await self._changed.wait()
-        return waited
-
-    def _live_session(self, device: DeviceId) -> Session:
-        session = self._sessions.get(device)
-        if session is None or not session.was_announced or session.over is not None:
-            raise PeerLost(f"there is no link with peer {short(device)}")
-        return session
+            self._sessions.reported(session)
 
     def _hello(self, kind: str, *, refusal: str | None = None, renews: bool = False) -> Hello:
         return Hello(

@@ -40,7 +40,7 @@ def short_lives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def slot(peer: Peer, other: Peer, kind: str) -> Connection:
-    return peer.links._sessions[other.device].slots[kind]
+    return peer.links._sessions.live(other.device).slots[kind]
 
 
 def renewed(peer: Peer) -> int:
@@ -51,8 +51,8 @@ async def wait_settled(*peers: Peer, renewals: int) -> None:
     connections = [
         connection
         for peer in peers
-        for session in peer.links._sessions.values()
-        for connection in session.slots.values()
+        for device in peer.links.devices()
+        for connection in peer.links._sessions.live(device).slots.values()
     ]
     for _ in range(1000):  # the clock stands still, so no deadline would end this
         enough = all(renewed(peer) >= renewals for peer in peers)
