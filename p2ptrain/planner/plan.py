@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from p2ptrain.schedule.actions import SCHEDULES, delays_gradients
 from p2ptrain.wire.codec import to_plain
 
 PLAN_VERSION: Final = 4
+_DIGESTS_KEPT: Final = 16
+"""Plans of views under way; every message and tensor of a view carries its plan's digest."""
 
 Split = Literal["none", "replicas", "tensor", "sequence"]
 """How the peers of a stage share its work: microbatches whole, heads and columns, or positions."""
@@ -130,8 +133,7 @@ class Plan:
 
     @property
     def digest(self) -> Digest:
-        document = json.dumps(to_plain(self), sort_keys=True, separators=(",", ":"))
-        return Digest(hashlib.sha256(document.encode()).hexdigest())
+        return _digest(self)
 
     def stages_of(self, device: DeviceId) -> tuple[int, ...]:
         """The stages this device runs, alone or with others: one, of a private run's home peer the
@@ -174,6 +176,12 @@ class Plan:
 def is_sharded(plan: Plan) -> bool:
     """Whether several peers compute every microbatch together."""
     return any(stage.is_sharded for stage in plan.stages)
+
+
+@functools.lru_cache(maxsize=_DIGESTS_KEPT)
+def _digest(plan: Plan) -> Digest:
+    document = json.dumps(to_plain(plan), sort_keys=True, separators=(",", ":"))
+    return Digest(hashlib.sha256(document.encode()).hexdigest())
 
 
 def _problem(plan: Plan) -> str | None:
