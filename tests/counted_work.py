@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Final
 
 from numpy.typing import DTypeLike
 
 from p2ptrain.engine.contract import Array, Binding, Buffer, Engine, Program
 from p2ptrain.engine.onnxruntime_engine import open_engine
+from p2ptrain.planner.profile import KindCost
+from p2ptrain.runtime.compute.profiling import profile_kinds
+from p2ptrain.runtime.compute.stopwatch import NO_QUOTA, Stopwatch
+from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.contract import RuntimeBuild
 
 RUN_NS = 10_000_000
 """What running any graph takes on a device as it was at first."""
+USUAL: Final = 1
+"""Slowness of such a device."""
 
 
 class WorkClock:
     """Nanoseconds of work at one device; `slowness` may change at any time."""
 
     def __init__(self) -> None:
-        self.ns, self.slowness = 0, 1
+        self.ns, self.slowness = 0, USUAL
 
     def __call__(self) -> int:
         return self.ns
@@ -33,6 +40,12 @@ class CountedEngine:
     def __init__(self, clock: WorkClock, threads: int) -> None:
         self._engine: Engine = open_engine(threads=threads)
         self._clock = clock
+        self.threads = threads
+
+    @property
+    def slowness(self) -> int:
+        """Of its device, now."""
+        return self._clock.slowness
 
     @property
     def build(self) -> RuntimeBuild:
@@ -72,3 +85,38 @@ class CountedBinding:
     def run(self) -> None:
         self._binding.run()
         self._clock.worked()
+
+
+Costs = dict[str, KindCost]
+
+
+class KnownCosts:
+    """What `profile_kinds` finds by counting, found once: it is the same at every device."""
+
+    def __init__(self, profile: Callable[..., Costs] = profile_kinds) -> None:
+        self._profile = profile
+        self._found: dict[tuple[object, ...], Costs] = {}
+
+    def __call__(
+        self, engine: Engine, bundle: Bundle, form: str, batch: int, repeats: int,
+        in_parts: bool = False, *, kinds: Collection[str] | None = None,
+        stopwatch: Stopwatch = NO_QUOTA,
+    ) -> Costs:  # fmt: skip
+        def measure() -> Costs:
+            return self._profile(
+                engine, bundle, form, batch, repeats, in_parts, kinds=kinds, stopwatch=stopwatch
+            )
+
+        if not isinstance(engine, CountedEngine) or engine.slowness != USUAL:
+            return measure()
+        asked = None if kinds is None else frozenset(kinds)
+        key = (bundle.digest, form, batch, repeats, in_parts, asked, engine.threads)
+        if key not in self._found:
+            found = measure()
+            if engine.slowness != USUAL:
+                return found
+            self._found[key] = found
+        return dict(self._found[key])
+
+
+KNOWN_COSTS: Final = KnownCosts()

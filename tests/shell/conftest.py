@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,17 @@ import pytest
 from p2ptrain.store.groups import Group, first_member, store_member
 from p2ptrain.store.home import Home, open_home
 from p2ptrain.trust import certificates as certs
+from tests.counted_work import KNOWN_COSTS
 
 MintGroup = Callable[..., list[Group]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_costs() -> Iterator[None]:
+    """Members in memory need not count again what a segment takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("p2ptrain.runtime.compute.known_profiles.profile_kinds", KNOWN_COSTS)
+        yield
 
 
 @pytest.fixture

@@ -63,9 +63,17 @@ async def train(path: Path, layout: Layout, bundle: Bundle = BUNDLE, **changes: 
     return Run(result, parameters(tensors), group)
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One peer's run."""
+    return trio.run(train, tmp_path_factory.mktemp("one"), ALONE)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-async def test_replicas_agree_with_one_peer_and_with_themselves(tmp_path: Path, name: str) -> None:
-    one, shared = await train(tmp_path, ALONE), await train(tmp_path, LAYOUTS[name])
+async def test_replicas_agree_with_one_peer_and_with_themselves(
+    tmp_path: Path, name: str, one: Run
+) -> None:
+    shared = await train(tmp_path, LAYOUTS[name])
     assert_near(shared.result, one.result)
     assert deviation(shared.trained, one.trained) < TOLERANCE
     assert shared.result.losses[-1] < shared.result.losses[0]

@@ -55,6 +55,19 @@ async def train(path: Path, members: int = 3, **changes: object) -> TrainResult:
             return await group[0].train(request(path, **changes))
 
 
+@pytest.fixture(scope="module")
+def whole_runs() -> dict[str, TrainResult]:
+    """What has been trained on three stages without anything going wrong, by codec."""
+    return {}
+
+
+async def undisturbed(known: dict[str, TrainResult], path: Path, codec: str) -> TrainResult:
+    """The run of a codec: every test's is the same."""
+    if codec not in known:
+        known[codec] = await train(path, codec=codec)
+    return known[codec]
+
+
 async def wait_step(group: MemoryGroup, step: int) -> None:
     await group.wait(
         lambda: any(isinstance(r, StepReport) and r.step >= step for _, r in group.events)
@@ -88,9 +101,9 @@ async def test_codec_changes_nothing_on_one_peer(tmp_path: Path, codec: str) -> 
 
 @pytest.mark.parametrize("codec", CODECS)
 async def test_stop_and_resume_on_the_same_stages_gives_the_same_curve(
-    tmp_path: Path, codec: str
+    tmp_path: Path, codec: str, whole_runs: dict[str, TrainResult]
 ) -> None:
-    whole = await train(tmp_path, codec=codec)
+    whole = await undisturbed(whole_runs, tmp_path, codec)
     results: list[TrainResult] = []
     async with memory_group(tmp_path, 3) as group:
 
@@ -113,8 +126,10 @@ async def test_stop_and_resume_on_the_same_stages_gives_the_same_curve(
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("at", [2, 7])
 @pytest.mark.usefixtures("same_cuts")
-async def test_lost_stage_is_replayed_to_the_same_bits(tmp_path: Path, codec: str, at: int) -> None:
-    undisturbed = await train(tmp_path, codec=codec)
+async def test_lost_stage_is_replayed_to_the_same_bits(
+    tmp_path: Path, codec: str, at: int, whole_runs: dict[str, TrainResult]
+) -> None:
+    whole = await undisturbed(whole_runs, tmp_path, codec)
     results: list[TrainResult] = []
     async with memory_group(tmp_path, 4) as group:
 
@@ -129,17 +144,17 @@ async def test_lost_stage_is_replayed_to_the_same_bits(tmp_path: Path, codec: st
                 others = [s.device for s in plan.stages if s.device != group[0].device]
                 group.kill(group.members[others[at % len(others)]])
     assert results[0].stages == 3
-    assert_same(results[0], undisturbed)
+    assert_same(results[0], whole)
 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("at", [2, 7])
 @pytest.mark.usefixtures("same_cuts")
 async def test_neighbouring_stages_lost_at_once_are_replayed_to_the_same_bits(
-    tmp_path: Path, codec: str, at: int
+    tmp_path: Path, codec: str, at: int, whole_runs: dict[str, TrainResult]
 ) -> None:
     """As one range, which rounds where the link between them was; then each goes to a reserve."""
-    undisturbed = await train(tmp_path, codec=codec)
+    whole = await undisturbed(whole_runs, tmp_path, codec)
     results: list[TrainResult] = []
     async with memory_group(tmp_path, 5) as group:
 
@@ -156,7 +171,7 @@ async def test_neighbouring_stages_lost_at_once_are_replayed_to_the_same_bits(
                 for device in lost:
                     group.kill(group.members[device])
     assert results[0].stages == 3
-    assert_same(results[0], undisturbed)
+    assert_same(results[0], whole)
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ SECONDS_MAX = 60
 TOLERANCE = 1e-5
 
 
+@functools.cache
 def bundle() -> Bundle:
     return short_context(load_bundle(shipped_bundles()["gpt-nano"]))
 
@@ -67,14 +69,19 @@ async def train(
         return result, group
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """One peer's run."""
+    return trio.run(train, tmp_path_factory.mktemp("one"), None, (1,))[0]
+
+
 @pytest.mark.parametrize(
     ("mode", "weights"),
     [("tensor", (1, 1)), ("tensor", (2, 1, 1)), ("sequence", (4, 3)), ("sequence", (1, 1, 1))],
 )
 async def test_shards_agree_with_one_peer(
-    mode: Mode, weights: tuple[int, ...], tmp_path: Path
+    mode: Mode, weights: tuple[int, ...], tmp_path: Path, one: TrainResult
 ) -> None:
-    one, _ = await train(tmp_path, None, (1,))
     shared, group = await train(tmp_path, mode, weights)
     (report,) = group.reports("plan")
     assert isinstance(report, PlanReport)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ def updates() -> Iterator[Updates]:
         yield seen
 
 
+@functools.cache
 def bundle() -> Bundle:
     return short_context(load_bundle(shipped_bundles()["gpt-nano"]))
 
