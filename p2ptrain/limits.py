@@ -223,6 +223,8 @@ INVITE_BYTES_MAX: Final = 16 * 1024
 MICROBATCH_SIZES_MAX: Final = 8
 """Of one offer, beside the one that is measured."""
 DATA_RECORD_BYTES_MAX: Final = 16 * 1024 * 1024
+DATA_RECORDS_MAX: Final = 1 << 48
+"""Of one owner, or tokens of its text."""
 
 # Recovery (DESIGN section 7).
 DISK_RESERVE_BYTES: Final = 256 * 1024 * 1024
@@ -236,6 +238,11 @@ DATA_FILES_MAX: Final = 200_000
 DATA_FOLDER_DEPTH_MAX: Final = 32
 DATA_COPY_BYTES_MAX: Final = 1 << 42
 DATA_MANIFEST_BYTES_MAX: Final = 256 * 1024 * 1024
+LABELS_MAX: Final = 1 << 48
+"""Of one item of a run, in all microbatches of one owner."""
+COUNTS_AHEAD_MAX: Final = 4
+"""Items whose labels another owner of a run's data may have counted before they are complete here:
+the present one, the next, and one that a stop has made needless."""
 
 # Doctor.
 DOCTOR_LISTEN_S: Final = 3.0

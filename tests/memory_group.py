@@ -25,6 +25,7 @@ import trio.testing
 from p2ptrain.agreement.machine import Agreement
 from p2ptrain.agreement.messages import Accept, Decided, Propose, Refuse, Withdraw
 from p2ptrain.agreement.run_messages import RUN_MESSAGES
+from p2ptrain.data.options import GivenData
 from p2ptrain.energy.meter import MeterIdentity
 from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.errors import PeerLost, RemoteProtocolError
@@ -106,6 +107,8 @@ class Member:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     link_figures: tuple[LinkFigure, ...] = ()
     steps_in_memory: bool = False
+    data: GivenData | None = None
+    """What it feeds in runs whose peers feed their own."""
     lives: bool = True
     leaves: bool = False
     ended: trio.Event = field(default_factory=trio.Event)
@@ -142,6 +145,7 @@ class Member:
                 drop_link=lambda peer, error: self.group.break_link(self.device, peer),
                 say_activity=self.activities.append,
                 steps_in_memory=lambda: self.steps_in_memory,
+                given_data=self.data,
             ),
             proposals=Ballots(lambda: self.agreement),
             default_threads=lambda: 1,
@@ -264,7 +268,7 @@ class Member:
 class MemoryGroup:
     """Members that all have links with each other; also everybody's directory."""
 
-    def __init__(self, path: Path, count: int) -> None:
+    def __init__(self, path: Path, count: int, data: Sequence[GivenData | None] = ()) -> None:
         self.path = path
         self.members: dict[DeviceId, Member] = {}
         self.events: list[tuple[str, object]] = []
@@ -279,8 +283,9 @@ class MemoryGroup:
         self._scopes: dict[frozenset[DeviceId], set[trio.CancelScope]] = defaultdict(set)
         for index in range(count):
             self.members[device(index)] = Member(
-                self, device(index), f"peer-{index}", path / f"runs-{index}"
-            )
+                self, device(index), f"peer-{index}", path / f"runs-{index}",
+                data=data[index] if index < len(data) else None,
+            )  # fmt: skip
 
     def __getitem__(self, index: int) -> Member:
         return self.members[device(index)]
@@ -388,7 +393,7 @@ class MemoryGroup:
         await member.ended.wait()
         fresh = Member(
             self, member.device, member.name, member.runs_path,
-            steps_in_memory=member.steps_in_memory,
+            steps_in_memory=member.steps_in_memory, data=member.data,
         )  # fmt: skip
         self.members[member.device] = fresh
         assert self.nursery is not None
@@ -406,9 +411,14 @@ class MemoryGroup:
 
 
 @contextlib.asynccontextmanager
-async def memory_group(path: Path, count: int) -> AsyncIterator[MemoryGroup]:
-    """A group whose members run for the length of the block; an error in any of them ends it."""
-    group = MemoryGroup(path, count)
+async def memory_group(
+    path: Path, count: int, data: Sequence[GivenData | None] = ()
+) -> AsyncIterator[MemoryGroup]:
+    """A group whose members run for the length of the block; an error in any of them ends it.
+
+    `data`: by member, what it feeds of its own.
+    """
+    group = MemoryGroup(path, count, data)
     async with trio.open_nursery() as nursery:
         group.nursery = nursery
         for member in group.members.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of a full battery: what runs may not spend; there this device leaves them.",
 )
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="Data that this device feeds in runs with --own-data; it never leaves the device.",
+)
 @click.option("--name", help="What others call this device. [default: its host name]")
 @click.option(
     "--interface",
@@ -74,7 +80,18 @@ def join(
 
     if code is not None and invite is not None:
         raise ConfigError("--code and --invite exclude each other")
+    options["data"] = _absolute(options["data"])
     trio.run(_join, group_name, code, invite, options)
+
+
+def _absolute(data: str | None) -> str | None:
+    """Where the given data lies, looked at before a one-time code is used up; ConfigError where
+    there is nothing."""
+    from p2ptrain.runtime.config import given_data
+
+    path = None if data is None else os.path.abspath(data)
+    given_data({}, path)
+    return path
 
 
 async def _join(
@@ -216,6 +233,7 @@ def _config(make: type[PeerConfig], options: dict[str, Any]) -> PeerConfig:  # A
         memory_bytes=options["memory_bytes"],
         threads=options["threads"],
         battery_reserve_percent=options["battery_reserve_percent"],
+        data=options["data"],
         interfaces=tuple(options["interfaces"]) or None,
         discovery=not options["no_discovery"],
     )

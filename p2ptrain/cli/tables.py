@@ -14,6 +14,7 @@ from p2ptrain.ids import short
 from p2ptrain.runtime.reports import (
     EnergyReport,
     MemberReport,
+    OwnerReport,
     PeerEnergy,
     PeerStatus,
     PlanReport,
@@ -62,6 +63,17 @@ def plan_lines(plan: PlanReport) -> list[str]:
     return [
         f"why: {reason}",
         f"schedule {plan.schedule}, {expected} per step expected; {plan.exactness}",
+        *_owner_lines(plan.owners),
+    ]
+
+
+def _owner_lines(owners: tuple[OwnerReport, ...]) -> list[str]:
+    """Whose data it is, one line each; nothing where one device feeds all."""
+    whole = sum(owner.microbatches for owner in owners)
+    return [
+        f"data of {owner.name}: {owner.records:,} {owner.unit}, "
+        f"{owner.microbatches} of {whole} microbatches"
+        for owner in owners
     ]
 
 

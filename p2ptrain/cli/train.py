@@ -118,6 +118,12 @@ _RATE = click.FloatRange(min=0.0)
     "Implies --keep-data-here.",
 )
 @click.option(
+    "--own-data",
+    is_flag=True,
+    help="Every peer that joined with --data trains on its own, which never leaves it; takes "
+    "--parallelism data.",
+)
+@click.option(
     "--force-view",
     is_flag=True,
     help="With --resume: go on although others may do so too, as a lineage of its own.",
@@ -225,7 +231,7 @@ def _check_paths(request: TrainRequest) -> None:
         BundleError, DataError: the folder or a file is not there or holds nothing.
     """
     if request.resume is None:
-        if not request.bundle or not request.data:
+        if not request.bundle or not (request.data or request.own_data):
             raise ConfigError("a new run needs --model and --data; an old one needs --resume")
         if not Path(request.bundle, "manifest.json").is_file():
             raise BundleError(f"there is no bundle in {request.bundle}")

@@ -32,6 +32,7 @@ from p2ptrain.data.words import open_words
 from p2ptrain.errors import DataError
 from p2ptrain.ids import Digest
 from p2ptrain.training.feed import Samples
+from p2ptrain.training.owners import OwnedData, Unit
 from p2ptrain.training.sampling import Tokens
 from p2ptrain.training.text import split_heldout
 
@@ -67,6 +68,8 @@ class OpenData:
     """For people: `4000 texts, 20 classes; 200 held out`."""
     notes: tuple[str, ...]
     """What was decided by looking at the data, one sentence each."""
+    owned: OwnedData
+    """What a device tells of it where it feeds data of its own."""
 
 
 def open_samples(
@@ -210,7 +213,8 @@ def _open_records(
         training=training, heldout=heldout, minibatch_size=minibatch_size, digests=digests
     )
     notes = _class_notes(records.class_names, wanted.class_names)
-    return _opened(samples, digests, description, notes)
+    owned = _owned(digests, training.count, "records", records.class_names)
+    return _opened(samples, owned, description, notes)
 
 
 def _open_windows(path: Path, other: Path | None, wanted: Wanted) -> OpenData:
@@ -233,7 +237,8 @@ def _open_windows(path: Path, other: Path | None, wanted: Wanted) -> OpenData:
         manifest=wanted.manifest, training=training, heldout=heldout, files=files, digests=digests
     )
     description = f"{len(training)} {unit} of text; {len(heldout)} held out"
-    return _opened(samples, digests, description, ())
+    owned = _owned(digests, len(training), unit, ())
+    return _opened(samples, owned, description, ())
 
 
 def _heldout_stream(other: Path, path: Path, wanted: Wanted) -> TokenStream:
@@ -251,7 +256,7 @@ def _check_length(tokens: Tokens, what: str, path: Path, wanted: Wanted) -> None
         )
 
 
-def _unit(wanted: Wanted) -> str:
+def _unit(wanted: Wanted) -> Unit:
     return "bytes" if wanted.manifest.data.tokenizer == "bytes" else "tokens"
 
 
@@ -269,13 +274,24 @@ def _class_notes(found: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, .
     return (f"classes by name, in order: {numbered}",)
 
 
+def _owned(digests: Digests, records: int, unit: Unit, class_names: tuple[str, ...]) -> OwnedData:
+    return OwnedData(
+        training=digests.training,
+        heldout=digests.heldout,
+        records=records,
+        unit=unit,
+        classes=digest_of({"classes": class_names}),
+    )
+
+
 def _opened(
-    samples: Samples, digests: Digests, description: str, notes: tuple[str, ...]
+    samples: Samples, owned: OwnedData, description: str, notes: tuple[str, ...]
 ) -> OpenData:
     return OpenData(
         samples=samples,
-        training_digest=digests.training,
-        heldout_digest=digests.heldout,
+        training_digest=owned.training,
+        heldout_digest=owned.heldout,
         description=description,
         notes=notes,
+        owned=owned,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,3 +17,13 @@ class DataOptions:
     """`.npy` file of labels beside a single `.npy` array of data."""
     heldout_labels: str | None = None
     """The same for the held-out array."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenData:
+    """The data that a peer gives to runs whose peers feed their own; paths are absolute."""
+
+    path: str
+    heldout: str | None = None
+    """Data to evaluate on; None: a fixed part of the data is kept apart."""
+    options: DataOptions = field(default_factory=DataOptions)

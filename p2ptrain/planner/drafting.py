@@ -153,7 +153,8 @@ class Drafting:
             work = f"segments {stage.first_segment} to {stage.segments[-1]}"
             for rank, device in enumerate(stage.devices):
                 room = format_bytes(self._room(device))
-                home = ", owns the data" if device == plan.home else ""
+                owns = device == plan.home and not self._planning.own_data
+                home = ", owns the data" if owns else ""
                 sentences.append(
                     f"stage {index} on {short(device)}: {work}, {_part(stage, rank)}"
                     f"{100 * share:.0f} % of the compute, "

@@ -78,6 +78,8 @@ class PlanningInput:
     """The home peer's data has no second copy."""
     private: bool = False
     """Neither inputs nor labels leave the home peer."""
+    own_data: bool = False
+    """Every peer feeds its own."""
     holding: tuple[DeviceId, ...] = ()
     """Devices that have the run's data already."""
     objective: Objective = field(default_factory=Objective)

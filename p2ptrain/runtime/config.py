@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 from p2ptrain import limits
+from p2ptrain.data.options import DataOptions, GivenData
 from p2ptrain.errors import ConfigError
 from p2ptrain.membership.record import MemberRecord
 from p2ptrain.power.model import PowerConfig, parse_power_config
 
 StepSetting = Literal["disk", "memory", "auto"]
 """Where records of steps are kept; `auto`: on the disk unless writing there is slow."""
-TABLES: Final = frozenset({"power", "journal"})
+TABLES: Final = frozenset({"power", "journal", "data"})
+DATA_KEYS: Final = ("path", "heldout", "text_field", "label_field", "labels", "heldout_labels")
+DATA_PATHS: Final = frozenset({"path", "heldout", "labels", "heldout_labels"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +40,9 @@ class PeerConfig:
     """The most compute threads to use; None: as many as the machine has cores."""
     battery_reserve_percent: int = limits.BATTERY_LEAVE_PERCENT
     """Of a full battery: what runs may not spend; there the device leaves them."""
+    data: str | None = None
+    """What it feeds in runs whose peers feed their own data: an absolute path; None: what
+    config.toml says."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.battery_reserve_percent <= limits.BATTERY_RESERVE_PERCENT_MAX:
@@ -67,6 +74,61 @@ def step_setting(settings: Mapping[str, object]) -> StepSetting:
     if chosen == "disk" or chosen == "memory" or chosen == "auto":  # narrows as `in` does not
         return chosen
     raise _wrong(f"steps = {chosen!r:.60} in [journal], which is none of disk, memory, auto")
+
+
+def given_data(settings: Mapping[str, object], path: str | None) -> GivenData | None:
+    """The data that this peer gives to runs, by the `[data]` table of config.toml.
+
+    Args:
+        settings: Of config.toml.
+        path: In place of the table's; None: as the table says.
+
+    Returns:
+        None where neither names any.
+
+    Raises:
+        ConfigError: an unknown table or key, no text, or a path that leads nowhere; nothing is
+            used.
+    """
+    table = _table(settings, "data")
+    unknown = sorted(set(table) - set(DATA_KEYS))
+    if unknown:
+        raise _wrong(f"an unknown key {unknown[0]!r:.60} in [data]")
+    said = {key: _data_text(key, value) for key, value in table.items()}
+    if path is not None:
+        said["path"] = path
+    for key in sorted(DATA_PATHS & set(said)):
+        _check_path(Path(said[key]))
+    if "path" not in said:
+        if said:
+            raise _wrong("a [data] without a path")
+        return None
+    return GivenData(
+        path=said["path"],
+        heldout=said.get("heldout"),
+        options=DataOptions(
+            text_field=said.get("text_field"),
+            label_field=said.get("label_field"),
+            labels=said.get("labels"),
+            heldout_labels=said.get("heldout_labels"),
+        ),
+    )
+
+
+def _data_text(key: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise _wrong(f"{key} = {value!r:.60} in [data], which is no text")
+    if key in DATA_PATHS and not Path(value).is_absolute():
+        raise _wrong(f"{key} = {value!r:.60} in [data], which is no absolute path")
+    return value
+
+
+def _check_path(path: Path) -> None:
+    if not path.exists():
+        raise ConfigError(
+            f"there is no file or folder {path} to give to runs",
+            hint="correct --data, or [data] in config.toml",
+        )
 
 
 def _table(settings: Mapping[str, object], name: str) -> Mapping[str, object]:

@@ -36,7 +36,13 @@ from p2ptrain.power.battery import battery_now, battery_percent
 from p2ptrain.power.cgroups import cpu_quota
 from p2ptrain.power.host import available_memory_bytes, host_identity, power_source, quota_identity
 from p2ptrain.power.meter import open_meter
-from p2ptrain.runtime.config import PeerConfig, default_threads, power_settings, step_setting
+from p2ptrain.runtime.config import (
+    PeerConfig,
+    default_threads,
+    given_data,
+    power_settings,
+    step_setting,
+)
 from p2ptrain.runtime.credentials.trust_service import TRUST_MESSAGES, TrustHooks, TrustService
 from p2ptrain.runtime.device.battery_watch import spare_battery
 from p2ptrain.runtime.device.link_figures import link_figures
@@ -128,6 +134,7 @@ class Peer:
                 drop_link=self._violation,
                 say_activity=self._say_activity,
                 steps_in_memory=_step_place(home),
+                given_data=given_data(read_config(home), config.data),
             ),
             proposals=Ballots(lambda: self.agreement),
             default_threads=lambda: default_threads(self.alive()),

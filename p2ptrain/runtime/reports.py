@@ -22,7 +22,7 @@ class TrainRequest:
     bundle: str
     """Directory of the bundle; empty when resuming."""
     data: str
-    """File or folder to train on; empty when resuming."""
+    """File or folder to train on; empty when resuming, or where peers feed their own."""
     heldout: str | None = None
     """File or folder to evaluate on; None: 5 % of the data, its end where it is one text."""
     text_field: str | None = None
@@ -74,6 +74,8 @@ class TrainRequest:
     """The data gets no second copy: while this peer is away the run pauses."""
     private: bool = False
     """Neither inputs nor labels leave this peer: it has the first and the last stage."""
+    own_data: bool = False
+    """Every peer that gives data feeds its own, as one of several replicas of the model."""
     force_view: bool = False
     """Resume although the run may be going on elsewhere: begins a new lineage."""
     resume: str | None = None
@@ -105,6 +107,20 @@ class StageReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OwnerReport:
+    """Whose own data a run trains on, and how much of each step it is."""
+
+    device: DeviceId
+    name: str
+    records: int
+    """To train on."""
+    unit: str
+    """What is counted: records, or tokens or bytes of text."""
+    microbatches: int
+    """Of a step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
     """The agreed plan as a person reads it. Event name: `plan`."""
 
@@ -121,6 +137,8 @@ class PlanReport:
     """Activations and cotangents that a step sends between peers, without framing."""
     predicted_step_joules: float | None = None
     """Of all peers with a stage, idle time included; None: not all say what they draw."""
+    owners: tuple[OwnerReport, ...] = ()
+    """Where peers feed their own data; empty: one device feeds all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +280,8 @@ class TrainResult:
     """Ended before its last step on request; resume to go on."""
     prediction: PredictionReport | None = None
     """Of the last view."""
+    owners: tuple[OwnerReport, ...] = ()
+    """Whose own data it was trained on; empty: one device fed all."""
     version: int = REPORT_VERSION
 
 
@@ -335,7 +355,7 @@ class RunStatusReport:
     replica_bytes: int
     """Replicas that this device keeps for others."""
     data_holders: tuple[str, ...]
-    """Names of the members that have the run's data."""
+    """Names of the members that have the run's data; where each feeds its own, of all owners."""
     last_recovery: RecoveryReport | None = None
     prediction: PredictionReport | None = None
     """Where this device feeds the run; None elsewhere."""

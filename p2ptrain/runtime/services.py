@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from p2ptrain.data.options import GivenData
 from p2ptrain.engine.contract import Engine
 from p2ptrain.errors import RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
@@ -91,5 +92,7 @@ class Services:
     """The battery that the device runs on now; None: none, or it does not say."""
     cpu_quota: Callable[[], CpuQuota | None] = lambda: None
     """What holds back this process now."""
+    given_data: GivenData | None = None
+    """What this peer feeds in runs whose peers feed their own; None: it has no part in them."""
     own_cores: str = ""
     """Of the quota below which this peer began; empty: it shares the machine's cores."""

@@ -14,6 +14,7 @@ from typing import Final
 
 from p2ptrain import limits
 from p2ptrain.ids import Digest
+from p2ptrain.training.owners import DataOwner
 from p2ptrain.wire.codec import to_plain
 
 CONTRACT_VERSION: Final = 2
@@ -83,6 +84,8 @@ class Contract:
     """Keep only each segment's inputs for the backward, which runs the forward again."""
     parallelism: str = "pipeline"
     """One of PARALLELISMS: which plans the run may have."""
+    owners: tuple[DataOwner, ...] = ()
+    """Whose data it trains on, by rank, where each feeds its own; else the home peer feeds all."""
     version: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
@@ -100,6 +103,8 @@ class Contract:
         """`exact` or `within tolerance`, and why, in one phrase."""
         if len(self.builds) > 1:
             return f"within tolerance: {len(self.builds)} different runtime builds take part"
+        if self.owners:
+            return "exact for these owners: each feeds its own data, and sums follow their order"
         if self.parallelism != "pipeline":
             return (
                 "within tolerance: several peers may share a stage "
@@ -117,6 +122,8 @@ class Contract:
         plain = to_plain(self)
         if self.parallelism == "pipeline":
             del plain["parallelism"]  # runs from before there was a choice keep their digests
+        if not self.owners:
+            del plain["owners"]  # and so do those from before data had owners
         document = json.dumps(plain, sort_keys=True, separators=(",", ":"))
         return Digest(hashlib.sha256(document.encode()).hexdigest())
 
@@ -144,4 +151,17 @@ def _problem(contract: Contract) -> str | None:
         return f"unknown optimizer {contract.optimizer.name!r}"
     if contract.seed < 0 or contract.seed >= 1 << 63:
         return "the seed is an integer from 0 to 2^63 - 1"
+    return _owners_problem(contract) if contract.owners else None
+
+
+def _owners_problem(contract: Contract) -> str | None:
+    devices = [owner.device for owner in contract.owners]
+    if len(devices) < 2 or len(set(devices)) != len(devices):
+        return "a run on its owners' data has two owners or more, each once"
+    if sum(owner.microbatches for owner in contract.owners) != contract.microbatches:
+        return "the owners' microbatches are those of a step"
+    if contract.heldout_microbatches < contract.microbatches:
+        return "an evaluation has a microbatch of every owner, so as many as a step"
+    if contract.parallelism != "data":
+        return "owners of data are replicas of the whole model"
     return None

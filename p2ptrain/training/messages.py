@@ -12,6 +12,7 @@ from p2ptrain.planner.links import LinkFigure
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.recovery.inventory import Inventory, check_microbatches
+from p2ptrain.training.owners import OwnedData
 from p2ptrain.training.segment_state import StateHeader
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.units import NS_PER_S
@@ -44,6 +45,10 @@ def run_of(sent: object) -> str:
     return run if isinstance(run, str) else NO_RUN
 
 
+FedItem = Literal["train", "evaluate"]
+"""Items for which samples are read."""
+
+
 @message("offer")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
@@ -60,6 +65,10 @@ class Offer:
     """Measure backwards in their two parts as well."""
     other_sizes: tuple[int, ...] = ()
     """Microbatch sizes for which times should be told, too, as far as they follow from others."""
+    own_data: bool = False
+    """Every peer of the run is to feed data of its own: tell about yours, or decline."""
+    tokenizer_bytes: int = 0
+    """Of the bundle's tokenizer, by which it is read: the blob that the manifest names; 0: none."""
 
 
 @message("profiled")
@@ -74,6 +83,8 @@ class Profiled:
     """Devices with which I can exchange tensors."""
     links: tuple[LinkFigure, ...] = ()
     """What I have measured of my links."""
+    data: OwnedData | None = None
+    """About the data that I would feed; None: I was not asked."""
 
     def __post_init__(self) -> None:
         if len(self.links) > limits.LINK_PEERS_MAX:
@@ -134,6 +145,22 @@ class Done:
     def __post_init__(self) -> None:
         if not 0 <= self.compute_ns <= NS_PER_S * 10**9:
             raise ValueError("a step takes no such time")
+
+
+@message("labels_counted")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelsCounted:
+    """Owner of data, and the home peer, to all members: so many labels of my microbatches of this
+    item count. With everybody's, each knows what a label weighs."""
+
+    stamp: Stamp
+    kind: FedItem
+    step: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step <= limits.STEPS_MAX or not 0 <= self.count <= limits.LABELS_MAX:
+            raise ValueError("labels are of a step, and not that many")
 
 
 @message("evaluated")

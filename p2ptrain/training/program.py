@@ -7,12 +7,14 @@ message, and it can only shorten the sequence at a step that nobody has begun.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from p2ptrain.errors import InvariantBroken
 from p2ptrain.training.contract import Contract
 
 ItemKind = Literal["train", "evaluate", "checkpoint", "replicate"]
+FED_ITEMS: Final = ("train", "evaluate")
+"""Items for which samples are read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,12 @@ class Program:
         self._replicated_at: int | None = 0 if drawn else None
         self._saved_at: int | None = first_step if first_step > 0 else None
         self._last = max(contract.steps, first_step)
+        self._fed_count = 0
+
+    @property
+    def fed_count(self) -> int:
+        """Steps and evaluations that are complete here, of those in this view."""
+        return self._fed_count
 
     @property
     def step(self) -> int:
@@ -88,6 +96,7 @@ class Program:
         """Note that the current item is done."""
         if item != self.current:
             raise InvariantBroken(f"{item} completed while {self.current} is current")
+        self._fed_count += item.kind in FED_ITEMS
         match item.kind:
             case "train":
                 self._step = item.step

@@ -39,6 +39,12 @@ USAGE = "p2ptrain: hint: see p2ptrain {} --help\n"
             "p2ptrain: hint: ask a member for a new one: p2ptrain group invite NAME\n",
         ),
         (
+            "join --group nowhere --data /absent/notes.txt --code 1234-5678",
+            2,
+            "p2ptrain: there is no file or folder /absent/notes.txt to give to runs\n"
+            "p2ptrain: hint: correct --data, or [data] in config.toml\n",
+        ),
+        (
             "join --group home --memory lots",
             2,
             "p2ptrain: invalid value for '--memory': 'lots' is not a size such as 512MiB or 2GiB\n"

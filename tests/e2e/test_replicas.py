@@ -13,11 +13,22 @@ import trio
 
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.planner.traffic import all_reduce_bytes
-from p2ptrain.runtime.reports import TrainRequest, TrainResult
+from p2ptrain.runtime.reports import PeerStatus, TrainRequest, TrainResult
 from p2ptrain.store.bundles import load_bundle, shipped_bundles
 from p2ptrain.training.contract import OptimizerChoice
+from p2ptrain.wire.codec import from_plain
 from tests.bundles import write_bundle
-from tests.e2e.peers import Member, PeerProcess, Watched, job, peer_group, train
+from tests.e2e.peers import (
+    STEPS,
+    Member,
+    PeerProcess,
+    Watched,
+    command,
+    job,
+    peer_group,
+    train,
+    typed,
+)
 from tests.replicated import TOLERANCE, Layout, assert_near, deviation, parameters, plan_text
 from tests.shipped_training import short_context
 
@@ -171,3 +182,60 @@ async def test_stage_beside_replicas_is_killed_and_replayed_from_the_logs_of_bot
     async with peer_group(tmp_path, 3) as (home, _, lost):
         whole, _ = await train(home, asked)
         await assert_recovered(home, asked, whole, lost)
+
+
+def halves(text: Path, folder: Path) -> dict[str, str]:
+    """A text of its own for each of two peers, by their names."""
+    content = text.read_text(encoding="utf-8")
+    middle = len(content) // 3
+    files = {"peer-1": content[:middle], "peer-2": content[middle:]}
+    for name, part in files.items():
+        (folder / f"{name}.txt").write_text(part, encoding="utf-8")
+    return {name: str(folder / f"{name}.txt") for name in files}
+
+
+def waits_for(status: PeerStatus) -> str | None:
+    """Why a peer's run does not go on."""
+    return None if status.run_status is None else status.run_status.waits_for
+
+
+async def test_peers_feed_their_own_data_and_wait_for_each_other(
+    tmp_path: Path, text: Path
+) -> None:
+    """Once by the command line, then with one of them killed on the way and started again."""
+    paths = halves(text, tmp_path)
+    asked = dataclasses.replace(job(text), data="", own_data=True, parallelism="data")
+
+    def gives(member: Member) -> Member:
+        return dataclasses.replace(member, options=("--data", paths[member.name]))
+
+    async with peer_group(tmp_path, 2, change=gives) as (home, other):
+        line = [each for each in typed(asked) if each not in ("--data", "", "--stages", "None")]
+        ended = await command(home.member, *line, "--own-data", "--parallelism", "data")
+        assert ended.returncode == 0, ended.stderr
+        whole = from_plain(TrainResult, json.loads(ended.stdout))
+        assert (whole.peers, whole.stages, len(whole.losses)) == (2, 1, STEPS)
+        assert whole.losses[-1] < whole.losses[0]
+        watched, results = Watched(), list[TrainResult]()
+
+        async def conduct() -> None:
+            result, _ = await train(home, asked, watched)
+            results.append(result)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(conduct)
+            await watched.wait_step(KILLED_AT)
+            await other.kill()
+            sentence = f"paused: the data of {other.name} is gone: it takes {other.name} back"
+            await home.wait_status(lambda status: waits_for(status) == sentence, 30)
+            await other.start((await home.status()).address)
+        (result,) = results
+    assert (result.losses, result.state_digest) == (whole.losses, whole.state_digest)
+    assert result.heldout_last == whole.heldout_last
+    (plan,) = watched.named("plan")
+    assert {owner["name"]: owner["unit"] for owner in plan["owners"]} == dict.fromkeys(
+        paths, "bytes"
+    )
+    kinds = {each.kind for each in result.traffic}
+    assert "reduce" in kinds
+    assert not kinds & {"input", "labels", "data"}, "somebody's data travelled"

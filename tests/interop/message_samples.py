@@ -20,6 +20,7 @@ from p2ptrain.planner.plan import Plan, StagePlan
 from p2ptrain.recovery.inventory import SegmentSpan
 from p2ptrain.recovery.restoration import SpanAt
 from p2ptrain.training.contract import Contract, OptimizerChoice
+from p2ptrain.training.owners import DataOwner
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.wire.codec import registered
 
@@ -139,6 +140,15 @@ def _aim() -> tuple[SpanAt, ...]:
     )
 
 
+def _owners() -> tuple[DataOwner, ...]:
+    """Of a step of 13 microbatches, as `sample` makes it."""
+    first = sample(DataOwner)
+    return (
+        dataclasses.replace(first, microbatches=7),
+        dataclasses.replace(first, device=DEVICES[1], microbatches=6),
+    )
+
+
 def _fingerprints() -> tuple[str, ...]:
     return (_digest("key"),)
 
@@ -166,6 +176,7 @@ SPECIAL: Final[dict[str, dict[str, Any]]] = {  # Any: what makes a field's value
         "dropout": lambda: 0.1,
         "optimizer": OptimizerChoice,
         "parallelism": lambda: "data",
+        "owners": lambda: _owners(),
     },
     "Amounts": {"phases": lambda: {phase: sample(PhaseAmount) for phase in PHASES}},
     "Known": {

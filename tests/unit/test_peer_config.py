@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from p2ptrain.data.options import DataOptions, GivenData
 from p2ptrain.errors import ConfigError
 from p2ptrain.ids import DeviceId
 from p2ptrain.power.model import PowerConfig
-from p2ptrain.runtime.config import default_threads, power_settings, step_setting
+from p2ptrain.runtime.config import default_threads, given_data, power_settings, step_setting
 from tests.sim.plans import make_record
 
 
@@ -55,6 +57,40 @@ def test_step_setting_is_read(setting: str) -> None:
 def test_other_step_settings_are_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         step_setting(settings)
+
+
+def test_data_table_is_read_and_the_command_line_goes_before_it(tmp_path: Path) -> None:
+    for name in ("notes.txt", "held.txt", "other.txt"):
+        (tmp_path / name).write_text("text")
+    table = {"path": str(tmp_path / "notes.txt"), "heldout": str(tmp_path / "held.txt"),
+             "text_field": "body"}  # fmt: skip
+    options = DataOptions(text_field="body")
+    assert given_data({"data": table}, None) == GivenData(
+        path=table["path"], heldout=table["heldout"], options=options
+    )
+    other = str(tmp_path / "other.txt")
+    found = given_data({"data": table}, other)
+    assert found is not None
+    assert (found.path, found.options) == (other, options)
+    assert given_data({}, other) == GivenData(path=other)
+    assert given_data({}, None) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (3, "no table"),
+        ({"paths": "/"}, "unknown key 'paths'"),
+        ({"path": 3}, "is no text"),
+        ({"path": "notes.txt"}, "no absolute path"),
+        ({"path": "/absent/notes.txt"}, "there is no file or folder /absent/notes.txt"),
+        ({"path": "/", "heldout": "/absent"}, "there is no file or folder /absent"),
+        ({"text_field": "body"}, "without a path"),
+    ],
+)
+def test_other_data_settings_are_refused(table: object, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        given_data({"data": table}, None)
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,12 @@ from p2ptrain.training.contract import Contract
 from p2ptrain.training.headers import header_of
 from p2ptrain.training.messages import stamp_of
 from p2ptrain.training.minibatch import FedKind, read_minibatch
-from p2ptrain.training.program import Item, Program
+from p2ptrain.training.program import FED_ITEMS, Item, Program
 from p2ptrain.training.routing import Runners, runners
 from p2ptrain.wire.frames import TensorHeader
 
 ITEMS_AHEAD_MAX = 2
 """Items fed but not yet complete; the receivers hold no more (runtime.inbox)."""
-FED_ITEMS = ("train", "evaluate")
 
 
 class Feeder:

@@ -17,6 +17,7 @@ from p2ptrain.errors import CheckpointError, InvariantBroken, PeerLost
 from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.home.checkpoints import CheckpointCollector
 from p2ptrain.runtime.home.feeder import Feeder
+from p2ptrain.runtime.home.own_feeder import OwnFeeder
 from p2ptrain.runtime.home.progress import ProgressTracker
 from p2ptrain.runtime.home.trained_model import write_trained_model, write_trained_safetensors
 from p2ptrain.runtime.home.trained_weights import TrainedRun
@@ -71,11 +72,13 @@ class HomeDuty:
         program: Program,
         services: Services,
         signal: Signal,
+        feeder: OwnFeeder | None = None,
     ) -> None:
+        """`feeder`: of `program`, where peers feed their own data; None: this one feeds all."""
         self._session, self._view, self._plan = session, view, view.plan
         self._program, self._services, self._signal = program, services, signal
         session.progress.begin_view(view.plan)
-        self._feeder = Feeder(
+        self._feeder: Feeder | OwnFeeder = feeder or Feeder(
             job=session.job,
             plan=view.plan,
             contract=view.contract,

@@ -15,7 +15,7 @@ from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.home.feeder import ITEMS_AHEAD_MAX
 from p2ptrain.runtime.planning.job import Job
 from p2ptrain.runtime.reporting.energy_report import energy_report
-from p2ptrain.runtime.reporting.plan_report import predicted_boundary_bytes
+from p2ptrain.runtime.reporting.plan_report import owner_reports, predicted_boundary_bytes
 from p2ptrain.runtime.reports import (
     EnergyReport,
     EvaluationReport,
@@ -198,6 +198,7 @@ class ProgressTracker:
             model_path=None if model_path is None else str(model_path),
             stopped=stopped,
             prediction=self.prediction(),
+            owners=owner_reports(self._contract, self._services.directory.name_of),
         )
 
     def prediction(self) -> PredictionReport:

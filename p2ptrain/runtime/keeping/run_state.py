@@ -15,7 +15,7 @@ from p2ptrain import limits
 from p2ptrain.agreement.view import View
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.engine.contract import Array, Engine
-from p2ptrain.errors import CheckpointError, InvariantBroken
+from p2ptrain.errors import CheckpointError, DataError, InvariantBroken
 from p2ptrain.ids import DeviceId, Lineage, RunId
 from p2ptrain.planner.plan import is_sharded
 from p2ptrain.recovery.inventory import Inventory, LiveShard, LiveStage, LogKind, live_stage
@@ -30,6 +30,7 @@ from p2ptrain.runtime.exchange.slice_joining import SliceJoiner
 from p2ptrain.runtime.home.checkpoint_listing import parse_listing
 from p2ptrain.runtime.home.home_duty import HomeSession, note_end
 from p2ptrain.runtime.keeping.replication import ReplicaKeeper
+from p2ptrain.runtime.planning.own_data import owner_samples
 from p2ptrain.runtime.planning.pacing import Pacing
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
@@ -38,8 +39,10 @@ from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.replicas import Replica, ReplicaPlace, ReplicaStore
 from p2ptrain.store.runs import RunDirectory, SavedSegment
 from p2ptrain.training.contract import Contract
+from p2ptrain.training.feed import Samples
 from p2ptrain.training.messages import Begin, Ended, SegmentSaved, Stamp
 from p2ptrain.training.minibatch import FedKind, read_minibatch
+from p2ptrain.training.owners import owner_of
 from p2ptrain.training.program import Item
 from p2ptrain.training.replay_inputs import StepPlace
 from p2ptrain.training.segment_state import SegmentState, StateHeader, read_segment_state
@@ -126,6 +129,10 @@ class RunState:
         self.own_weights: Mapping[str, Array] | None = None
         self.data_copies: set[DeviceId] = set()
         """Members known to have the run's data."""
+        self.own_samples: Samples | None = None
+        """What this device feeds of a run whose peers feed their own."""
+        self.own_problem: DataError | None = None
+        """Why it cannot, where it should."""
         self._session: HomeSession | None = None
         self.state_names = self.manifest.updates[contract.optimizer.name].state
         self.replicas = ReplicaStore(self.path, self.manifest, self.state_names, contract=contract)
@@ -155,6 +162,22 @@ class RunState:
         self._session = session
         self.own_weights = session.weights
         self.data_copies.add(self.services.device)
+
+    def open_own_data(self) -> None:
+        """Open what this device owns of the run's data, or note why that cannot be. Blocking."""
+        owner = owner_of(self.contract.owners, self.services.device)
+        if owner is None:
+            return
+        try:
+            self.own_samples = owner_samples(self.services, self.manifest, self.contract, owner)
+        except DataError as error:
+            self.own_problem = error
+
+    def check_own_data(self) -> None:
+        """DataError where this device cannot feed what it owns: the run has not begun yet, since no
+        later view has it as a member then."""
+        if self.own_problem is not None:
+            raise self.own_problem
 
     async def take_listing(self, home: DeviceId, begin: Begin) -> None:
         """Learn where the segments of a resumed checkpoint are.
@@ -309,7 +332,7 @@ class RunState:
 
     def _read_feed(self, kind: FedKind, step: int) -> bytes | None:
         """What a data holder feeds in a step, packed; None without the data."""
-        if self._session is None:
+        if self._session is None or self.contract.owners:
             return None
         item = Item(kind="train", step=step)
         samples, loss = self._session.job.samples, self.manifest.loss
@@ -416,12 +439,17 @@ class RunState:
                 if held.step <= last
             ),
             logs=self.log.inventory(),
-            has_data=self._session is not None,
+            has_data=self._has_data(),
             linked=self.services.directory.linked(),
             links=self.services.link_figures(),
             battery=self.services.battery(),
             shard=self._live_shard(),
         )
+
+    def _has_data(self) -> bool:
+        if self.contract.owners:
+            return self.own_samples is not None
+        return self._session is not None
 
     def close(self) -> None:
         """The run is over here: give the memory back."""

@@ -13,9 +13,15 @@ from p2ptrain.agreement.view import View
 from p2ptrain.data.opening import OpenData, open_samples
 from p2ptrain.data.options import DataOptions
 from p2ptrain.errors import CheckpointError, ConfigError, DataError, InvariantBroken
-from p2ptrain.ids import Lineage, RunId, ViewNumber
+from p2ptrain.ids import Digest, Lineage, RunId, ViewNumber
 from p2ptrain.planner.objective import GOALS, Objective, objective_of
 from p2ptrain.planner.plan_file import AskedPlan, read_plan
+from p2ptrain.runtime.planning.own_runs import (
+    ElsewhereSamples,
+    check_own,
+    check_own_model,
+    check_own_plan,
+)
 from p2ptrain.runtime.planning.variants import AUTO, asked_size
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.schedule.actions import SCHEDULES
@@ -23,6 +29,7 @@ from p2ptrain.store.bundles import Bundle, find_bundle, load_bundle
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory, RunRecord, find_run
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.feed import Samples
+from p2ptrain.training.owners import joint_digest
 
 CACHE_FOLDER = "cache"
 """Beside the runs: what is derived from data once."""
@@ -51,6 +58,8 @@ class Job:
     """The plan to begin with; None: the planner finds one."""
     private: bool = False
     """Neither inputs nor labels leave this device, however often the run is resumed."""
+    own_data: bool = False
+    """Every peer feeds its own; who they are, the answers to the offer tell."""
 
     def wanted_schedule(self, request: TrainRequest) -> str:
         """The schedule that a plan should have: as its file says, else as the request does."""
@@ -94,18 +103,23 @@ def open_job(
     asked = None if request.plan is None else read_plan(request.plan, file="--plan")
     if request.resume is not None:
         job = _resumed_job(request, runs_path)
+        if job.own_data:
+            check_own(replace(request, parallelism=job.contract.parallelism))
         private = job.private or request.private
         if private:
             _check_private(replace(request, parallelism=job.contract.parallelism))
         return replace(job, asked=asked, private=private)
-    if not request.bundle or not request.data:
+    if not request.bundle or not (request.data or request.own_data):
         raise ConfigError("a new run needs a model and data", hint="give --model and --data")
     bundle = load_bundle(find_bundle(request.bundle))
     bundle.check()
+    if request.own_data:
+        return _own_job(request, bundle, asked, RunDirectory(runs_path / new_run), default_threads)
     options = _data_options(request)
     minibatch_size = asked_size(request) * request.microbatches
     opened = _open_data(bundle, request.data, request.heldout, options, runs_path, minibatch_size)
-    contract = _new_contract(request, bundle, opened, default_threads)
+    digests = opened.training_digest, opened.heldout_digest
+    contract = _new_contract(request, bundle, digests, default_threads)
     return Job(
         run=new_run,
         lineage=Lineage(0),
@@ -121,6 +135,37 @@ def open_job(
         checkpoint=None,
         checkpoint_every=request.checkpoint_every,
         private=request.private,
+        asked=asked,
+    )
+
+
+def _own_job(
+    request: TrainRequest,
+    bundle: Bundle,
+    asked: AskedPlan | None,
+    directory: RunDirectory,
+    default_threads: int,
+) -> Job:
+    """A new run whose peers feed their own data; the contract names them once they are known."""
+    check_own_model(bundle.manifest)
+    if asked is not None:
+        check_own_plan(asked)
+    nobodys = joint_digest(())
+    return Job(
+        run=RunId(directory.path.name),
+        lineage=Lineage(0),
+        view=ViewNumber(1),
+        bundle=bundle,
+        contract=_new_contract(request, bundle, (nobodys, nobodys), default_threads),
+        samples=ElsewhereSamples(nobodys),
+        data="",
+        heldout=None,
+        data_options=DataOptions(),
+        data_notes=(),
+        directory=directory,
+        checkpoint=None,
+        checkpoint_every=request.checkpoint_every,
+        own_data=True,
         asked=asked,
     )
 
@@ -164,20 +209,7 @@ def _job_of(
     view: ViewNumber,
 ) -> Job:
     checkpoint = directory.read_checkpoint(bundle.manifest)
-    opened = _open_data(
-        bundle,
-        record.data,
-        record.heldout,
-        record.data_options,
-        directory.path.parent,
-        record.contract.minibatch_size,
-    )
-    digests = (opened.training_digest, opened.heldout_digest)
-    if digests != (record.contract.training_data, record.contract.heldout_data):
-        raise DataError(
-            f"the data of run {record.run[:8]} has changed: {record.data}",
-            hint="restore the file, or start a new run without --resume",
-        )
+    samples, notes = _recorded_data(directory, record, bundle)
     if checkpoint is not None and checkpoint.contract != record.contract.digest:
         raise CheckpointError("the checkpoint belongs to another contract")
     return Job(
@@ -186,16 +218,41 @@ def _job_of(
         view=view,
         bundle=bundle,
         contract=record.contract,
-        samples=opened.samples,
+        samples=samples,
         data=record.data,
         heldout=record.heldout,
         data_options=record.data_options,
-        data_notes=(f"the data: {opened.description}", *opened.notes),
+        data_notes=notes,
         directory=directory,
         checkpoint=checkpoint,
         checkpoint_every=record.checkpoint_every,
         private=record.private,
+        own_data=bool(record.contract.owners),
     )
+
+
+def _recorded_data(
+    directory: RunDirectory, record: RunRecord, bundle: Bundle
+) -> tuple[Samples, tuple[str, ...]]:
+    """The data that a run was started with, and what is to be said of it; DataError for another."""
+    contract = record.contract
+    if contract.owners:
+        return ElsewhereSamples(contract.training_data), ()
+    opened = _open_data(
+        bundle,
+        record.data,
+        record.heldout,
+        record.data_options,
+        directory.path.parent,
+        contract.minibatch_size,
+    )
+    digests = (opened.training_digest, opened.heldout_digest)
+    if digests != (contract.training_data, contract.heldout_data):
+        raise DataError(
+            f"the data of run {record.run[:8]} has changed: {record.data}",
+            hint="restore the file, or start a new run without --resume",
+        )
+    return opened.samples, (f"the data: {opened.description}", *opened.notes)
 
 
 def _check_request(request: TrainRequest) -> None:
@@ -205,6 +262,8 @@ def _check_request(request: TrainRequest) -> None:
     if request.stages is not None and not 1 <= request.stages <= limits.STAGES_MAX:
         raise ConfigError(f"stages must be between 1 and {limits.STAGES_MAX}")
     wanted_objective(request)
+    if request.own_data:
+        check_own(request)
     if request.private:
         _check_private(request)
     if request.stages is not None and request.plan is not None:
@@ -278,7 +337,7 @@ def _open_data(
 
 
 def _new_contract(
-    request: TrainRequest, bundle: Bundle, opened: OpenData, default_threads: int
+    request: TrainRequest, bundle: Bundle, data: tuple[Digest, Digest], default_threads: int
 ) -> Contract:
     try:
         return Contract(
@@ -292,8 +351,8 @@ def _new_contract(
             threads=request.threads or default_threads,
             dropout=request.dropout,
             optimizer=request.optimizer,
-            training_data=opened.training_digest,
-            heldout_data=opened.heldout_digest,
+            training_data=data[0],
+            heldout_data=data[1],
             evaluate_every=request.evaluate_every,
             heldout_microbatches=request.heldout_microbatches,
             builds=(),

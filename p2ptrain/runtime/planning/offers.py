@@ -17,11 +17,14 @@ from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.compute.known_profiles import known_or_measured
 from p2ptrain.runtime.compute.stopwatch import Stopwatch
 from p2ptrain.runtime.exchange.foreign import SURVIVABLE, as_ours
+from p2ptrain.runtime.planning.own_data import offered_data
+from p2ptrain.runtime.planning.own_placement import is_of_owners
 from p2ptrain.runtime.services import Services
 from p2ptrain.store.bundles import Bundle, bundle_from_parts
 from p2ptrain.store.profiles import ProfileStore
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import Declined, Offer, Profiled
+from p2ptrain.training.owners import OwnedData, owner_of
 
 PREPARED_MAX = 2
 """Offers whose engines are kept open at once; an older one is forgotten."""
@@ -34,6 +37,7 @@ class _Prepared:
     offer: Offer
     home: DeviceId
     at_s: float
+    data: OwnedData | None
 
 
 class OfferDesk:
@@ -80,11 +84,21 @@ class OfferDesk:
             return "the plan has other threads or another graph form than was offered"
         if prepared.engine.build not in contract.builds:
             return "its runtime build is not in the numerics contract"
+        if (reason := self._data_objection(prepared, plan, contract)) is not None:
+            return reason
         need = plan.memory_of(self._services.device)
         have = self._services.memory_bytes()
         return (
             f"its stage needs {need} bytes of memory and {have} are left" if need > have else None
         )
+
+    def _data_objection(self, prepared: _Prepared, plan: Plan, contract: Contract) -> str | None:
+        owner = owner_of(contract.owners, self._services.device)
+        if prepared.data is None and not contract.owners:
+            return None
+        if owner is None or prepared.data is None or not owner.has(prepared.data):
+            return "the plan has other data here than it has told"
+        return None if is_of_owners(plan, contract.owners) else "the plan is not its owners'"
 
     def prepared(self, run: RunId) -> tuple[Bundle, Engine] | None:
         """What a decided plan runs on; None when nothing was prepared, or too long ago."""
@@ -114,6 +128,9 @@ class OfferDesk:
 
     async def _measure(self, home: DeviceId, offer: Offer) -> Profiled:
         bundle = await self._fetch_bundle(home, offer)
+        data: OwnedData | None = None
+        if offer.own_data:
+            data = await offered_data(self._services, home, offer, bundle.manifest)
         engine = await trio.to_thread.run_sync(self._services.open_engine, offer.threads)
         services = self._services
         store = ProfileStore(services.cache_path / "profiles")
@@ -124,7 +141,7 @@ class OfferDesk:
         costs = await trio.to_thread.run_sync(
             known_or_measured, store, engine, bundle, offer, stopwatch
         )
-        self._keep(offer, _Prepared(bundle, engine, offer, home, time.monotonic()))
+        self._keep(offer, _Prepared(bundle, engine, offer, home, time.monotonic(), data))
         profile = PeerProfile(
             device=self._services.device,
             kinds=costs.kinds,
@@ -139,7 +156,9 @@ class OfferDesk:
         )
         linked = self._services.directory.linked()
         links = self._services.link_figures()
-        return Profiled(run=offer.run, view=offer.view, profile=profile, linked=linked, links=links)
+        return Profiled(
+            run=offer.run, view=offer.view, profile=profile, linked=linked, links=links, data=data
+        )
 
     def _keep(self, offer: Offer, prepared: _Prepared) -> None:
         self._prepared[offer.run] = prepared

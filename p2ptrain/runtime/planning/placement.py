@@ -14,13 +14,22 @@ from p2ptrain.planner.input import LeftOut, PlanningInput, StageMemory
 from p2ptrain.planner.kinds import kinds_at_start, kinds_compared
 from p2ptrain.planner.links import LinkFigure, link_estimates
 from p2ptrain.planner.plan import Plan
+from p2ptrain.planner.plan_file import AskedPlan
 from p2ptrain.planner.profile import KindCost, PeerProfile
 from p2ptrain.runtime.planning.job import Job, wanted_objective
+from p2ptrain.runtime.planning.own_placement import (
+    able_owners,
+    asked_of,
+    counted_plan,
+    owned_contract,
+    recorded,
+)
 from p2ptrain.runtime.planning.variants import AUTO, DELAYING, Way, best, chosen, contracts
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.schedule.actions import delays_gradients
 from p2ptrain.training.contract import Contract, RuntimeBuild
 from p2ptrain.training.memory import MemoryModel
+from p2ptrain.training.owners import OwnedData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +54,8 @@ class Group:
     """What each device has measured."""
     known: Known = field(default_factory=Known)
     """How people call devices, and why some have no part."""
+    data: Mapping[DeviceId, OwnedData] = field(default_factory=dict)
+    """What they have told of their own, where each feeds its own."""
 
 
 def place(request: TrainRequest, job: Job, group: Group) -> Placement:
@@ -56,6 +67,7 @@ def place(request: TrainRequest, job: Job, group: Group) -> Placement:
     Raises:
         PlanInfeasible: no placement fits; the sentence names the nearest change.
         ConfigError: a plan that is asked for names devices or segments that are not there.
+        DataError: an owner's data is not what a resumed run was begun with.
     """
     outsiders = _outsiders(job, group.profiles.values())
     out = {outsider.device: outsider.reason for outsider in outsiders}
@@ -100,10 +112,13 @@ def _way(
     sized = [_at_size(profile, size, job.contract) for profile in able]
     profiles = tuple(profile for profile in sized if profile is not None)
     schedule, further, notes = _settled(job.wanted_schedule(request), manifest, contract)
+    asked, planned, lacking = job.asked, profiles, tuple[LeftOut, ...]()
+    if job.own_data:
+        asked, planned, lacking = _owners(job, group, profiles, contract)
     planning = PlanningInput(
         manifest=manifest,
         contract=contract,
-        profiles=tuple(planning_profile(profile, contract) for profile in profiles),
+        profiles=tuple(planning_profile(profile, contract) for profile in planned),
         home=group.home,
         stage_memory=predicted_memory(manifest, contract),
         run=job.run,
@@ -115,18 +130,37 @@ def _way(
         objective=wanted_objective(request),
         kinds=kinds_at_start(contract.parallelism),
         compared=() if job.private else kinds_compared(contract.parallelism),
-        keep_data_here=request.keep_data_here or job.private,
+        keep_data_here=request.keep_data_here or job.private or job.own_data,
         private=job.private,
+        own_data=job.own_data,
         replica_every=request.replicate_every,
         steps_left=contract.steps - job.first_step,
         links=link_estimates(group.links, {p.device: p.host for p in profiles}),
     )
-    if job.asked is None:
+    if asked is None:
         choice = choose_plan(planning)
     else:
-        choice = asked_plan(planning, replace(job.asked, schedule=schedule), group.known)
+        choice = asked_plan(planning, replace(asked, schedule=schedule), group.known)
     plan = replace(choice.plan, reasons=(*choice.plan.reasons, *notes))
-    return Way(contract=contract, plan=plan, left_out=choice.left_out, profiles=profiles)
+    if job.own_data:
+        contract = owned_contract(contract, plan, group.data)
+        plan = counted_plan(plan, contract)
+    left_out = (*lacking, *choice.left_out)
+    return Way(contract=contract, plan=plan, left_out=left_out, profiles=profiles)
+
+
+def _owners(
+    job: Job, group: Group, profiles: tuple[PeerProfile, ...], contract: Contract
+) -> tuple[AskedPlan, tuple[PeerProfile, ...], tuple[LeftOut, ...]]:
+    """The plan to ask for where each feeds its own, the owners who may be in it, and who cannot."""
+    manifest = job.bundle.manifest
+    if job.resumed:
+        asked = recorded(contract, manifest, group.data, group.known)
+        devices = {owner.device for owner in contract.owners}
+        return asked, tuple(p for p in profiles if p.device in devices), ()
+    memory = predicted_memory(manifest, contract)
+    able, lacking = able_owners(profiles, group.data, memory, manifest)
+    return job.asked or asked_of(able, contract, manifest), able, lacking
 
 
 def _at_size(profile: PeerProfile, size: int, measured: Contract) -> PeerProfile | None:

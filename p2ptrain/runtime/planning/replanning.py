@@ -145,6 +145,8 @@ class _Planner:
 
     def why_none(self) -> str:
         """Why there is no candidate at all; the home peer certainly had the data."""
+        if self._base.contract.owners:
+            return self._lacks_owner() or "the devices that are left cannot go on"
         home, stays = self._base.plan.home, self._base.plan.keep_data_here
         holding = [d for d in self._usable if d in self._promises and self._promises[d].has_data]
         if [device for device in holding if device == home or not stays]:
@@ -153,7 +155,14 @@ class _Planner:
         return f"nobody who is left has the run's data{back}"
 
     def candidates(self) -> Iterator[_Candidate]:
-        """Plans, the best first: another cut where that is worth its moves, else least movement."""
+        """Plans, the best first: another cut where that is worth its moves, else least movement.
+
+        Where members feed their own data, only the one that they have.
+        """
+        if self._base.contract.owners:
+            if self._lacks_owner() is None:
+                yield _Candidate(self._as_before())
+            return
         succession = Succession(
             base=self._base.plan,
             usable=self._usable,
@@ -176,6 +185,28 @@ class _Planner:
             )
         if searched is not None and aim:
             yield _Candidate(searched)
+
+    def _lacks_owner(self) -> str | None:
+        """Whom a run whose members feed their own data takes back; None: all are here."""
+        plan = self._base.plan
+        for device in plan.devices:
+            if device not in self._usable:
+                return f"the data of {short(device)} is gone: it takes {short(device)} back"
+            if not self._promises[device].has_data:
+                return (
+                    f"the data of {short(device)} is not what the run began with: restore it on "
+                    f"{short(device)} and start its peer again"
+                )
+        if plan.home not in self._usable:
+            return f"the home peer is gone: it takes {short(plan.home)} back"
+        return None
+
+    def _as_before(self) -> Plan:
+        return replace(
+            self._base.plan,
+            view=self._wanted.number,
+            reasons=(self._given.reason, "members that feed their own data keep their parts"),
+        )
 
     def _aimed(self, succession: Succession, place: Place) -> Plan | None:
         """The plan that the view before aimed at, where the states for it have come."""

@@ -9,7 +9,7 @@ from p2ptrain.ids import DeviceId
 from p2ptrain.planner.input import stage_shares
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.segment_costs import crossing_bytes
-from p2ptrain.runtime.reports import PlanReport, StageReport
+from p2ptrain.runtime.reports import OwnerReport, PlanReport, StageReport
 from p2ptrain.training.contract import Contract
 from p2ptrain.units import NS_PER_S, UJ_PER_J
 
@@ -55,4 +55,21 @@ def plan_report(
         predicted_step_joules=None if plan.step_uj is None else plan.step_uj / UJ_PER_J,
         exactness=contract.exactness,
         reasons=plan.reasons,
+        owners=owner_reports(contract, name_of),
+    )
+
+
+def owner_reports(
+    contract: Contract, name_of: Callable[[DeviceId], str]
+) -> tuple[OwnerReport, ...]:
+    """Whose own data a run trains on; empty where one device feeds all."""
+    return tuple(
+        OwnerReport(
+            device=owner.device,
+            name=name_of(owner.device),
+            records=owner.records,
+            unit=owner.unit,
+            microbatches=owner.microbatches,
+        )
+        for owner in contract.owners
     )

@@ -18,10 +18,17 @@ from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
+from p2ptrain.runtime.views.view_work import may_change_parts
 from p2ptrain.schedule.actions import delays_gradients
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.messages import Declined, Offer, Profiled
 from p2ptrain.wire.flows import Flow
+
+
+def admits(view: View, device: DeviceId) -> bool:
+    """Whether a device lets others into a view's run: its home peer does, unless all keep their
+    parts."""
+    return device == view.plan.home and may_change_parts(view)
 
 
 class Admission:

@@ -153,7 +153,9 @@ class Founding:
     async def _collect_profiles(self) -> dict[DeviceId, PeerProfile]:
         """Offer the run to every member; who measured itself, by device."""
         bundle = self.job.bundle
+        tokenizer = bundle.tokenizer() if self.job.own_data else None
         blobs = [bundle.manifest_bytes, *bundle.graphs().values()]
+        blobs += [] if tokenizer is None else [tokenizer]
         for content in blobs:
             self._publish(content, kind="bundle")
         offer = Offer(
@@ -166,6 +168,8 @@ class Founding:
             threads=self._contract.threads,
             in_parts=may_delay(self.job.wanted_schedule(self._request)),
             other_sizes=() if self.job.resumed else other_sizes(self._request),
+            own_data=self.job.own_data,
+            tokenizer_bytes=0 if tokenizer is None else len(tokenizer),
         )
         going = self._services.directory.leaving()
         there = (record.device for record in self._services.directory.alive())
@@ -190,14 +194,20 @@ class Founding:
     def _group(self, profiles: dict[DeviceId, PeerProfile]) -> Group:
         answers = self._answers.items()
         reasons = {d: _reason(answer) for d, answer in answers if d not in profiles}
+        known = {*self._answers, *(owner.device for owner in self.job.contract.owners)}
         return Group(
             profiles=profiles,
             home=self._services.device,
             links={d: answer.links for d, answer in answers if isinstance(answer, Profiled)},
             known=Known(
-                names={device: self._services.directory.name_of(device) for device, _ in answers},
+                names={device: self._services.directory.name_of(device) for device in known},
                 absent=reasons,
             ),
+            data={
+                d: answer.data
+                for d, answer in answers
+                if isinstance(answer, Profiled) and answer.data is not None
+            },
         )
 
     async def _agree(self, plan: Plan, contract: Contract) -> None:
@@ -259,6 +269,9 @@ class Founding:
         if isinstance(answer, Declined):
             return answer
         profile, kinds = answer.profile, self.job.bundle.manifest.kinds
+        if self.job.own_data and answer.data is None:
+            reason = "its version of p2ptrain gives no data of its own"
+            return Declined(run=answer.run, view=answer.view, reason=reason)
         if profile.device == device and profile.kinds.keys() == kinds.keys():
             return answer
         reason = "its measurement does not fit the model"

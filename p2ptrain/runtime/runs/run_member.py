@@ -28,7 +28,7 @@ from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost
 from p2ptrain.ids import DeviceId
-from p2ptrain.planner.plan import Plan, is_sharded
+from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.exchange.bodies import BodyReader, discard
@@ -41,7 +41,7 @@ from p2ptrain.runtime.keeping.stage_weights import OfferedWeights
 from p2ptrain.runtime.planning.job import Job
 from p2ptrain.runtime.reporting.recovery_clock import RecoveryClock
 from p2ptrain.runtime.reporting.usage import RunMeter
-from p2ptrain.runtime.runs.admission import Admission
+from p2ptrain.runtime.runs.admission import Admission, admits
 from p2ptrain.runtime.runs.first_view import activity, first_view
 from p2ptrain.runtime.runs.proposing import Proposing
 from p2ptrain.runtime.views.view_work import ViewWork, WorkHooks, givers, unreachable
@@ -61,6 +61,7 @@ from p2ptrain.training.messages import (
     Stamp,
     stamp_of,
 )
+from p2ptrain.training.owners import owner_of
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.wire.frames import TensorHeader
 
@@ -185,6 +186,7 @@ class RunMember:
     async def _run_in(self, nursery: trio.Nursery, begin_by_s: float) -> None:
         await nursery.start(self.driver.run)
         await trio.to_thread.run_sync(self.state.open_disk)
+        await trio.to_thread.run_sync(self.state.open_own_data)
         nursery.start_soon(self.state.keeper.run)
         if self.is_restored:
             await self._await_next_view()
@@ -315,6 +317,8 @@ class RunMember:
             return "nobody else could take this peer's part over"
         if plan.keep_data_here and plan.home == own:
             return "the run's data stays on this device"
+        if owner_of(self.state.contract.owners, own) is not None:
+            return "the run trains on this device's own data: it waits until it is back"
         self.want(f"{self._services.directory.name_of(own)} leaves", after_s=0.0)
         return None
 
@@ -543,7 +547,7 @@ class RunMember:
         self._work = work
         for device, message in self._early.take(work.stamp):
             self.receive(device, work.stamp, message)
-        if view.plan.home == self._services.device and not is_sharded(view.plan):
+        if admits(view, self._services.device):
             self._open_admission(view)
         if (absent := unreachable(view, self._services)) is not None:
             self.want(absent, after_s=limits.VIEW_WAIT_SILENT_S)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from p2ptrain import limits
 from p2ptrain.agreement.run_events import Paused
 from p2ptrain.ids import DeviceId, short
@@ -17,11 +19,15 @@ def run_status_report(member: RunMember) -> RunStatusReport:
     name_of = state.services.directory.name_of
     log, held = state.log.statistics(), state.replicas.statistics()
     members = () if plan is None else plan.members
+    owners = tuple(owner.device for owner in state.contract.owners)
+    holders = () if plan is None else owners or plan.holders
     return RunStatusReport(
         run=state.run,
         lineage=0 if plan is None else plan.lineage,
         view=0 if machine.view is None else machine.view.number,
-        members=tuple(f"{name_of(d)}: {part_of(plan, d)}" for d in members if plan is not None),
+        members=tuple(
+            f"{name_of(d)}: {part_of(plan, d, owners)}" for d in members if plan is not None
+        ),
         step=machine.statistics().committed_step,
         steps=state.contract.steps,
         safety=member.safety(),
@@ -32,17 +38,21 @@ def run_status_report(member: RunMember) -> RunStatusReport:
         log_bytes=log.held_bytes,
         log_bytes_max=limits.STEP_LOG_BYTES_MAX,
         replica_bytes=held.stored_bytes,
-        data_holders=() if plan is None else tuple(map(name_of, plan.holders)),
+        data_holders=tuple(map(name_of, holders)),
         last_recovery=member.recovery.last,
         prediction=None if member.home is None else member.home.progress.prediction(),
     )
 
 
-def part_of(plan: Plan, device: DeviceId) -> str:
-    """What a member does under a plan, one phrase."""
+def part_of(plan: Plan, device: DeviceId, owners: Collection[DeviceId] = ()) -> str:
+    """What a member does under a plan, one phrase; `owners`: who feeds data of its own."""
     stages = stages_in_words(plan, device)
     parts = [] if stages is None else [stages]
-    if device == plan.home:
+    if device in owners:
+        parts.append("feeds its own data")
+    elif device == plan.home and owners:
+        parts.append("conducts the run")
+    elif device == plan.home:
         parts.append("feeds the data")
     elif device in plan.holders:
         parts.append("has a copy of the data")

@@ -22,6 +22,7 @@ from p2ptrain.runtime.exchange.giving import Giver
 from p2ptrain.runtime.exchange.inbox import FED_KINDS
 from p2ptrain.runtime.exchange.slice_joining import savers
 from p2ptrain.runtime.home.home_duty import HomeDuty, HomeSession
+from p2ptrain.runtime.home.own_feeder import FeedPlace, OwnFeeder
 from p2ptrain.runtime.keeping.replication import SnapshotOwner
 from p2ptrain.runtime.keeping.run_state import RunState, Worker
 from p2ptrain.runtime.keeping.stage_weights import prepare_timeout_s
@@ -41,6 +42,7 @@ from p2ptrain.training.messages import (
     Evaluated,
     Finish,
     Given,
+    LabelsCounted,
     Ready,
     ReplicaStored,
     SegmentSaved,
@@ -119,13 +121,16 @@ class ViewWork:
         )
         self._advance = Advance(view, state, hooks.want)
         self._duty: HomeDuty | None = None
+        program = self._make_program()
+        self._own_feeder = self._make_own_feeder(program, home)
         if home is not None and self.plan.home == self._services.device:
             self._duty = HomeDuty(
                 session=home,
                 view=view,
-                program=self._make_program(),
+                program=program,
                 services=self._services,
                 signal=self._signal,
+                feeder=self._own_feeder,
             )
 
     @property
@@ -161,6 +166,7 @@ class ViewWork:
             NumericsError, EngineError, DataError, CheckpointError: the run ends.
         """
         try:
+            self._state.check_own_data()
             await self._prepare_together()
             if self._services.device in self.plan.members:
                 await self._work()
@@ -213,7 +219,7 @@ class ViewWork:
             case Done():
                 self._take_done(device, message)
             case Wanted() if self._stays(device, message):
-                error = RemoteProtocolError(f"{device[:8]} asks for the data of a private run")
+                error = RemoteProtocolError(f"{device[:8]} asks for data that stays where it is")
                 self._services.drop_link(device, error)
             case Wanted():
                 self._giver.ask(device, message)
@@ -223,8 +229,12 @@ class ViewWork:
                 self._saved(device, message)
             case Evaluated() | Usage() if self._duty is not None:
                 self._duty.receive(device, message)
+            case LabelsCounted() if self._own_feeder is not None:
+                self._own_feeder.receive(device, message)
             case StopAfter(step=step) if from_home:
                 self._program.stop_after(step)
+                if self._own_feeder is not None:
+                    self._own_feeder.stop_after(step)
             case Finish() if from_home:
                 self._finished = True
             case CheckpointStored(step=step) if from_home:
@@ -303,10 +313,12 @@ class ViewWork:
         async with trio.open_nursery() as nursery:
             if self._duty is not None:
                 nursery.start_soon(self._duty.run)
+            elif self._own_feeder is not None:
+                nursery.start_soon(self._own_feeder.run)
             if self._stage_run is not None and self._snapshots is not None:
                 nursery.start_soon(self._snapshots.run)
                 nursery.start_soon(self._stage_run.run)
-                if not is_sharded(self.plan):  # shards keep their parts
+                if may_change_parts(self.view):
                     nursery.start_soon(self._state.pacing.run, self.view)
             nursery.start_soon(self._advance.run)
             await self._signal.wait_until(lambda: self._finished)
@@ -347,6 +359,28 @@ class ViewWork:
             self._stage_run = EndsRun(place, worker, self._advance.marks)
         else:
             self._stage_run = StageRun(place, worker, self._advance.marks(worker.segments))
+
+    def _make_own_feeder(self, program: Program, home: HomeSession | None) -> OwnFeeder | None:
+        """Where peers feed their own data, for each of them and for the home peer."""
+        contract, device = self.view.contract, self._services.device
+        if not contract.owners or device not in self.plan.members:
+            return None
+        computes = bool(self.plan.stages_of(device))
+        own = self._program
+
+        def completed() -> int:
+            return own.fed_count if computes or home is None else home.progress.completed_items
+
+        place = FeedPlace(
+            device=device,
+            plan=self.plan,
+            contract=contract,
+            loss=self._state.manifest.loss,
+            program=program,
+            outlet=self._services.outlet,
+            signal=self._signal,
+        )
+        return OwnFeeder(place, self._state.own_samples, completed)
 
     def _make_program(self) -> Program:
         view = self.view
@@ -432,9 +466,9 @@ class ViewWork:
         return device in savers(self._state.manifest, stage)
 
     def _stays(self, device: DeviceId, wanted: Wanted) -> bool:
-        """Whether somebody else asks for the data of a private run: no replay needs it there."""
-        others = device != self._services.device
-        return self.plan.private and others and wanted.what in FED_KINDS
+        """Whether somebody else asks for data that stays: no replay needs it there."""
+        stays = self.plan.private or bool(self.view.contract.owners)
+        return stays and device != self._services.device and wanted.what in FED_KINDS
 
     def _saved(self, device: DeviceId, saved: SegmentSaved) -> None:
         """A stage has a snapshot for us: as its replica's keeper, as the home peer, or both."""
@@ -458,6 +492,12 @@ class ViewWork:
     def _tell(self, device: DeviceId, message: object) -> None:
         with contextlib.suppress(PeerLost):
             self._services.outlet.send(device, message)
+
+
+def may_change_parts(view: View) -> bool:
+    """Whether members may get other parts, or newcomers one: not of shards, which keep theirs, nor
+    where each feeds its own data."""
+    return not is_sharded(view.plan) and not view.contract.owners
 
 
 def givers(view: View) -> tuple[DeviceId, ...]:

@@ -1,0 +1,196 @@
+"""Runs whose peers feed their own data lose one, wait for it, and go on with the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import trio
+
+from p2ptrain.data.options import GivenData
+from p2ptrain.errors import DataError, PlanInfeasible
+from p2ptrain.runtime.reports import TrainRequest, TrainResult
+from p2ptrain.runtime.runs.run_status import run_status_report
+from p2ptrain.training.messages import LabelsCounted
+from tests.bundles import write_bundle
+from tests.disturbed_runs import (
+    BUNDLE,
+    CLIPPING,
+    SECONDS_MAX,
+    Disturbed,
+    assert_same,
+    assert_stored,
+)
+from tests.memory_group import Member, MemoryGroup, memory_group, stopped_after, until
+from tests.own_data import given, own_request, segments_of, turn_round, write_text
+from tests.replicated import plan_text
+
+STEPS, AT = 16, 6
+WEIGHTS = [2, 1, 1]
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> list[GivenData]:
+    return given(tmp_path / "data", write_text, len(WEIGHTS))
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> TrainRequest:
+    bundle = write_bundle(tmp_path / "bundle", BUNDLE)
+    plan = plan_text([([0, 1, 2], segments_of(bundle), WEIGHTS)])
+    return own_request(bundle, steps=STEPS, plan=plan, optimizer=CLIPPING, evaluate_every=4)
+
+
+async def undisturbed(
+    path: Path, asked: TrainRequest, sets: Sequence[GivenData | None]
+) -> TrainResult:
+    async with memory_group(path / "whole", len(sets), sets) as group:
+        with trio.fail_after(SECONDS_MAX):
+            return await group[0].train(asked)
+
+
+def waits(members: list[Member]) -> set[str | None]:
+    """What each of them says of its run."""
+    found = [member.runs.member for member in members]
+    return {None if member is None else run_status_report(member).waits_for for member in found}
+
+
+async def kill_and_take_back(group: MemoryGroup, index: int, sentence: str) -> Member:
+    """Nothing goes on without it, and everybody says whom it takes."""
+    group.kill(group[index])
+    others = [group[i] for i in range(len(WEIGHTS)) if i != index]
+    await until(lambda: waits(others) == {sentence})
+    return await group.restart(group[index])
+
+
+async def test_lost_owner_is_waited_for_and_brings_the_same_bits(
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData]
+) -> None:
+    whole = await undisturbed(tmp_path, asked, sets)
+    async with memory_group(tmp_path / "struck", 3, sets) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, asked)
+                await run.wait_step(AT)
+                sentence = "paused: the data of peer-2 is gone: it takes peer-2 back"
+                await kill_and_take_back(group, 2, sentence)
+    assert run.result is not None
+    assert_same(run.result, whole)
+
+
+@pytest.mark.parametrize("home_owns", [True, False])
+async def test_lost_home_peer_is_waited_for_and_ends_the_run(
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData | None], home_owns: bool
+) -> None:
+    if not home_owns:
+        sets[0], asked = None, dataclasses.replace(asked, plan=None)
+    whole = await undisturbed(tmp_path, asked, sets)
+    async with memory_group(tmp_path / "struck", 3, sets) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, asked)
+                await run.wait_step(AT)
+                lost = "data of peer-0" if home_owns else "home peer"
+                sentence = f"paused: the {lost} is gone: it takes peer-0 back"
+                home = await kill_and_take_back(group, 0, sentence)
+                nursery.cancel_scope.cancel()
+            await until(lambda: home.runs.member is not None)
+            await until(lambda: all(m.runs.current_run is None for m in group.members.values()))
+    assert_stored([home], whole)
+
+
+async def test_owner_whose_data_has_changed_is_named_until_it_is_restored(
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData]
+) -> None:
+    whole = await undisturbed(tmp_path, asked, sets)
+    async with memory_group(tmp_path / "struck", 3, sets) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, asked)
+                await run.wait_step(AT)
+                group.kill(group[2])
+                turn_round(sets[2])
+                changed = await group.restart(group[2])
+                sentence = (
+                    "paused: the data of peer-2 is not what the run began with: restore it on "
+                    "peer-2 and start its peer again"
+                )
+                await until(lambda: waits([group[0], group[1], changed]) == {sentence})
+                group.kill(changed)
+                turn_round(sets[2])
+                await group.restart(changed)
+    assert run.result is not None
+    assert_same(run.result, whole)
+
+
+async def test_resumed_run_takes_its_owners_with_their_data(
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData]
+) -> None:
+    whole = await undisturbed(tmp_path, asked, sets)
+    async with memory_group(tmp_path / "resumed", 3, sets) as group:
+        with trio.fail_after(SECONDS_MAX):
+            stopped = await stopped_after(group, AT, asked)
+            again = own_request("", resume=stopped.run)
+            turn_round(sets[1])
+            with pytest.raises(DataError, match="the data of peer-1 has changed") as refused:
+                await group[0].train(again)
+            assert "restore it on peer-1" in (refused.value.hint or "")
+            turn_round(sets[1])
+            group.leave_out(group[2])
+            with pytest.raises(PlanInfeasible, match="the data of peer-2: it is not there"):
+                await group[0].train(again)
+            group.let_in(group[2])
+            result = await group[0].train(again)
+    assert stopped.stopped
+    assert (*stopped.losses, *result.losses) == whole.losses
+    assert (result.state_digest, result.heldout_last) == (whole.state_digest, whole.heldout_last)
+
+
+async def test_owner_that_leaves_is_told_that_nobody_can_take_over(
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData]
+) -> None:
+    async with memory_group(tmp_path, 3, sets) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, asked)
+                await run.wait_step(2)
+                problem = await group[1].runs.leave()
+                assert (
+                    problem == "the run trains on this device's own data: it waits until it is back"
+                )
+                group[0].runs.stop()
+    assert run.result is not None
+    assert run.result.stopped
+
+
+async def test_count_that_a_link_took_with_it_holds_nobody_up(
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData]
+) -> None:
+    whole = await undisturbed(tmp_path, asked, sets)
+    async with memory_group(tmp_path / "struck", 3, sets) as group:
+        run, lost = Disturbed(group), list[object]()
+
+        def drops(message: object) -> bool:
+            is_lost = (
+                isinstance(message, LabelsCounted)
+                and (message.step, message.stamp.view) == (AT, 1)
+            )  # fmt: skip
+            lost.extend([message] if is_lost else [])
+            group.changed.notify()
+            return is_lost
+
+        group[1].drops = drops
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, asked)
+                await group.wait(lambda: bool(lost))
+                group.break_link(group[0].device, group[1].device)
+                group.heal_link(group[0].device, group[1].device)
+    assert run.result is not None
+    assert_same(run.result, whole)
