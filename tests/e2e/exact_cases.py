@@ -19,6 +19,7 @@ from tests.e2e.faulty_peer import EVENTS_VARIABLE, FAULT_VARIABLE, Fault
 from tests.e2e.peers import Member, PeerProcess, Watched, job, peer_group, train
 
 REPLICATE_EVERY: Final = 3
+CHECKPOINT_EVERY: Final = 10
 FAULT_STEP: Final = 8
 """At the earliest, and when the run is protected: two replica sets are whole before."""
 STEPS: Final = 40
@@ -108,7 +109,10 @@ def matrix() -> list[Case]:
 
 def exact_job(text: Path, *, stages: int) -> TrainRequest:
     """Enough steps that a fault finds the run protected, and much left to do."""
-    return replace(job(text, stages=stages), steps=STEPS, replicate_every=REPLICATE_EVERY)
+    usual = job(text, stages=stages)
+    return replace(
+        usual, steps=STEPS, replicate_every=REPLICATE_EVERY, checkpoint_every=CHECKPOINT_EVERY
+    )
 
 
 async def undisturbed_run(directory: Path, text: Path) -> TrainResult:
