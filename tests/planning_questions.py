@@ -44,6 +44,15 @@ def equal_devices(
     ])  # fmt: skip
 
 
+def ending_slowly(one: Device, *, norm_ns: int, update_ns: int) -> Device:
+    """The device, on which the end of a step takes this long for each segment."""
+    kinds = {
+        name: dataclasses.replace(cost, norm_ns=norm_ns, update_ns=update_ns)
+        for name, cost in one.profile.kinds.items()
+    }
+    return dataclasses.replace(one, profile=dataclasses.replace(one.profile, kinds=kinds))
+
+
 def question(
     taking_part: tuple[Device, ...],
     *,

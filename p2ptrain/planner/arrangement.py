@@ -30,7 +30,10 @@ class Replica:
     trip_ns: tuple[int, ...]
     """The same of a forward and what a backward takes until its cotangents leave."""
     whole_ns: tuple[int, ...]
-    """The same of all that it computes in a step."""
+    """The same of all forwards and backwards of a step."""
+    norm_ns: tuple[int, ...]
+    """The same of the square sums at its end, and of the update."""
+    update_ns: tuple[int, ...]
     microbatches: int
     holds: Held
     ranks: int
@@ -39,6 +42,14 @@ class Replica:
     def busy_ns(self, first: int, end: int) -> int:
         """Its compute of one step, for segments first..end-1."""
         return self.whole_ns[end] - self.whole_ns[first]
+
+    def norms_ns(self, first: int, end: int) -> int:
+        """Its square sums of one step, for segments first..end-1."""
+        return self.norm_ns[end] - self.norm_ns[first]
+
+    def updates_ns(self, first: int, end: int) -> int:
+        """Its update of one step, for segments first..end-1."""
+        return self.update_ns[end] - self.update_ns[first]
 
     def longest(self, first: int, within_ns: int) -> int:
         """The last end for which its step's compute is within a time."""

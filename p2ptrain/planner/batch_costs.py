@@ -45,4 +45,6 @@ def cost_for(sizes: Mapping[int, KindCost], batch: int, *, in_parts: bool) -> Ki
         backward_ns=at(lambda cost: cost.backward_ns),
         cotangents_ns=at(lambda cost: cost.first_ns) if parted else None,
         gradients_ns=at(lambda cost: cost.gradients_ns) if parted else 0,
+        norm_ns=usable[low].norm_ns,
+        update_ns=usable[low].update_ns,
     )

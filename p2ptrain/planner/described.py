@@ -15,6 +15,7 @@ from p2ptrain.planner.input import LinkEstimate
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.profile import KindCost, PeerProfile, Power
 from p2ptrain.planner.question import Device, Question
+from p2ptrain.planner.segment_costs import model_costs
 from p2ptrain.schedule.actions import delays_gradients
 from p2ptrain.training.contract import Contract, OptimizerChoice, RuntimeBuild
 from p2ptrain.training.memory import MemoryModel
@@ -23,6 +24,10 @@ from p2ptrain.units import NS_PER_S, UJ_PER_J
 DESCRIBED: Final = RuntimeBuild(runtime="described", version="", numpy="", machine="", isa="")
 MEMORY_BYTES_PER_S: Final = 5_000_000_000
 """Assumed where a file has no memory_gbytes_per_s."""
+GRADIENT_PASSES: Final = 3
+"""Times that an update moves a value through memory: parameter and gradient in, parameter out."""
+STATE_PASSES: Final = 2
+"""And as often for each vector of the optimizer's state: AdamW has two, and moves seven."""
 NO_DATA: Final = Digest("0" * 64)
 JOULES_PER_WH: Final = 3600
 
@@ -123,7 +128,6 @@ def _device(manifest: Manifest, contract: Contract, spec: DeviceSpec) -> Device:
             pj_per_byte=round(spec.joules_per_byte * 1e12),
         ),
         battery_uj=None if battery is None else round(battery * JOULES_PER_WH * UJ_PER_J),
-        memory_bytes_per_s=rate,
     )
 
 
@@ -131,6 +135,8 @@ def _kinds(
     manifest: Manifest, contract: Contract, flops_per_s: int, bytes_per_s: int
 ) -> dict[str, KindCost]:
     batch, found = contract.microbatch_size, dict[str, KindCost]()
+    segments = model_costs(manifest, contract).segments
+    passes = GRADIENT_PASSES + STATE_PASSES * len(manifest.updates[contract.optimizer.name].state)
     for index, segment in enumerate(manifest.segments):
         kind = manifest.kinds[segment.kind]
         if kind.name in found:
@@ -145,6 +151,8 @@ def _kinds(
             backward_ns=backward_ns,
             cotangents_ns=backward_ns - backward_ns // 2,  # each part is half the products
             gradients_ns=backward_ns // 2,
+            norm_ns=segments[index].gradient_bytes * NS_PER_S // bytes_per_s,
+            update_ns=passes * segments[index].gradient_bytes * NS_PER_S // bytes_per_s,
         )
         if contract.rematerialise:
             cost = dataclasses.replace(cost, backward_ns=forward_ns + backward_ns)

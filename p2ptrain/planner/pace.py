@@ -117,6 +117,8 @@ def at_pace(profile: PeerProfile, permille: int) -> PeerProfile:
             backward_ns=scaled(cost.backward_ns),
             cotangents_ns=None if cost.cotangents_ns is None else scaled(cost.cotangents_ns),
             gradients_ns=scaled(cost.gradients_ns),
+            norm_ns=scaled(cost.norm_ns),
+            update_ns=scaled(cost.update_ns),
         )
         for name, cost in profile.kinds.items()
     }

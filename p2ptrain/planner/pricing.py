@@ -1,7 +1,8 @@
 """What a candidate costs in time, joules and bytes: the planner's cost model, integers only.
 
 A step is the simulated schedule, then whatever of the all-reduces does not fit beside the last
-backward, the update of the parameters, and the processor time of replica sets. Energy counts the
+backward, square sums, the commit and the update of the parameters as far as no fill hides them
+(`schedule.step_end`), and the processor time of replica sets. Energy counts the
 devices that take part: idle watts for the whole step, busy watts above them while they compute,
 joules per byte at both ends. What the data holder feeds is small and not counted.
 """
@@ -10,9 +11,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import NamedTuple
 
 from p2ptrain.bundle.shard_traffic import CollectiveCost
 from p2ptrain.ids import DeviceId
@@ -28,6 +29,7 @@ from p2ptrain.planner.replica_interval import (
     replica_interval,
 )
 from p2ptrain.planner.segment_costs import model_costs
+from p2ptrain.planner.step_ends import StepEnds
 from p2ptrain.planner.traffic import all_reduce_bytes, collective_ns
 from p2ptrain.schedule.actions import Action, Held, delayed_microbatches, delays_gradients, held
 from p2ptrain.schedule.replicated import (
@@ -39,10 +41,25 @@ from p2ptrain.schedule.replicated import (
     replicated_actions,
     shared_out,
 )
+from p2ptrain.schedule.step_end import PeerEnd
 from p2ptrain.units import NS_PER_S
 
-UPDATE_PASSES: Final = 7
-"""Times that AdamW moves each value through memory: four reads, three writes."""
+
+class SegmentTimes(NamedTuple):
+    """Prefix sums over segments of what a device takes: forwards, backwards, their two parts, and
+    what ends a step."""
+
+    forward_ns: tuple[int, ...]
+    backward_ns: tuple[int, ...]
+    cotangents_ns: tuple[int, ...]
+    gradients_ns: tuple[int, ...]
+    norm_ns: tuple[int, ...]
+    update_ns: tuple[int, ...]
+
+    @property
+    def pass_ns(self) -> int:
+        """One microbatch forward and backward through the whole model."""
+        return self.forward_ns[-1] + self.backward_ns[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +72,7 @@ class Share:
     passes_ns: int
     """All forwards and backwards: what a stage tells of a step."""
     compute_ns: int
-    """The update and copies for replica sets, too."""
+    """Square sums, the update and copies for replica sets, too."""
     sent_bytes: int
     moved_bytes: int
     """Sent and received."""
@@ -96,7 +113,8 @@ class Pricing:
         self._interfaces = Interfaces(profiles, self._links)
         self._memory: dict[tuple[int, int, Held], int] = {}
         self._longest: dict[tuple[int, Held, int, int], int] = {}
-        self._times: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {}
+        self._times: dict[tuple[int, int], SegmentTimes] = {}
+        self._ends = StepEnds(question, lambda a, b: self.link(a, b).latency_ns)
         segments = self.costs.segments
         self._gradients = _sums([s.gradient_bytes for s in segments])
         self._states = _sums([s.state_bytes for s in segments])
@@ -158,8 +176,7 @@ class Pricing:
 
     def pass_ns(self, device: int) -> int:
         """One microbatch forward and backward through the whole model."""
-        forward, backward, *_ = self.times(device, 1)
-        return forward[-1] + backward[-1]
+        return self.times(device, 1).pass_ns
 
     def sharing(self, devices: Sequence[int]) -> dict[int, int]:
         """How many of these devices share each one's cores, by device."""
@@ -167,19 +184,21 @@ class Pricing:
         together = Counter(own.values())
         return {device: together[identity] for device, identity in own.items()}
 
-    def times(self, device: int, on_cores: int) -> tuple[tuple[int, ...], ...]:
-        """Prefix sums of the times of forwards, backwards, and backwards' two parts, where so many
-        peers share the cores."""
+    def times(self, device: int, on_cores: int) -> SegmentTimes:
+        """What a device takes where so many peers share the cores."""
         key = (device, on_cores)
         if key not in self._times:
             profile = self.devices[device].profile
             busy = max(on_cores * self.question.contract.threads, profile.cores)
             kinds = [profile.kinds[name] for name in self._kinds]
-            self._times[key] = tuple(
-                _sums([-(-time * busy // profile.cores) for time in times])
-                for times in zip(
-                    *((k.forward_ns, k.backward_ns, k.first_ns, k.gradients_ns) for k in kinds),
-                    strict=True,
+            told = (
+                (k.forward_ns, k.backward_ns, k.first_ns, k.gradients_ns, k.norm_ns, k.update_ns)
+                for k in kinds
+            )
+            self._times[key] = SegmentTimes(
+                *(
+                    _sums([-(-time * busy // profile.cores) for time in times])
+                    for times in zip(*told, strict=True)
                 )
             )
         return self._times[key]
@@ -227,10 +246,9 @@ class Pricing:
             actions=actions, hops=hops,
         )  # fmt: skip
 
-    def _by_speed(self, tables: Sequence[tuple[tuple[int, ...], ...]]) -> tuple[int, ...]:
+    def _by_speed(self, tables: Sequence[SegmentTimes]) -> tuple[int, ...]:
         """Microbatches per replica, so that the busiest one is as little busy as can be."""
-        passes = [forward[-1] + backward[-1] for forward, backward, *_ in tables]
-        counts = Counter(shared_out(passes, self.microbatches))
+        counts = Counter(shared_out([own.pass_ns for own in tables], self.microbatches))
         return tuple(counts[replica] for replica in range(len(tables)))
 
     def _hop(self, before: tuple[int, ...], after: tuple[int, ...]) -> Hop:
@@ -244,7 +262,8 @@ class Pricing:
         )
 
     def bound_ns(self, arrangement: Arrangement, cuts: Cuts) -> int:
-        """No step of this candidate is shorter: fill, busiest replica, drain; slots in flight."""
+        """No step of this candidate is shorter: fill, busiest replica, drain; slots in flight; and
+        then the first stage's update, which no fill hides."""
         segments = self.costs.segments
         delayed = delays_gradients(arrangement.schedule)  # then stages work on while others drain
         bound = lead = tail = 0
@@ -267,7 +286,8 @@ class Pricing:
             ends = zip((0, -1), (spans(cuts)[0], spans(cuts)[-1]), strict=True)
             both = (arrangement.stages[stage][0].busy_ns(*span) for stage, span in ends)
             bound = max(bound, sum(both))
-        return max(bound, self._slots_bound_ns(arrangement, cuts, trips))
+        update = max(replica.updates_ns(0, cuts[0]) for replica in arrangement.stages[0])
+        return max(bound, self._slots_bound_ns(arrangement, cuts, trips)) + update
 
     def _slots_bound_ns(self, arrangement: Arrangement, cuts: Cuts, trips: list[int]) -> int:
         """A replica holds so many microbatches at once, each for one trip to the end and back."""
@@ -322,17 +342,27 @@ class Pricing:
     def price(self, arrangement: Arrangement, cuts: Cuts) -> Price:
         """Simulate a candidate and add everything up."""
         timeline = self.timeline(arrangement, cuts)
-        step_ns = self._reduced_ns(arrangement, cuts, timeline)
-        step_ns += max(
-            self.update_ns(replica.device, self._gradients[end] - self._gradients[first])
-            for replicas, (first, end) in zip(arrangement.stages, spans(cuts), strict=True)
-            for replica in replicas
+        whole_ns = self._whole_ns(arrangement, cuts, timeline)
+        step_ns = self.ended_ns(
+            PeerEnd(
+                device=replica.device,
+                begins_ns=timeline.begins_ns(stage, rank),
+                whole_ns=whole_ns[stage],
+                norm_ns=replica.norms_ns(first, end),
+                update_ns=replica.updates_ns(first, end),
+            )
+            for stage, (first, end) in enumerate(spans(cuts))
+            for rank, replica in enumerate(arrangement.stages[stage])
         )
         interval = self._interval(arrangement, cuts, step_ns)
         replicated = [self._replicated_bytes(arrangement, cuts, s) for s in range(len(cuts))]
         step_ns += max(size * SET_NS_PER_BYTE // interval for size in replicated)
         sets = [size // interval for size in replicated]
         return self.total(step_ns, self.shares(arrangement, cuts, sets))
+
+    def ended_ns(self, ends: Iterable[PeerEnd]) -> int:
+        """Time of a step that ends so at each peer that computes."""
+        return self._ends.period_ns(list(ends))
 
     def total(self, step_ns: int, shares: tuple[Share, ...]) -> Price:
         """Joules of a step from its time and its shares; peers of one machine idle together."""
@@ -373,7 +403,7 @@ class Pricing:
                 into = r.microbatches * (
                     after.returned_bytes + (before.sent_bytes if before else 0)
                 )
-                update = self.update_ns(r.device, self._gradients[end] - self._gradients[first])
+                ending = r.norms_ns(first, end) + r.updates_ns(first, end)
                 sent = out + reduced + (0 if stage in own_ends else own)
                 passes = r.busy_ns(first, end)
                 found.append(
@@ -382,17 +412,12 @@ class Pricing:
                         stage=stage,
                         microbatches=r.microbatches,
                         passes_ns=passes,
-                        compute_ns=passes + update + own * SET_NS_PER_BYTE,
+                        compute_ns=passes + ending + own * SET_NS_PER_BYTE,
                         sent_bytes=sent,
                         moved_bytes=sent + into + reduced + kept[r.device],
                     )
                 )
         return tuple(found)
-
-    def update_ns(self, device: int, gradient_bytes: int) -> int:
-        """Time of the update of so many bytes of parameters; 0 where memory is not known."""
-        rate = self.devices[device].memory_bytes_per_s
-        return 0 if rate is None else gradient_bytes * UPDATE_PASSES * NS_PER_S // rate
 
     def reduce_ns(self, devices: tuple[int, ...], whole_bytes: int) -> int:
         """Time in which devices add up so many bytes, over their slowest link."""
@@ -421,20 +446,18 @@ class Pricing:
             for link in links
         )
 
-    def _reduced_ns(
+    def _whole_ns(
         self, arrangement: Arrangement, cuts: Cuts, timeline: ReplicatedTimeline
-    ) -> int:
-        """When the last stage has its whole gradients.
+    ) -> list[int]:
+        """When each stage has its whole gradients.
 
         All but the first segment's gradient may travel beside the last backward. Stages on one
         medium take turns.
         """
-        end_ns, free_ns = timeline.end_ns, dict[str, int]()
-        waiting = []
-        for stage, group in enumerate(arrangement.groups):
-            if len(group) > 1:
-                waiting.append((timeline.stage_end_ns(stage), stage))
-        for ready_ns, stage in sorted(waiting):
+        free_ns = dict[str, int]()
+        found = [timeline.stage_end_ns(stage) for stage in range(len(cuts))]
+        shared = (stage for stage, group in enumerate(arrangement.groups) if len(group) > 1)
+        for ready_ns, stage in sorted((found[stage], stage) for stage in shared):
             first, end = spans(cuts)[stage]
             group = arrangement.groups[stage]
             whole_ns = self.reduce_ns(group, self._gradients[end] - self._gradients[first])
@@ -447,9 +470,8 @@ class Pricing:
             )
             medium = self.link(group[0], group[1]).medium
             done_ns = max(ready_ns, free_ns.get(medium, 0) if medium else 0) + after_ns
-            free_ns[medium] = done_ns
-            end_ns = max(end_ns, done_ns)
-        return end_ns
+            free_ns[medium] = found[stage] = done_ns
+        return found
 
     def _replicated_bytes(self, arrangement: Arrangement, cuts: Cuts, stage: int) -> int:
         """State that goes to a keeper with each set; of a replicated stage a sibling has it."""
@@ -495,11 +517,9 @@ def spans(cuts: Cuts) -> list[tuple[int, int]]:
     return list(zip((0, *cuts[:-1]), cuts, strict=True))
 
 
-def _replica(
-    device: int, sums: tuple[tuple[int, ...], ...], listed: Sequence[Action], ranks: int
-) -> Replica:
+def _replica(device: int, sums: SegmentTimes, listed: Sequence[Action], ranks: int) -> Replica:
     """One device with its actions; what it computes in a step follows from them."""
-    forward, backward, cotangents, gradients = sums
+    forward, backward, cotangents, gradients, norm, update = sums
     holds, delayed = held(listed), len(delayed_microbatches(listed))
     count = sum(action.kind == "F" for action in listed)
     return Replica(
@@ -516,6 +536,8 @@ def _replica(
             count * f + (count - delayed) * b + delayed * (c + g)
             for f, b, c, g in zip(forward, backward, cotangents, gradients, strict=True)
         ),
+        norm_ns=norm,
+        update_ns=update,
         microbatches=count,
         ranks=ranks,
         holds=holds,

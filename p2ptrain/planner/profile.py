@@ -11,7 +11,8 @@ from p2ptrain.units import NS_PER_S
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindCost:
-    """Measured time of one microbatch through one distinct segment, in nanoseconds."""
+    """Measured time of one microbatch through one distinct segment, and of what ends a step there,
+    in nanoseconds."""
 
     forward_ns: int
     backward_ns: int
@@ -21,9 +22,14 @@ class KindCost:
     all of it."""
     gradients_ns: int = 0
     """The rest of a backward in parts."""
+    norm_ns: int = 0
+    """Square sums of its gradients, once a step; 0: not measured, and not counted."""
+    update_ns: int = 0
+    """The update of its parameters under the run's optimizer, once a step; 0: as above."""
 
     def __post_init__(self) -> None:
-        if min(self.forward_ns, self.backward_ns, self.first_ns, self.gradients_ns) < 0:
+        passes = (self.forward_ns, self.backward_ns, self.first_ns, self.gradients_ns)
+        if min(*passes, self.norm_ns, self.update_ns) < 0:
             raise ValueError("a time is not negative")
 
     @property
@@ -115,6 +121,12 @@ class PeerProfile:
     own_cores: str = ""
     """Identity of the CPU quota that it is below, whose time is nobody else's; empty: there is
     none, so it shares the cores with whoever else on its host has none."""
+    record_ns: int = 0
+    """Until the record of a step is durable; 0: it stays in memory, or was not measured."""
+
+    def __post_init__(self) -> None:
+        if self.record_ns < 0:
+            raise ValueError("a time is not negative")
 
     @property
     def cores_identity(self) -> str:

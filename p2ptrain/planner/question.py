@@ -24,8 +24,6 @@ class Device:
     power: Power
     battery_uj: int | None = None
     """What it may spend on the run; None: it is plugged in."""
-    memory_bytes_per_s: int | None = None
-    """Throughput of its memory, for the update of parameters; None: the update is not counted."""
 
     @property
     def id(self) -> DeviceId:

@@ -14,9 +14,10 @@ from typing import Final
 from p2ptrain.bundle.shard_traffic import CollectiveCost, SegmentTraffic
 from p2ptrain.planner.kinds import Kind
 from p2ptrain.planner.pricing import Price, Pricing, Share
-from p2ptrain.planner.segment_costs import FLOAT32_BYTES, SegmentCosts
+from p2ptrain.planner.segment_costs import SegmentCosts
 from p2ptrain.planner.shard_costs import shard_costs
 from p2ptrain.schedule.actions import Held
+from p2ptrain.schedule.step_end import PeerEnd
 from p2ptrain.training.shard_cuts import unit_counts
 
 ONE: Final = Held(in_flight=1, delayed=0)
@@ -132,7 +133,7 @@ class ShardedPricing:
             step.compute(index, parts)
             for collective in (*own.forward, *own.backward):
                 step.exchange(collective, parts)
-            step.update(segment, own, parts)
+            step.end(index, segment, own, parts)
         return step.price(sum(own.step_bytes for own in self.costs(sharded.kind)))
 
     def costs(self, kind: Kind) -> tuple[SegmentTraffic, ...]:
@@ -161,7 +162,8 @@ class _Step:
         self._time_ns = 0
         self._own_ns = [0] * len(devices)
         self._sent = [0] * len(devices)
-        self._gradients = [0] * len(devices)
+        self._norm_ns = [0] * len(devices)
+        self._update_ns = [0] * len(devices)
 
     def compute(self, index: int, parts: tuple[int, ...] | None) -> None:
         """One segment forward and backward; everybody waits for the slowest. None: all of it."""
@@ -187,20 +189,31 @@ class _Step:
             else:
                 self._sent[i] += whole * (sum(parts) - parts[i]) // sum(parts)
 
-    def update(
-        self, segment: SegmentCosts, own: SegmentTraffic, parts: tuple[int, ...] | None
+    def end(
+        self,
+        index: int,
+        segment: SegmentCosts,
+        own: SegmentTraffic,
+        parts: tuple[int, ...] | None,
     ) -> None:
-        """What each updates of a segment's parameters."""
+        """What each takes for its parameters of one segment at the end of a step."""
+        count = max(1, segment.parameter_count)
         rest = segment.parameter_count - own.sharded_parameters
-        for i in range(len(self._devices)):
-            mine = 0 if parts is None else own.sharded_parameters * parts[i] // sum(parts)
-            self._gradients[i] += FLOAT32_BYTES * (rest + mine)
+        for i, device in enumerate(self._devices):
+            has = rest
+            if parts is not None:
+                has += own.sharded_parameters * parts[i] // sum(parts)
+            times = self._pricing.times(device, self._sharing[device])
+            for sums, found in (
+                (times.norm_ns, self._norm_ns),
+                (times.update_ns, self._update_ns),
+            ):
+                found[i] += -(-(sums[index + 1] - sums[index]) * has // count)
 
     def price(self, step_bytes: int) -> Price:
         """A whole step; `step_bytes` of gradients are added up at its end."""
         pricing, devices, count = self._pricing, self._devices, self._pricing.microbatches
         reduce = CollectiveCost(kind="reduce", whole_bytes=step_bytes)
-        updates = [pricing.update_ns(*each) for each in zip(devices, self._gradients, strict=True)]
         shares = []
         for i, device in enumerate(devices):
             sent = self._sent[i] * count + reduce.ring_bytes(len(devices))
@@ -211,13 +224,20 @@ class _Step:
                     stage=0,
                     microbatches=count,
                     passes_ns=passes,
-                    compute_ns=passes + updates[i],
+                    compute_ns=passes + self._norm_ns[i] + self._update_ns[i],
                     sent_bytes=sent,
                     moved_bytes=2 * sent,
                 )
             )
-        step_ns = self._time_ns * count + pricing.collective_ns(devices, reduce)
-        return pricing.total(step_ns + max(updates), tuple(shares))
+        whole_ns = self._time_ns * count + pricing.collective_ns(devices, reduce)
+        step_ns = pricing.ended_ns(
+            PeerEnd(
+                device=device, begins_ns=0, whole_ns=whole_ns,
+                norm_ns=self._norm_ns[i], update_ns=self._update_ns[i],
+            )
+            for i, device in enumerate(devices)
+        )  # fmt: skip
+        return pricing.total(step_ns, tuple(shares))
 
 
 def _state_bytes(segment: SegmentCosts, own: SegmentTraffic) -> int:

@@ -26,6 +26,7 @@ from p2ptrain.errors import CheckpointError
 from p2ptrain.runtime.config import StepSetting
 from p2ptrain.store.atomic import write_atomic
 from p2ptrain.store.disk_speed import fsync_s
+from p2ptrain.units import NS_PER_S
 
 KEPT_RECORDS = 256
 """On opening, older records are dropped: their runs' views are long over."""
@@ -67,6 +68,15 @@ def steps_in_memory(setting: StepSetting, folder: Path) -> bool:
         return fsync_s(folder) > limits.FSYNC_SLOW_S
     except OSError:
         return False
+
+
+def record_ns(folder: Path) -> int:
+    """What it takes to make the record of a step durable; 0 where the disk refuses. Blocking."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return round(fsync_s(folder) * NS_PER_S)
+    except OSError:
+        return 0
 
 
 class RunJournal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import sys
@@ -52,7 +53,7 @@ from p2ptrain.runtime.device.suspension import SuspensionWatch
 from p2ptrain.runtime.driver import Driver
 from p2ptrain.runtime.exchange.blobs import BlobExchange
 from p2ptrain.runtime.exchange.bodies import BodyReader
-from p2ptrain.runtime.journal import Journal, steps_in_memory
+from p2ptrain.runtime.journal import Journal, record_ns, steps_in_memory
 from p2ptrain.runtime.planning.job import CACHE_FOLDER
 from p2ptrain.runtime.reporting.energy_report import energy_report
 from p2ptrain.runtime.reporting.usage import PeerMeter, RunMeter, Traffic
@@ -108,6 +109,7 @@ class Peer:
             on_refused=self.trust.look,
         )
         self.meter = self._peer_meter(group, home)
+        in_memory, writing_ns = _step_place(home)
         self.blobs = BlobExchange(send=self.send, send_bulk=self.links.send_bulk)
         self.membership: Driver[Membership]
         self.agreement: Driver[Agreement]
@@ -133,7 +135,8 @@ class Peer:
                 threads_max=self._threads_max,
                 drop_link=self._violation,
                 say_activity=self._say_activity,
-                steps_in_memory=_step_place(home),
+                steps_in_memory=lambda: in_memory,
+                record_ns=writing_ns,
                 given_data=given_data(read_config(home), config.data),
             ),
             proposals=Ballots(lambda: self.agreement),
@@ -542,7 +545,9 @@ class Peer:
         return MEMORY_UNKNOWN_BYTES if available is None else available // 2
 
 
-def _step_place(home: Home) -> Callable[[], bool]:
-    """Whether records of steps stay in memory, as config.toml says or the disk's speed."""
-    is_slow = steps_in_memory(step_setting(read_config(home)), home.runs)
-    return lambda: is_slow
+def _step_place(home: Home) -> tuple[bool, Callable[[], int]]:
+    """Whether records of steps stay in memory, as config.toml says or the disk's speed; and what
+    writing one takes, measured when it is first asked for."""
+    if steps_in_memory(step_setting(read_config(home)), home.runs):
+        return True, lambda: 0
+    return False, functools.cache(lambda: record_ns(home.runs))

@@ -86,6 +86,8 @@ class Services:
     """Tell the group what this peer is doing now."""
     steps_in_memory: Callable[[], bool] = lambda: False
     """Whether records of steps are not written to disk, because that would hold the run up."""
+    record_ns: Callable[[], int] = lambda: 0
+    """What it takes here until a record of a step is durable; 0: it stays in memory. May block."""
     power: Callable[[int], Power | None] = lambda threads: None
     """threads -> what the machine draws while it computes with them; None: it is not known."""
     battery: Callable[[], Battery | None] = lambda: None

@@ -72,6 +72,10 @@ class ReplicatedTimeline:
         """When the last replica of a stage has done its last backward."""
         return max((own[-1].end_ns for own in self.spans[stage] if own), default=0)
 
+    def begins_ns(self, stage: int, replica: int) -> int:
+        """When a replica begins its first action; each has one."""
+        return self.spans[stage][replica][0].start_ns
+
     @property
     def end_ns(self) -> int:
         return max(self.stage_end_ns(stage) for stage in range(len(self.spans)))

@@ -1,6 +1,7 @@
 """Measured segment times on disk, so that a device measures nothing twice.
 
-    cache/profiles/<key>.json    one distinct segment under one runtime build, thread count, quota
+    cache/profiles/<key>.json    one distinct segment under one runtime build, optimizer, thread
+                                 count, quota
 
 The key names everything that the times follow from. A file that is damaged, foreign or old is as
 good as none: it is measured again and replaced.
@@ -21,8 +22,8 @@ from p2ptrain.planner.profile import KindCost
 from p2ptrain.store.atomic import write_atomic
 from p2ptrain.training.contract import RuntimeBuild
 
-PROFILE_VERSION: Final = 2
-"""2: below a CPU quota a time is what many calls in a row take."""
+PROFILE_VERSION: Final = 3
+"""2: below a CPU quota a time is what many calls in a row take; 3: with the end of a step."""
 PROFILE_BYTES_MAX: Final = 8192
 PROFILES_MAX: Final = 2048
 """Files; beyond them the oldest go."""
@@ -39,20 +40,22 @@ def profile_key(
     kind: str,
     *,
     form: str,
+    optimizer: str,
     build: RuntimeBuild,
     threads: int,
     quota_cores: float | None,
 ) -> str:
     """Names all that the time of a segment follows from.
 
-    That is its graphs and axis sizes, the build, threads, and the quota of processor seconds per
-    second (None: there is none), to a hundredth.
+    That is its graphs and axis sizes, the optimizer's graph, the build, threads, and the quota of
+    processor seconds per second (None: there is none), to a hundredth.
     """
     sizes = {name: symbol.size for name, symbol in manifest.symbols.items()}
     document = [
         PROFILE_VERSION,
         list(manifest.kinds[kind].forms[form].graphs),
         sizes,
+        manifest.updates[optimizer].graph,
         dataclasses.asdict(build),
         threads,
         None if quota_cores is None else round(quota_cores * 100),
@@ -120,6 +123,8 @@ def _cost(times: dict[str, int | None]) -> KindCost:
         backward_ns=_time(times["backward_ns"]),
         cotangents_ns=None if times["cotangents_ns"] is None else _time(times["cotangents_ns"]),
         gradients_ns=_time(times["gradients_ns"]),
+        norm_ns=_time(times["norm_ns"]),
+        update_ns=_time(times["update_ns"]),
     )
 
 

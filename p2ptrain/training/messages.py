@@ -65,6 +65,8 @@ class Offer:
     """Measure backwards in their two parts as well."""
     other_sizes: tuple[int, ...] = ()
     """Microbatch sizes for which times should be told, too, as far as they follow from others."""
+    optimizer: str = ""
+    """Whose updates are to be timed; empty: the bundle's first."""
     own_data: bool = False
     """Every peer of the run is to feed data of its own: tell about yours, or decline."""
     tokenizer_bytes: int = 0

@@ -8,7 +8,9 @@ import numpy as np
 
 from p2ptrain.engine.onnxruntime_engine import OnnxRuntimeEngine
 from p2ptrain.runtime.compute.profiling import made_up_feed, profile_kinds
+from p2ptrain.runtime.compute.stopwatch import Stopwatch
 from tests.bundles import CONTEXT, VOCABULARY, tiny_bundle
+from tests.counted_work import RUN_NS, CountedEngine, WorkClock
 from tests.parted_bundle import parted_bundle
 from tests.varied_bundle import varied_bundle
 
@@ -21,6 +23,7 @@ def test_profile_kinds_gives_every_distinct_segment_a_cost() -> None:
     first = profile_kinds(engine, bundle, "portable", 2, 3)
     assert set(first) == {"embed", "block", "head"}
     assert all(cost.forward_ns > 0 and cost.backward_ns > 0 for cost in first.values())
+    assert all(cost.norm_ns > 0 and cost.update_ns > 0 for cost in first.values())
     assert len(compiled) == 2 * 3 + 1
     profile_kinds(engine, bundle, "portable", 4, 1)
     assert len(compiled) == 2 * 3 + 1
@@ -37,6 +40,22 @@ def test_backwards_are_timed_in_parts_where_that_is_asked() -> None:
         assert cost.cotangents_ns is not None
     assert parts["block"].gradients_ns > 0
     assert (parts["embed"].cotangents_ns or 0) < parts["embed"].gradients_ns, "all of it waits"
+
+
+def test_end_of_a_step_is_timed_under_the_optimizer_of_the_run() -> None:
+    clock, bundle = WorkClock(), varied_bundle()
+    stopwatch = Stopwatch(clock_ns=clock)
+    for optimizer in bundle.manifest.updates:
+        costs = profile_kinds(
+            CountedEngine(clock, 1), bundle, "portable", 2, 1, optimizer=optimizer,
+            stopwatch=stopwatch,
+        )  # fmt: skip
+        assert [cost.forward_ns for cost in costs.values()] == [RUN_NS] * len(costs)
+        assert [cost.norm_ns for cost in costs.values()] == [0] * len(costs), "no graph runs"
+        for index, segment in enumerate(bundle.manifest.segments):
+            tensors = bundle.manifest.segment_tensors(index)
+            regions = {t.decay for t in tensors if t.binding == "trainable"}
+            assert costs[segment.kind].update_ns == len(regions) * RUN_NS
 
 
 def test_profile_kinds_takes_any_inputs_and_keeps_no_frozen_placeholder() -> None:

@@ -39,10 +39,21 @@ def in_parts(whole: PeerProfile) -> PeerProfile:
     return dataclasses.replace(whole, kinds=kinds)
 
 
+def with_ends(whole: PeerProfile, draw: st.DrawFn, longest_ns: int) -> PeerProfile:
+    """Norms and updates of any length, from segment to segment, and a disk to wait for."""
+    times = st.integers(0, longest_ns)
+    kinds = {
+        name: dataclasses.replace(cost, norm_ns=draw(times), update_ns=draw(times))
+        for name, cost in whole.kinds.items()
+    }
+    return dataclasses.replace(whole, kinds=kinds, record_ns=draw(times))
+
+
 @st.composite
 def _questions(draw: st.DrawFn, *, devices_max: int = 4, segments_max: int = 10) -> Question:
     segment_count = draw(st.integers(1, segments_max))
     times = draw(st.lists(st.tuples(_TIME, _TIME), min_size=segment_count, max_size=segment_count))
+    longest_end_ns = draw(st.sampled_from([0, 100, 300_000]))
     taking_part = []
     for letter in "abcd"[: draw(st.integers(1, devices_max))]:
         slowness = draw(st.integers(1, 10))
@@ -51,7 +62,7 @@ def _questions(draw: st.DrawFn, *, devices_max: int = 4, segments_max: int = 10)
             [(slowness * f, slowness * b) for f, b in times],
             memory_bytes=draw(st.sampled_from([500, 1500, 4000, 1 << 30])),
         )
-        own = in_parts(own)
+        own = with_ends(in_parts(own), draw, longest_end_ns)
         idle_uw = draw(st.integers(0, 5_000_000))
         power = Power(
             idle_uw=idle_uw,

@@ -129,7 +129,11 @@ def test_uneven_replicas_that_run_to_plan_ask_for_nothing(device: DeviceId) -> N
 
 def test_profile_at_a_pace_scales_every_time() -> None:
     base = profile("a", [(100, 201)], delayed_percent=50)
-    (cost,) = at_pace(base, 1500).kinds.values()
+    ends = {
+        kind: dataclasses.replace(c, norm_ns=10, update_ns=21) for kind, c in base.kinds.items()
+    }
+    (cost,) = at_pace(dataclasses.replace(base, kinds=ends), 1500).kinds.values()
+    assert (cost.norm_ns, cost.update_ns) == (15, 32)
     assert (cost.forward_ns, cost.backward_ns) == (150, 302)
     assert (cost.cotangents_ns, cost.gradients_ns) == (152, 150)
     (plain,) = at_pace(profile("a", [(100, 201)]), 500).kinds.values()

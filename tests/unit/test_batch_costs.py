@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from p2ptrain.planner.batch_costs import cost_for, second_size
@@ -20,6 +22,13 @@ def test_time_is_a_fixed_part_and_one_per_sample(batch: int, forward_ns: int) ->
     assert found is not None
     assert (found.forward_ns, found.backward_ns) == (forward_ns, 2 * forward_ns)
     assert found.cotangents_ns is None
+
+
+def test_end_of_a_step_does_not_depend_on_the_size() -> None:
+    ends = {"norm_ns": 7, "update_ns": 9}
+    sizes = {n: dataclasses.replace(cost(10 * n), **ends) for n in (2, 4)}
+    found = cost_for(sizes, 3, in_parts=False)
+    assert found == dataclasses.replace(cost(30), **ends)
 
 
 def test_what_is_far_from_anything_measured_is_not_guessed() -> None:

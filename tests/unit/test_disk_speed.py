@@ -9,7 +9,7 @@ import pytest
 
 from p2ptrain import limits
 from p2ptrain.runtime import journal
-from p2ptrain.runtime.journal import steps_in_memory
+from p2ptrain.runtime.journal import record_ns, steps_in_memory
 from p2ptrain.store.disk_speed import TRIALS, fsync_s
 
 
@@ -37,6 +37,15 @@ def test_where_records_are_kept(
 ) -> None:
     monkeypatch.setattr(journal, "fsync_s", lambda folder: fsync)
     assert steps_in_memory(setting, tmp_path / "runs") is in_memory  # type: ignore[arg-type]
+
+
+def test_time_of_a_record_is_known_where_the_disk_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "fsync_s", lambda folder: 0.0015)
+    assert record_ns(tmp_path / "runs") == 1_500_000
+    (tmp_path / "file").write_bytes(b"")
+    assert record_ns(tmp_path / "file") == 0, "no folder"
 
 
 def test_disk_that_refuses_is_not_called_slow(

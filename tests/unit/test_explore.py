@@ -21,6 +21,7 @@ from p2ptrain.schedule.replicated import replicated_actions, shared_out
 from tests.planning_cases import device
 from tests.planning_questions import (
     bert_question,
+    ending_slowly,
     equal_devices,
     question,
 )
@@ -198,14 +199,16 @@ def test_tensor_needs_a_head_for_everyone() -> None:
     assert len(found.best.devices) <= 12
 
 
-def test_update_is_counted_where_memory_is_known() -> None:
+def test_end_of_a_step_is_counted_where_it_is_known() -> None:
     (one,) = equal_devices("a", segment_count=2)
-    slow = dataclasses.replace(one, memory_bytes_per_s=1_000_000)
+    slow = ending_slowly(one, norm_ns=3, update_ns=1_000)
     plain = _find(question((one,), segment_count=2)).best
     counted = _find(question((slow,), segment_count=2)).best
     assert plain is not None
     assert counted is not None
-    assert counted.price.step_ns - plain.price.step_ns == 2 * 16 * 4 * 7 * 1000
+    assert counted.price.step_ns - plain.price.step_ns == 2 * 1_003
+    assert counted.price.shares[0].passes_ns == plain.price.shares[0].passes_ns
+    assert counted.price.shares[0].compute_ns == plain.price.shares[0].compute_ns + 2 * 1_003
 
 
 def test_impossible_questions_are_refused() -> None:

@@ -100,6 +100,28 @@ def test_a_profile_of_an_older_peer_has_the_cores_of_its_host() -> None:
     assert (read.own_cores, read.cores_identity) == ("", "one")
 
 
+def test_a_profile_of_an_older_peer_says_nothing_of_the_end_of_a_step() -> None:
+    told = to_plain(profile("a", EQUAL))
+    del told["record_ns"]
+    for cost in told["kinds"].values():
+        del cost["norm_ns"], cost["update_ns"]
+    assert from_plain(PeerProfile, told) == profile("a", EQUAL)
+
+
+def test_commit_counts_members_without_a_stage_and_the_disk() -> None:
+    """Three members, of which one computes: it waits for the record of the nearest other."""
+    peers = [profile(letter, EQUAL) for letter in "abc"]
+    peers = [dataclasses.replace(each, record_ns=5_000) for each in peers]
+    near = fast_links(peers, latency_ns=100_000)
+    alone = choose_plan(planning_input(peers[:1], segment_count=8, stages=1)).plan
+    planning = planning_input(peers, segment_count=8, stages=1, links=near)
+    one = choose_plan(dataclasses.replace(planning, replica_every=10**9)).plan
+    passes_ns = alone.stages[0].step_compute_ns
+    assert len(one.stages) == 1
+    assert alone.step_ns == passes_ns + 5_000
+    assert one.step_ns == passes_ns + 2 * 100_000 + 5_000
+
+
 def test_forced_stages_on_one_host_are_stretched() -> None:
     peers = [profile(letter, EQUAL, host="one", cores=2) for letter in "abcd"]
     choice = choose_plan(planning_input(peers, segment_count=8, stages=4))

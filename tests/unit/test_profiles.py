@@ -9,6 +9,7 @@ import pytest
 
 from p2ptrain.engine.contract import Engine
 from p2ptrain.engine.onnxruntime_engine import OnnxRuntimeEngine
+from p2ptrain.errors import BundleError
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.runtime.compute import known_profiles
 from p2ptrain.runtime.compute.stopwatch import NO_QUOTA, Stopwatch
@@ -20,7 +21,9 @@ from tests.bundles import tiny_bundle
 from tests.interop.message_samples import sample
 from tests.planning_cases import BUILD
 
-COST = KindCost(forward_ns=10, backward_ns=20, cotangents_ns=12, gradients_ns=9)
+COST = KindCost(
+    forward_ns=10, backward_ns=20, cotangents_ns=12, gradients_ns=9, norm_ns=3, update_ns=5
+)
 PLAIN = KindCost(forward_ns=1, backward_ns=2)
 BUNDLE = tiny_bundle()
 
@@ -54,7 +57,9 @@ def test_damaged_file_is_as_good_as_none(tmp_path: Path, content: bytes) -> None
 
 
 @pytest.mark.parametrize("value", [-1, 10**16, 1.5, True, "1", None, []])
-@pytest.mark.parametrize("field", ["forward_ns", "backward_ns", "gradients_ns"])
+@pytest.mark.parametrize(
+    "field", ["forward_ns", "backward_ns", "gradients_ns", "norm_ns", "update_ns"]
+)
 def test_time_that_cannot_be_is_refused(tmp_path: Path, field: str, value: object) -> None:
     store = ProfileStore(tmp_path)
     store.write("key", {4: COST}, now_s=1.0)
@@ -80,29 +85,39 @@ def test_disk_that_refuses_is_no_error(tmp_path: Path) -> None:
     assert store.read("key", now_s=1.0) == {}
 
 
-def test_key_follows_from_graphs_threads_build_and_quota() -> None:
+def test_key_follows_from_graphs_optimizer_threads_build_and_quota() -> None:
     manifest = BUNDLE.manifest
+    assert len(manifest.updates) == 2
     keys = {
         profile_key(
-            manifest, kind, form="portable", build=BUILD, threads=threads, quota_cores=cores
+            manifest,
+            kind,
+            form="portable",
+            optimizer=optimizer,
+            build=BUILD,
+            threads=threads,
+            quota_cores=cores,
         )
         for kind in manifest.kinds
+        for optimizer in manifest.updates
         for threads in (1, 2)
         for cores in (None, 0.4, 1.0)
     }
-    assert len(keys) == 6 * len(manifest.kinds)
+    assert len(keys) == 2 * 6 * len(manifest.kinds)
 
 
 def test_second_time_nothing_is_measured_that_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[tuple[int, frozenset[str]]] = []
+    asked: set[str] = set()
 
     def profile(
         engine: Engine, bundle: Bundle, form: str, batch: int, repeats: int, in_parts: bool,
-        *, kinds: set[str], stopwatch: object,
+        *, optimizer: str, kinds: set[str], stopwatch: object,
     ) -> dict[str, KindCost]:  # fmt: skip
         measured.append((batch, frozenset(kinds)))
+        asked.add(optimizer)
         parts = {"cotangents_ns": batch, "gradients_ns": 1} if in_parts else {}
         return {kind: KindCost(forward_ns=batch, backward_ns=2, **parts) for kind in kinds}
 
@@ -110,12 +125,14 @@ def test_second_time_nothing_is_measured_that_is_known(
     engine, store = OnnxRuntimeEngine(threads=1), ProfileStore(tmp_path)
     everything = frozenset(BUNDLE.manifest.kinds)
 
-    def ask(batch: int, *, in_parts: bool = False, stopwatch: Stopwatch = NO_QUOTA) -> int:
+    def ask(
+        batch: int, *, in_parts: bool = False, stopwatch: Stopwatch = NO_QUOTA, optimizer: str = ""
+    ) -> int:
         base = sample(Offer)
         offer = Offer(
             run=base.run, view=base.view, bundle=base.bundle, bundle_bytes=1,
             microbatch_size=batch, form="portable", threads=1, in_parts=in_parts,
-            other_sizes=(1, 2, 8, 64),
+            other_sizes=(1, 2, 8, 64), optimizer=optimizer,
         )  # fmt: skip
         known = known_profiles.known_or_measured(store, engine, BUNDLE, offer, stopwatch)
         found = known.kinds
@@ -137,3 +154,12 @@ def test_second_time_nothing_is_measured_that_is_known(
     for cores in (0.4, 0.4, 0.8):
         ask(4, stopwatch=Stopwatch(cores=cores))
     assert measured == 2 * [(2, everything), (4, everything)], "once below each quota"
+    first, other = BUNDLE.manifest.updates
+    assert asked == {first}
+    measured.clear()
+    ask(4, optimizer=first)
+    assert measured == []
+    ask(4, optimizer=other)
+    assert measured == [(2, everything), (4, everything)], "an update takes another time"
+    with pytest.raises(BundleError, match="no optimizer 'lion'"):
+        ask(4, optimizer="lion")

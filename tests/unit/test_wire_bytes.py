@@ -19,7 +19,7 @@ from p2ptrain.planner.sharded import Sharded, ShardedPricing
 from p2ptrain.planner.traffic import all_reduce_bytes, gather_bytes
 from p2ptrain.store.bundles import find_bundle, load_bundle
 from tests.planning_cases import profile
-from tests.planning_questions import LAYERS, bert_base, bert_question, devices
+from tests.planning_questions import LAYERS, bert_base, bert_question, devices, ending_slowly
 
 EXPORTED = Path(__file__).parents[1] / "interop" / "golden" / "manifest-bert-base.json"
 """Exported from BERT-base's configuration for 32 positions: vocabulary 21,128, but two layers,
@@ -150,7 +150,7 @@ def bert_base_as_exported() -> Manifest:
 
 def test_what_a_shard_tells_of_a_step_is_priced_without_its_update() -> None:
     asked = bert_question("ab", "tensor")
-    rated = [dataclasses.replace(each, memory_bytes_per_s=10**9) for each in asked.devices]
+    rated = [ending_slowly(each, norm_ns=10**5, update_ns=10**6) for each in asked.devices]
     shared = Sharded(kind="tensor", devices=(0, 1))
     plain = ShardedPricing(Pricing(asked)).price(shared)
     price = ShardedPricing(Pricing(dataclasses.replace(asked, devices=tuple(rated)))).price(shared)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from p2ptrain import limits
 from p2ptrain.engine.contract import Engine
+from p2ptrain.errors import BundleError
 from p2ptrain.planner.batch_costs import cost_for, second_size
 from p2ptrain.planner.profile import KindCost, SizedCosts
-from p2ptrain.runtime.compute.profiling import profile_kinds
+from p2ptrain.runtime.compute.profiling import first_optimizer, profile_kinds
 from p2ptrain.runtime.compute.stopwatch import Stopwatch
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.store.profiles import ProfileStore, profile_key
@@ -34,13 +35,20 @@ def known_or_measured(
 
     What is not known yet is measured for two sizes and kept, so that any other size near them
     follows. Times of two sizes in one file may be of different days, but not older than it.
+
+    Raises:
+        BundleError: the model has no such optimizer.
     """
     manifest, now_s = bundle.manifest, time.time()
+    optimizer = offer.optimizer or first_optimizer(manifest)
+    if optimizer not in manifest.updates:
+        raise BundleError(f"the model has no optimizer {optimizer!r:.40}")
     keys = {
         kind: profile_key(
             manifest,
             kind,
             form=offer.form,
+            optimizer=optimizer,
             build=engine.build,
             threads=offer.threads,
             quota_cores=stopwatch.cores,
@@ -60,6 +68,7 @@ def known_or_measured(
                 size,
                 PROFILE_REPEATS,
                 in_parts,
+                optimizer=optimizer,
                 kinds=lacking,
                 stopwatch=stopwatch,
             )

@@ -13,7 +13,7 @@ from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.ids import Digest
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.runtime.compute.stage import StageWorker
-from p2ptrain.runtime.compute.stopwatch import NO_QUOTA, Stopwatch
+from p2ptrain.runtime.compute.stopwatch import NO_QUOTA, Stopwatch, Taken
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.contract import Contract, OptimizerChoice
 from p2ptrain.training.feed import Feed
@@ -30,13 +30,15 @@ def profile_kinds(
     repeats: int,
     in_parts: bool = False,
     *,
+    optimizer: str = "",
     kinds: Collection[str] | None = None,
     stopwatch: Stopwatch = NO_QUOTA,
 ) -> dict[str, KindCost]:
-    """The shortest forward and backward time over `repeats` that can be kept up, by kind name.
+    """The shortest time over `repeats` that can be kept up of all that a step does, by kind name.
 
     Each kind is timed in a stage of its own, along the path that training takes: masks are drawn,
-    gradients are summed. Programs stay compiled in the engine and are used again by the run.
+    gradients are summed, and an update follows each microbatch. Programs stay compiled in the
+    engine and are used again by the run.
 
     Args:
         engine: With the threads that the run will have.
@@ -45,10 +47,11 @@ def profile_kinds(
         batch: Samples of a microbatch.
         repeats: At least 1; the first run of each graph is not counted.
         in_parts: Time backwards in their two parts as well.
+        optimizer: Whose updates are timed; empty: the bundle's first.
         kinds: Only these; None: all.
         stopwatch: By which it is timed.
     """
-    contract = _contract(engine, bundle, form, batch)
+    contract = _contract(engine, bundle, form, batch, optimizer)
     costs: dict[str, KindCost] = {}
     for index, segment in enumerate(bundle.manifest.segments):
         if segment.kind not in costs and (kinds is None or segment.kind in kinds):
@@ -70,7 +73,10 @@ def _time_stage(
     time, lasting_ns = stopwatch.time, stopwatch.lasting_ns
     worker.draw_parameters()
     feed = made_up_feed(bundle.manifest, batch)
+    (segment,) = worker.segments
     forwards, backwards, cotangents, gradients = [], [], [], []
+    norms: list[Taken] = []
+    updates: list[Taken] = []
     sequence = 0
     for _ in range(repeats + 1):
         forwards.append(time(_forward(worker, feed, sequence)))
@@ -83,11 +89,17 @@ def _time_stage(
             run = partial(worker.backward_gradients, microbatch=0, sequence=sequence)
             gradients.append(time(run))
             sequence += 1
+        if not norms:  # further microbatches add to it
+            fill(worker.gradient_vector(segment), 1e-3)
+        norms.append(time(worker.rehearse_norm))
+        updates.append(time(worker.rehearse_update))
     return KindCost(
         forward_ns=lasting_ns(forwards[1:]),
         backward_ns=lasting_ns(backwards[1:]),
         cotangents_ns=lasting_ns(cotangents[1:]) if cotangents else None,
         gradients_ns=lasting_ns(gradients[1:]) if gradients else 0,
+        norm_ns=lasting_ns(norms[1:]),
+        update_ns=lasting_ns(updates[1:]),
     )
 
 
@@ -107,6 +119,11 @@ def _forward(worker: StageWorker, feed: Feed, sequence: int) -> Callable[[], obj
         labels=feed.labels,
         loss_weight=1.0,
     )
+
+
+def first_optimizer(manifest: Manifest) -> str:
+    """The one that is timed where nobody says which; every bundle has one."""
+    return next(iter(manifest.updates))
 
 
 def made_up_feed(manifest: Manifest, batch: int) -> Feed:
@@ -145,7 +162,7 @@ def fill(array: Array, scale: float) -> None:
         flat[:] = True
 
 
-def _contract(engine: Engine, bundle: Bundle, form: str, batch: int) -> Contract:
+def _contract(engine: Engine, bundle: Bundle, form: str, batch: int, optimizer: str) -> Contract:
     return Contract(
         bundle=bundle.digest,
         seed=0,
@@ -156,7 +173,7 @@ def _contract(engine: Engine, bundle: Bundle, form: str, batch: int) -> Contract
         codec="fp32",
         threads=1,
         dropout=None,
-        optimizer=OptimizerChoice(name=next(iter(bundle.manifest.updates))),
+        optimizer=OptimizerChoice(name=optimizer or first_optimizer(bundle.manifest)),
         training_data=_NO_DATA,
         heldout_data=_NO_DATA,
         evaluate_every=0,

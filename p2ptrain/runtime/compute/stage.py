@@ -444,6 +444,16 @@ class StageWorker:
         self._steps = dict.fromkeys(self._segments, step)
         self._update_count += 1
 
+    def rehearse_norm(self) -> None:
+        """Compute what `square_sums` does, of whatever is there: to be timed."""
+        tensors = [self._manifest.tensors[index] for index in self.tensor_indices]
+        self._updater.square_sums(tensors, lambda tensor: True)
+
+    def rehearse_update(self) -> None:
+        """Apply an update by whatever gradients are there: to be timed. No step counts it, and a
+        stage that has rehearsed is not trained."""
+        self._updater.apply(step=1, learning_rate=1e-6, clip_scale=1.0)
+
     def abandon_step(self) -> None:
         """Forget microbatches in flight, gradients and what the step's forwards made of running
         values: parameters and committed running values stay as they are."""

@@ -141,6 +141,7 @@ class OfferDesk:
         costs = await trio.to_thread.run_sync(
             known_or_measured, store, engine, bundle, offer, stopwatch
         )
+        record_ns = await trio.to_thread.run_sync(services.record_ns)
         self._keep(offer, _Prepared(bundle, engine, offer, home, time.monotonic(), data))
         profile = PeerProfile(
             device=self._services.device,
@@ -153,6 +154,7 @@ class OfferDesk:
             build=engine.build,
             power=self._services.power(offer.threads),
             battery=self._services.battery(),
+            record_ns=record_ns,
         )
         linked = self._services.directory.linked()
         links = self._services.link_figures()

@@ -15,7 +15,7 @@ from p2ptrain.planner.kinds import kinds_at_start, kinds_compared
 from p2ptrain.planner.links import LinkFigure, link_estimates
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.plan_file import AskedPlan
-from p2ptrain.planner.profile import KindCost, PeerProfile
+from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.planning.job import Job, wanted_objective
 from p2ptrain.runtime.planning.own_placement import (
     able_owners,
@@ -223,8 +223,10 @@ def planning_profile(profile: PeerProfile, contract: Contract) -> PeerProfile:
     if not contract.rematerialise:
         return profile
     kinds = {
-        name: KindCost(forward_ns=c.forward_ns, backward_ns=c.forward_ns + c.backward_ns)
-        for name, c in profile.kinds.items()
+        name: replace(
+            cost, backward_ns=cost.forward_ns + cost.backward_ns, cotangents_ns=None, gradients_ns=0
+        )
+        for name, cost in profile.kinds.items()
     }
     return replace(profile, kinds=kinds)
 

@@ -98,6 +98,7 @@ class Admission:
             form=contract.form,
             threads=contract.threads,
             in_parts=delays_gradients(self._view.plan.schedule),
+            optimizer=contract.optimizer.name,
         )
         with contextlib.suppress(PeerLost):
             self._services.outlet.send(device, offer)

@@ -168,6 +168,7 @@ class Founding:
             threads=self._contract.threads,
             in_parts=may_delay(self.job.wanted_schedule(self._request)),
             other_sizes=() if self.job.resumed else other_sizes(self._request),
+            optimizer=self._contract.optimizer.name,
             own_data=self.job.own_data,
             tokenizer_bytes=0 if tokenizer is None else len(tokenizer),
         )
