@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 @way_options(choosable=False)
 @click.option("--optimizer", default="adamw", show_default=True, help="The update rule.")
 @click.option("--plan", "plan_file", metavar="FILE", help="Price this plan instead of searching.")
+@click.option("--home", metavar="NAME", help="Owns the data. [default: the first device]")
+@click.option(
+    "--private",
+    is_flag=True,
+    help="Neither inputs nor labels leave --home: it has the first and the last stage.",
+)
 @click.option("--svg", "svg_file", metavar="FILE", help="Draw the schedule into this file.")
 @report_options
 def plan(as_json: bool, **options: Any) -> None:  # Any: click's values
@@ -52,6 +58,10 @@ def plan(as_json: bool, **options: Any) -> None:  # Any: click's values
     forced = options["plan_file"]
     winner = None
     if forced is not None:
+        if question.private:
+            raise ConfigError(
+                "a private plan is searched, not asked for", hint="leave --plan or --private out"
+            )
         asked = read_plan(read_text(forced, "--plan"), file=forced)
         winner = asked_candidate(asked, explorer=explorer, pricing=pricing)
     found = explorer.run()
@@ -74,7 +84,7 @@ def plan(as_json: bool, **options: Any) -> None:  # Any: click's values
 
 
 def _question(options: dict[str, Any]) -> tuple[Question, Any]:  # Any: click's values, a Variant
-    from p2ptrain.planner.described import Work, described_question
+    from p2ptrain.planner.described import Work, described_question, owner_of
     from p2ptrain.planner.device_file import parse_devices, parse_links
     from p2ptrain.planner.objective import objective_of
     from p2ptrain.store.bundles import find_bundle, load_bundle
@@ -99,6 +109,7 @@ def _question(options: dict[str, Any]) -> tuple[Question, Any]:  # Any: click's 
         options["objective"], deadline_s=options["deadline"], joules=options["joules"]
     )
     schedules = (options["schedule"],)
+    owner = owner_of(options["home"], names, private=options["private"])
 
     def variant(size: int, rematerialise: bool) -> Question:
         whole = work.microbatches * work.microbatch_size
@@ -108,9 +119,13 @@ def _question(options: dict[str, Any]) -> tuple[Question, Any]:  # Any: click's 
             microbatches=min(-(-whole // size), 4096),
             rematerialise=rematerialise,
         )
-        return described_question(manifest, specs, links, changed, objective, schedules)
+        return ask(changed)
 
-    return described_question(manifest, specs, links, work, objective, schedules), variant
+    def ask(about: Work) -> Question:
+        question = described_question(manifest, specs, links, about, objective, schedules)
+        return replace(question, home=owner, private=options["private"])
+
+    return ask(work), variant
 
 
 def _draw(path: str, rows: list[tuple[str, Any]], model: str) -> None:  # Any: spans

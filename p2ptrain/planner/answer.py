@@ -176,6 +176,8 @@ class Answering:
         taken = "as asked" if forced else f"for {self._objective()}"
         names = ", ".join(self._name(device) for device in winner.devices)
         sentences = [f"{_article(winner.kind)} on {names}, {taken}: {self._cost(winner)}"]
+        if self._pricing.question.private:
+            sentences.append(self._private(winner))
         for other in others:
             if other.kind != winner.kind:
                 sentences.append(f"{_article(other.kind)}: {self._against(winner, other)}")
@@ -187,6 +189,14 @@ class Answering:
                 f"{_article(winner.kind)} is what-if"
             )
         return sentences
+
+    def _private(self, winner: Candidate) -> str:
+        """What privacy asks of the plan."""
+        home = self._pricing.question.home
+        if winner.kind != "one device":
+            return f"private: {home} has the first and the last stage, others see no data"
+        why = self._found.objections.get("pipeline")
+        return f"private: {home} trains alone{f', since {why}' if why else ''}"
 
     def _cost(self, one: Candidate) -> str:
         step = format_seconds(one.price.step_ns / NS_PER_S)

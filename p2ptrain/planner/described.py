@@ -75,6 +75,26 @@ def described_question(
     )
 
 
+def owner_of(asked: str | None, names: Sequence[str], *, private: bool) -> DeviceId | None:
+    """The device with the data; None where nobody asks and it makes no difference.
+
+    Args:
+        asked: Its name; None: the first, where the plan is private.
+        names: Of all devices, in the order of their file.
+        private: Whether its data stays with it.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if asked is None:
+        return DeviceId(names[0]) if private else None
+    if asked not in names:
+        raise ConfigError(
+            f"--home: there is no device {asked!r:.40}", hint=f"devices: {', '.join(names)}"
+        )
+    return DeviceId(asked)
+
+
 def _settled(schedule: str, manifest: Manifest, contract: Contract) -> str:
     """1F1B where gradients cannot be delayed: without backwards in parts, or stashes that stay."""
     parts = any(kind.forms[contract.form].parts for kind in manifest.kinds.values())

@@ -9,6 +9,7 @@ from typing import Final
 
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.ids import DeviceId, short
+from p2ptrain.planner.ends import private_shortfall
 from p2ptrain.planner.explore import Candidate, Explorer
 from p2ptrain.planner.objective import Goal, Objective
 from p2ptrain.planner.pricing import Pricing
@@ -30,7 +31,11 @@ HALVINGS_MAX: Final = 12
 def shortfall(question: Question, variant: Variant) -> PlanInfeasible:
     """The error to raise when no candidate was found."""
     fastest = without_limits(question, "time")
-    return _memory(question, variant) if fastest is None else beyond_limits(question, fastest)
+    if fastest is not None:
+        return beyond_limits(question, fastest)
+    if question.private:
+        return private_shortfall(Pricing(question), lambda count: False)
+    return _memory(question, variant)
 
 
 def beyond_limits(question: Question, fastest: Candidate) -> PlanInfeasible:

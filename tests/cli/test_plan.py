@@ -130,3 +130,36 @@ def test_directory_instead_of_file_is_refused(capsys: pytest.CaptureFixture[str]
     assert run(["plan", "--model", "gpt-nano", "--devices", "."]) == 2
     assert "there is no file " in capsys.readouterr().err
     assert run(["plan", "--model", "no-such", "--devices", "d.toml"]) == 2
+
+
+def test_private_plan_keeps_both_ends_on_the_owner_of_the_data(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert _plan("--json") == 0
+    ordinary = json.loads(capsys.readouterr().out)
+    assert "private" not in " ".join(ordinary["reasons"])
+    for asked, owner in (((), "laptop"), (("--home", "pi-2"), "pi-2")):
+        assert _plan("--json", "--private", *asked) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert {one["kind"] for one in answer["candidates"]} == {"one device", "pipeline"}
+        assert "stay with the data" in answer["impossible"]["data"]
+        for candidate in answer["candidates"]:
+            parts = sorted(candidate["parts"], key=lambda part: part["stage"])
+            assert parts[0]["device"] == parts[-1]["device"] == owner
+            assert all(part["device"] != owner for part in parts[1:-1])
+        assert answer["reasons"][1].startswith(f"private: {owner} ")
+
+
+def test_private_plan_that_the_owner_cannot_hold_says_what_it_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    devices = DEVICES + SLOW.format(memory="100 MiB")
+    assert _plan("--private", "--home", "slow", devices=devices) == 4
+    printed = capsys.readouterr()
+    assert "the first and the last stage need at least" in printed.err
+    assert "give the owner" in printed.err
+    assert _plan("--home", "pi", devices=devices) == 2
+    assert "devices: laptop, pi-1, pi-2, slow" in capsys.readouterr().err
+    Path("p.toml").write_text("[[stage]]\ndevices = ['laptop']\nsegments = 10\n", "utf-8")
+    assert _plan("--private", "--plan", "p.toml") == 2
+    assert "leave --plan or --private out" in capsys.readouterr().err
