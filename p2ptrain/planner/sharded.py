@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from p2ptrain.bundle.shard_traffic import CollectiveCost, SegmentTraffic
+from p2ptrain.bundle.sharding import Mode
 from p2ptrain.planner.kinds import Kind
 from p2ptrain.planner.pricing import Price, Pricing, Share
 from p2ptrain.planner.segment_costs import SegmentCosts
@@ -19,6 +20,7 @@ from p2ptrain.planner.shard_costs import shard_costs
 from p2ptrain.schedule.actions import Held
 from p2ptrain.schedule.step_end import PeerEnd
 from p2ptrain.training.shard_cuts import unit_counts
+from p2ptrain.training.shard_memory import ShardMemoryModel
 
 ONE: Final = Held(in_flight=1, delayed=0)
 TWO: Final = Held(in_flight=2, delayed=0)
@@ -99,14 +101,22 @@ class ShardedPricing:
     def __init__(self, pricing: Pricing) -> None:
         self._pricing = pricing
         self._costs: dict[Kind, tuple[SegmentTraffic, ...]] = {}
+        self._models: dict[Mode, ShardMemoryModel] = {}
 
     def memory_bytes(self, sharded: Sharded) -> tuple[int, ...]:
-        """Predicted peak by device: the whole model with one microbatch, less what is divided.
+        """Predicted peak by device.
 
-        Under tensor parallelism that is state alone (activations count whole), under sequence
-        parallelism activations alone.
+        Where the bundle says how it is divided it is counted value by value; else, which is enough
+        for what-if questions, it is the whole model with one microbatch less what is divided:
+        state alone under tensor parallelism, activations alone under sequence parallelism.
         """
         pricing, weights = self._pricing, self.weights(sharded)
+        question = pricing.question
+        mode: Mode = "tensor" if sharded.kind == "tensor" else "sequence"
+        if mode in question.manifest.sharding:
+            if mode not in self._models:
+                self._models[mode] = ShardMemoryModel(question.manifest, question.contract, mode)
+            return tuple(each.total for each in self._models[mode].shards(weights))
         count = pricing.segment_count
         whole = pricing.memory_bytes(0, count, ONE)
         if sharded.kind == "sequence":

@@ -7,6 +7,8 @@ estimate, checked against measured peaks by `tools/memory_table.py`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,6 +46,8 @@ class StageMemory:
     boundaries: int
     workspace: int
     """What the runtime's arena holds for intermediates."""
+    meetings: int = 0
+    """Of shards: what waits of others' values, and copies of what is exchanged."""
 
     @property
     def total(self) -> int:
@@ -55,6 +59,7 @@ class StageMemory:
             + self.stash
             + self.boundaries
             + self.workspace
+            + self.meetings
         )
 
 
@@ -108,11 +113,8 @@ class MemoryModel:
     """
 
     def __init__(self, manifest: Manifest, contract: Contract) -> None:
-        rule = manifest.updates.get(contract.optimizer.name)
-        if rule is None:
-            raise PlanInfeasible(f"the bundle has no update rule {contract.optimizer.name!r}")
         self._manifest, self._contract = manifest, contract
-        self._vectors = 2 + len(rule.state)
+        self._vectors = vector_count(manifest, contract)
         self._segments: dict[int, _Segment] = {}
 
     def stage(
@@ -126,7 +128,7 @@ class MemoryModel:
         """Predicted peak memory; arguments as those of `stage_memory`."""
         own = [self._segment(index) for index in segments]
         kinds = {each.kind: each.kept for each in own}
-        graphs = sum(_graphs(self._manifest.kinds[k], self._contract, delayed) for k in kinds)
+        graphs = sum(graph_count(self._manifest.kinds[k], self._contract, delayed) for k in kinds)
         longest = max(each.length for each in own)
         return StageMemory(
             process=process_bytes,
@@ -147,14 +149,13 @@ class MemoryModel:
             manifest, contract = self._manifest, self._contract
             kind, batch = manifest.kinds[manifest.segments[index].kind], contract.microbatch_size
             layout = flat_layout(manifest, index)
-            fed = [port.value for port in kind.inputs if port.role != "boundary"]
             self._segments[index] = _Segment(
                 kind=kind.name,
                 length=layout.length,
                 running_length=layout.running_length,
-                frozen=_frozen_bytes(manifest, index),
-                fed=_bytes(manifest, fed, batch),
-                kept=_kept_bytes(manifest, kind, contract),
+                frozen=frozen_bytes(manifest, index),
+                fed=fed_bytes(manifest, kind, contract),
+                kept=kept_bytes(manifest, kind, contract),
                 boundary=manifest.boundary_bytes(index, batch=batch),
                 residuals=_residual_bytes(manifest, index, contract),
             )
@@ -186,7 +187,20 @@ class MemoryModel:
         return 2 * ring * (in_flight + delayed + 1) + inner * (in_flight + max(1, delayed))
 
 
-def _graphs(kind: SegmentKind, contract: Contract, delayed: int) -> int:
+def vector_count(manifest: Manifest, contract: Contract) -> int:
+    """Flat vectors of a segment: parameters, gradients and the optimizer's state.
+
+    Raises:
+        PlanInfeasible: the bundle has no such optimizer; choose another.
+    """
+    rule = manifest.updates.get(contract.optimizer.name)
+    if rule is None:
+        raise PlanInfeasible(f"the bundle has no update rule {contract.optimizer.name!r}")
+    return 2 + len(rule.state)
+
+
+def graph_count(kind: SegmentKind, contract: Contract, delayed: int) -> int:
+    """Graphs of a kind that are compiled, where so many microbatches wait for their gradients."""
     parts = 2 if _parts(kind, contract, delayed) is not None else 0
     return parts + (2 if kind.evaluation is None else 3)
 
@@ -204,25 +218,37 @@ def _delayed_bytes(manifest: Manifest, kind: str, contract: Contract, delayed: i
     return delayed * _bytes(manifest, list(parts.kept), contract.microbatch_size)
 
 
-def _frozen_bytes(manifest: Manifest, segment_index: int) -> int:
-    total = 0
+def frozen_bytes(
+    manifest: Manifest, segment_index: int, slices: Mapping[str, tuple[int, ...]] | None = None
+) -> int:
+    """A segment's frozen tensors with their copies; `slices`: the shapes of those of which only a
+    slice is here, by name."""
+    total, shapes = 0, slices or {}
     for tensor in manifest.segment_tensors(segment_index):
         if tensor.binding == "frozen":
             copies = PACKED_COPIES if len(tensor.shape) > 1 else 0
-            total += tensor.elements * ELEMENT_BYTES * (1 + copies)
+            elements = math.prod(shapes.get(tensor.name, tensor.shape))
+            total += elements * ELEMENT_BYTES * (1 + copies)
     return total
 
 
-def _kept_bytes(manifest: Manifest, kind: SegmentKind, contract: Contract) -> int:
+def fed_bytes(manifest: Manifest, kind: SegmentKind, contract: Contract) -> int:
+    """Inputs, labels and weights of one microbatch."""
+    fed = [port.value for port in kind.inputs if port.role != "boundary"]
+    return _bytes(manifest, fed, contract.microbatch_size)
+
+
+def kept_bytes(manifest: Manifest, kind: SegmentKind, contract: Contract) -> int:
     """Stash and masks of one microbatch, without what lies elsewhere."""
     ports = {port.value.name for port in (*kind.inputs, *kind.outputs)}
     elsewhere = ports | {value.name for value in (*kind.parameters, *kind.running)}
     stash = [v for v in kind.forms[contract.form].stash if v.name not in elsewhere]
-    masks = [site.value for site in kind.masks if _is_drawn(contract, site.probability)]
+    masks = [site.value for site in kind.masks if is_drawn(contract, site.probability)]
     return _bytes(manifest, [*stash, *masks], contract.microbatch_size)
 
 
-def _is_drawn(contract: Contract, probability: float) -> bool:
+def is_drawn(contract: Contract, probability: float) -> bool:
+    """Whether a mask of this probability is drawn, and so has a place."""
     return (probability if contract.dropout is None else contract.dropout) > 0.0
 
 

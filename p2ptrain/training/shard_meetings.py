@@ -13,6 +13,7 @@ from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.bundle.sharding import Collective, ShardedKind
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.training.collectives import (
+    ELEMENT_BYTES,
     Meeting,
     MeetingKey,
     Operation,
@@ -67,6 +68,11 @@ class ShardMeetings:
         ranks = range(self._share.ranks)
         single = [held_bytes((meeting,), rank) for meeting in self._all() for rank in ranks]
         return 2 * max(single, default=0)
+
+    @property
+    def longest_bytes(self) -> int:
+        """The largest whole value that ranks meet about."""
+        return ELEMENT_BYTES * max((sum(meeting.lengths) for meeting in self._all()), default=0)
 
     def sent_bytes(self, rank: int, phase: str) -> int:
         """Bodies of all frames that a rank sends in an item."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from p2ptrain.bundle.manifest import Manifest
-from p2ptrain.engine.contract import Buffer
-from p2ptrain.engine.onnxruntime_engine import OnnxRuntimeEngine
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.runtime.compute.stage import StageWorker
 from p2ptrain.store.bundles import Bundle
@@ -17,6 +14,7 @@ from p2ptrain.training import memory
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.training.layout import FlatLayout, flat_layout
 from p2ptrain.training.memory import SESSION_BYTES, StageMemory, stage_memory
+from tests.allocations import CountingEngine
 from tests.bundles import CONTEXT, VOCABULARY, WIDTH, contract_for, tiny_bundle
 from tests.parted_bundle import parted_bundle
 from tests.varied_bundle import varied_bundle
@@ -107,16 +105,6 @@ def test_memory_refuses_an_unknown_optimizer() -> None:
     contract = contract_for(TINY, optimizer=OptimizerChoice(name="sgd"))
     with pytest.raises(PlanInfeasible, match="'sgd'"):
         stage_memory(manifest, range(1), contract, 1)
-
-
-class CountingEngine(OnnxRuntimeEngine):
-    """Adds up what a stage allocates."""
-
-    allocated = 0
-
-    def allocate(self, shape: tuple[int, ...], dtype: object) -> Buffer:
-        self.allocated += int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
-        return super().allocate(shape, dtype)
 
 
 @pytest.mark.parametrize("delayed", [0, 1, 2])

@@ -7,7 +7,6 @@ end and what meets there is told by `bundle.sharding`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -17,7 +16,6 @@ import numpy as np
 from p2ptrain.bundle.manifest import Manifest, Port, Value
 from p2ptrain.bundle.onnx_reader import read_graph
 from p2ptrain.bundle.sharding import Collective, ShardedKind, ShardPart
-from p2ptrain.bundle.sharding_checks import local_values
 from p2ptrain.engine.contract import Array, Binding, Buffer, Engine, Program
 from p2ptrain.errors import GraphError, InvariantBroken
 from p2ptrain.runtime.compute.segment_memory import SegmentMemory
@@ -26,7 +24,7 @@ from p2ptrain.runtime.compute.segment_runner import FED_ROLES, Boundary, Fed, St
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.exchanges import Exchange, Exchanges
 from p2ptrain.training.masks import MaskPlace, draw_mask
-from p2ptrain.training.shard_cuts import KindCuts
+from p2ptrain.training.shard_shapes import LocalShapes, ShardPlace
 
 Pass = Literal["train", "evaluate"]
 _Sum = Literal["none", "first", "further"]
@@ -67,45 +65,6 @@ def compile_parts(
         forward=tuple(map(program, sharded.forward)),
         backward=tuple(map(program, sharded.backward)) if runs_backward else (),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardPlace:
-    """Which shard of which segment."""
-
-    sharded: ShardedKind
-    cuts: KindCuts
-    rank: int
-    segment_index: int
-
-
-class LocalShapes:
-    """Shapes of one kind's values at one shard."""
-
-    def __init__(self, manifest: Manifest, place: ShardPlace, *, batch: int) -> None:
-        kind = manifest.kinds[manifest.segments[place.segment_index].kind]
-        self._manifest, self._batch = manifest, batch
-        self._counts = {axis: counts[place.rank] for axis, counts in place.cuts.counts.items()}
-        self._cuts, self._rank = place.cuts.cuts, place.rank
-        self.values = local_values(kind, place.sharded)
-        """By name, in symbols and sliced axes."""
-
-    def of(self, value: Value) -> tuple[int, ...]:
-        """What a shard has of a value that the manifest names whole."""
-        whole = self._manifest.shape(value, batch=self._batch)
-        cut = self._cuts.get(value.name)
-        return whole if cut is None else cut.shape(whole, self._rank)
-
-    def part(self, name: str) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
-        """Shape and type of a value between parts."""
-        value = self.values[name]
-        return tuple(map(self._size, value.shape)), np.dtype(value.dtype)
-
-    def _size(self, axis: str) -> int:
-        factors = axis.split("*")
-        own = math.prod(self._counts[f] for f in factors if f in self._counts)
-        rest = (f for f in factors if f not in self._counts)
-        return own * math.prod(self._manifest.axis_size(f, batch=self._batch) for f in rest)
 
 
 class ShardSegment:

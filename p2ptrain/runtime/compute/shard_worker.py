@@ -24,12 +24,7 @@ from p2ptrain.runtime.compute.segment_runner import (
     Fed,
     StageSetting,
 )
-from p2ptrain.runtime.compute.shard_segment import (
-    ShardPlace,
-    ShardSegment,
-    compile_parts,
-    runs_backward,
-)
+from p2ptrain.runtime.compute.shard_segment import ShardSegment, compile_parts, runs_backward
 from p2ptrain.runtime.compute.shard_sums import ShardSums
 from p2ptrain.runtime.compute.stage_updater import StageUpdater
 from p2ptrain.runtime.compute.starting_values import starting_value
@@ -43,6 +38,7 @@ from p2ptrain.training.layout import flat_layout
 from p2ptrain.training.segment_image import SegmentImage
 from p2ptrain.training.segment_state import SegmentState, StateHeader
 from p2ptrain.training.shard_cuts import KindCuts, Share, sharding_of, tensor_cuts
+from p2ptrain.training.shard_shapes import ShardPlace
 from p2ptrain.training.shard_states import cut_state, no_residuals, slice_shapes
 
 
