@@ -58,7 +58,8 @@ def answer_lines(answer: Answer) -> list[str]:
     lines += [f"{out.device} left out: {out.reason}" for out in answer.left_out]
     lines.append(
         f"all {answer.steps} steps: {format_span(answer.total_s)}, "
-        f"{format_joules(answer.total_joules)} ({answer.priced} candidates simulated)"
+        f"{format_joules(answer.total_joules)} ({answer.priced} candidates simulated); "
+        "joules are modelled, from the watts that are described"
     )
     return lines
 

@@ -16,6 +16,7 @@ from p2ptrain.planner.input import (
 from p2ptrain.planner.keepers import data_holders, replica_keepers
 from p2ptrain.planner.plan import Plan, Split, StagePlan, StageShare
 from p2ptrain.planner.pricing import Pricing, spans
+from p2ptrain.planner.profile import Power
 from p2ptrain.planner.replica_interval import REPLICA_EVERY_MIN, StageCosts, replica_interval
 from p2ptrain.units import NS_PER_S, UJ_PER_J, format_bytes, format_joules, format_seconds
 
@@ -199,10 +200,7 @@ class Drafting:
         powers = [
             self._pricing.devices[i].profile.power for i in dict.fromkeys(self._candidate.devices)
         ]
-        measured = sum(power is not None and power.measured for power in powers)
-        how = "all modelled"
-        if measured:
-            how = f"measured on {measured} of {len(powers)} peers"
+        how = _known_watts([power for power in powers if power is not None])
         samples = self._planning.contract.minibatch_size
         joules = format_joules(step_uj / UJ_PER_J / samples)
         expected = f"{joules} a sample expected, idle time included; watts are {how}"
@@ -249,6 +247,19 @@ class Drafting:
             if count > 1:
                 sentences.append(f"{count} links share the air of {medium}")
         return sentences
+
+
+def _known_watts(powers: Sequence[Power]) -> str:
+    """How many peers' watts above idle were measured, and how far the others' may be off."""
+    modelled = [power for power in powers if not power.measured]
+    bands = [power.error_permille for power in modelled if power.error_permille is not None]
+    within = f" within {max(bands) / 10:.0f} %" if bands else ""
+    if len(modelled) == len(powers):
+        return f"all modelled{within}"
+    if not modelled:
+        return "all measured"
+    measured = len(powers) - len(modelled)
+    return f"measured on {measured} of {len(powers)} peers, else modelled{within}"
 
 
 def _part(stage: StagePlan, rank: int) -> str:

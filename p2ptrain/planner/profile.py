@@ -50,8 +50,12 @@ class Power:
     """Picojoules of a byte sent or received, above idle."""
     measured: bool = False
     """What it draws above idle was measured while it computed; else it is modelled or described."""
+    error_permille: int | None = None
+    """How far modelled watts may be off, of what they are; None: not told."""
 
     def __post_init__(self) -> None:
+        if self.error_permille is not None and self.error_permille < 0:
+            raise ValueError("an error band is not negative")
         if self.idle_uw < 0 or self.pj_per_byte < 0 or self.busy_uw < self.idle_uw:
             raise ValueError("watts are not negative, and a busy device draws no less than idle")
 

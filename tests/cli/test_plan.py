@@ -42,7 +42,7 @@ def test_table_reasons_and_timeline(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.out.startswith("gpt-nano, least time: 100 steps of 32 samples")
     for words in (
         "J/sample", "above idle", "why: ", "tensor parallelism: ", "all 100 steps: ",
-        "each device's part of a step", "letters: backward", "|00",
+        "joules are modelled", "each device's part of a step", "letters: backward", "|00",
     ):  # fmt: skip
         assert words in printed.out, words
     assert "what-if" not in printed.out

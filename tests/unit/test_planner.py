@@ -301,7 +301,34 @@ def test_least_energy_leaves_a_hungry_peer_out() -> None:
     assert "1 of 2 peers compute for least energy" in plan.reasons[0]
     assert "costs" in choice.left_out[0].reason
     assert any("watts are all modelled" in reason for reason in plan.reasons)
-    assert any("measured on 1 of 2 peers" in reason for reason in fast.reasons)
+    assert any("measured on 1 of 2 peers, else modelled" in reason for reason in fast.reasons)
+
+
+@pytest.mark.parametrize(
+    ("measured", "bands", "words"),
+    [
+        ((False, False), (300, 500), "watts are all modelled within 50 %"),
+        ((False, False), (None, None), "watts are all modelled"),
+        (
+            (True, False),
+            (500, 300),
+            "watts are measured on 1 of 2 peers, else modelled within 30 %",
+        ),
+        ((True, True), (500, 500), "watts are all measured"),
+    ],
+)
+def test_plan_says_how_well_its_watts_are_known(
+    measured: tuple[bool, bool], bands: tuple[int | None, int | None], words: str
+) -> None:
+    peers = [
+        dataclasses.replace(
+            profile(letter, EQUAL),
+            power=Power(idle_uw=1, busy_uw=2, pj_per_byte=0, measured=told, error_permille=band),
+        )
+        for letter, told, band in zip("ab", measured, bands, strict=True)
+    ]
+    reasons = choose_plan(planning_input(peers, segment_count=8, stages=2)).plan.reasons
+    assert [reason for reason in reasons if reason.endswith(words)]
 
 
 def test_a_deadline_takes_the_hungry_peer_in_again() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from p2ptrain.energy.ledger import PhaseAmount
@@ -17,6 +19,10 @@ def test_without_a_meter_cores_are_counted(threads: int, busy_uw: int) -> None:
     found = power_drawn(MODEL, LONG, threads=threads, is_metered=False)
     assert (found.idle_uw, found.busy_uw, found.pj_per_byte) == (3_000_000, busy_uw, 100_000)
     assert not found.measured
+    assert found.error_permille is None
+    banded = dataclasses.replace(MODEL, error_band=0.5)
+    found = power_drawn(banded, LONG, threads=threads, is_metered=False)
+    assert found.error_permille == 500
 
 
 def test_a_meter_is_believed_once_it_has_seen_enough() -> None:

@@ -124,6 +124,7 @@ def power_drawn(
         busy_uw=idle_uw + above_uw,
         pj_per_byte=round(model.joules_per_byte * PJ_PER_J),
         measured=measured,
+        error_permille=None if model.error_band is None else round(1000 * model.error_band),
     )
 
 
