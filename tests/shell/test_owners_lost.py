@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from p2ptrain.data.options import GivenData
-from p2ptrain.errors import DataError, PlanInfeasible
+from p2ptrain.errors import ConfigError, DataError, PlanInfeasible
 from p2ptrain.runtime.reports import TrainRequest, TrainResult
 from p2ptrain.runtime.runs.run_status import run_status_report
 from p2ptrain.training.messages import LabelsCounted
@@ -31,16 +32,24 @@ STEPS, AT = 16, 6
 WEIGHTS = [2, 1, 1]
 
 
+def data_in(path: Path) -> list[GivenData]:
+    return given(path / "data", write_text, len(WEIGHTS))
+
+
+def request_in(path: Path) -> TrainRequest:
+    bundle = write_bundle(path / "bundle", BUNDLE)
+    plan = plan_text([([0, 1, 2], segments_of(bundle), WEIGHTS)])
+    return own_request(bundle, steps=STEPS, plan=plan, optimizer=CLIPPING, evaluate_every=4)
+
+
 @pytest.fixture
 def sets(tmp_path: Path) -> list[GivenData]:
-    return given(tmp_path / "data", write_text, len(WEIGHTS))
+    return data_in(tmp_path)
 
 
 @pytest.fixture
 def asked(tmp_path: Path) -> TrainRequest:
-    bundle = write_bundle(tmp_path / "bundle", BUNDLE)
-    plan = plan_text([([0, 1, 2], segments_of(bundle), WEIGHTS)])
-    return own_request(bundle, steps=STEPS, plan=plan, optimizer=CLIPPING, evaluate_every=4)
+    return request_in(tmp_path)
 
 
 async def undisturbed(
@@ -49,6 +58,13 @@ async def undisturbed(
     async with memory_group(path / "whole", len(sets), sets) as group:
         with trio.fail_after(SECONDS_MAX):
             return await group[0].train(asked)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The undisturbed run, on copies of the same data."""
+    path = tmp_path_factory.mktemp("whole")
+    return trio.run(undisturbed, path, request_in(path), data_in(path))
 
 
 def waits(members: list[Member]) -> set[str | None]:
@@ -66,9 +82,8 @@ async def kill_and_take_back(group: MemoryGroup, index: int, sentence: str) -> M
 
 
 async def test_lost_owner_is_waited_for_and_brings_the_same_bits(
-    tmp_path: Path, asked: TrainRequest, sets: list[GivenData]
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData], whole: TrainResult
 ) -> None:
-    whole = await undisturbed(tmp_path, asked, sets)
     async with memory_group(tmp_path / "struck", 3, sets) as group:
         run = Disturbed(group)
         with trio.fail_after(SECONDS_MAX):
@@ -81,13 +96,44 @@ async def test_lost_owner_is_waited_for_and_brings_the_same_bits(
     assert_same(run.result, whole)
 
 
+async def test_two_lost_owners_are_waited_for_and_no_force_helps(
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData], whole: TrainResult
+) -> None:
+    async with memory_group(tmp_path / "struck", 3, sets) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, asked)
+                await run.wait_step(AT)
+                lost = [group[1], group[2]]
+                for member in lost:
+                    group.kill(member)
+                sentence = (
+                    "paused: no quorum (1 of 3: peer-1, peer-2 missing); goes on when enough of "
+                    "them are back"
+                )
+                await until(lambda: waits([group[0]]) == {sentence})
+                home = group[0].runs.member
+                assert home is not None
+                with pytest.raises(PlanInfeasible, match="is gone: it takes"):
+                    await home.force()
+                for member in lost:
+                    await group.restart(member)
+    assert run.result is not None
+    assert_same(run.result, whole)
+
+
 @pytest.mark.parametrize("home_owns", [True, False])
 async def test_lost_home_peer_is_waited_for_and_ends_the_run(
-    tmp_path: Path, asked: TrainRequest, sets: list[GivenData | None], home_owns: bool
+    tmp_path: Path,
+    asked: TrainRequest,
+    sets: list[GivenData | None],
+    whole: TrainResult,
+    home_owns: bool,
 ) -> None:
     if not home_owns:
         sets[0], asked = None, dataclasses.replace(asked, plan=None)
-    whole = await undisturbed(tmp_path, asked, sets)
+        whole = await undisturbed(tmp_path, asked, sets)
     async with memory_group(tmp_path / "struck", 3, sets) as group:
         run = Disturbed(group)
         with trio.fail_after(SECONDS_MAX):
@@ -104,9 +150,8 @@ async def test_lost_home_peer_is_waited_for_and_ends_the_run(
 
 
 async def test_owner_whose_data_has_changed_is_named_until_it_is_restored(
-    tmp_path: Path, asked: TrainRequest, sets: list[GivenData]
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData], whole: TrainResult
 ) -> None:
-    whole = await undisturbed(tmp_path, asked, sets)
     async with memory_group(tmp_path / "struck", 3, sets) as group:
         run = Disturbed(group)
         with trio.fail_after(SECONDS_MAX):
@@ -128,14 +173,23 @@ async def test_owner_whose_data_has_changed_is_named_until_it_is_restored(
     assert_same(run.result, whole)
 
 
+REFUSED: list[tuple[dict[str, Any], str]] = [  # Any: fields by name
+    ({"data": "notes.txt"}, "exclude each other"),
+    ({"private": True}, "exclude each other"),
+    ({"plan": plan_text([([0, 1, 2], 6, [1, 1, 1])])}, "shares of a step are part of the run"),
+]
+
+
 async def test_resumed_run_takes_its_owners_with_their_data(
-    tmp_path: Path, asked: TrainRequest, sets: list[GivenData]
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData], whole: TrainResult
 ) -> None:
-    whole = await undisturbed(tmp_path, asked, sets)
     async with memory_group(tmp_path / "resumed", 3, sets) as group:
         with trio.fail_after(SECONDS_MAX):
             stopped = await stopped_after(group, AT, asked)
-            again = own_request("", resume=stopped.run)
+            again = own_request("", resume=stopped.run, own_data=False, parallelism="pipeline")
+            for changes, said in REFUSED:
+                with pytest.raises(ConfigError, match=said):
+                    await group[0].train(dataclasses.replace(again, **changes))
             turn_round(sets[1])
             with pytest.raises(DataError, match="the data of peer-1 has changed") as refused:
                 await group[0].train(again)
@@ -170,9 +224,8 @@ async def test_owner_that_leaves_is_told_that_nobody_can_take_over(
 
 
 async def test_count_that_a_link_took_with_it_holds_nobody_up(
-    tmp_path: Path, asked: TrainRequest, sets: list[GivenData]
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData], whole: TrainResult
 ) -> None:
-    whole = await undisturbed(tmp_path, asked, sets)
     async with memory_group(tmp_path / "struck", 3, sets) as group:
         run, lost = Disturbed(group), list[object]()
 

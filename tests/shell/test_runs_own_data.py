@@ -152,8 +152,10 @@ async def test_quicker_owners_feed_more_of_a_step_and_the_plan_says_whose_data_i
     assert left_out[0] == (
         "peer-3 takes no part: it gives no data: start it with p2ptrain join --data PATH"
     )
-    assert left_out[1].startswith("peer-4 takes no part: ")
-    assert "there is no array tokens" in left_out[1]
+    assert left_out[1] == (
+        "peer-4 takes no part: its data, arrays, does not fit this model: p2ptrain train --data "
+        "there says why"
+    )
 
 
 async def test_device_without_data_conducts_a_run_of_others(tmp_path: Path, tiny: str) -> None:
@@ -177,6 +179,26 @@ async def test_device_without_data_conducts_a_run_of_others(tmp_path: Path, tiny
     assert run.result is not None
     assert run.result.stopped
     assert 2 <= len(run.result.losses) <= 8
+
+
+async def test_what_is_wrong_with_a_record_is_said_where_it_is(tmp_path: Path) -> None:
+    """Reasons that quote a record do not travel; the device that asks hears its own."""
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"messages": ["secret"]}\n')
+    bundle = short(tmp_path, "gpt-nano")
+    wrong = GivenData(path=str(path))
+    (right,) = given(tmp_path, write_chats, 1)
+    async with memory_group(tmp_path / "theirs", 2, [right, wrong]) as group:
+        watcher = Watcher(group)
+        with trio.fail_after(SECONDS_MAX), pytest.raises(PlanInfeasible):
+            await group[0].train(own_request(bundle))
+        assert "does not fit this model" in notes(group)[0]
+    marks = {"reason": {b"message 1"}, "file": {b"chats.jsonl"}, "told": {b"does not fit"}}
+    assert watcher.shows(marks) == {"reason": 0, "file": 0, "told": 1}
+    async with memory_group(tmp_path / "ours", 2, [wrong, right]) as group:
+        with trio.fail_after(SECONDS_MAX), pytest.raises(PlanInfeasible):
+            await group[0].train(own_request(bundle))
+        assert "message 1 is not an object" in notes(group)[0]
 
 
 async def test_owners_get_the_tokenizer_of_the_model(tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ import pytest
 
 from p2ptrain import limits
 from p2ptrain.bundle.manifest import Loss
-from p2ptrain.errors import DataError, PlanInfeasible, RemoteProtocolError
+from p2ptrain.errors import ConfigError, DataError, PlanInfeasible, RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.planner.asked import Known
 from p2ptrain.planner.profile import KindCost, PeerProfile
 from p2ptrain.runtime.home.own_feeder import LabelCounts
 from p2ptrain.runtime.planning.own_placement import able_owners, asked_of, recorded
+from p2ptrain.runtime.planning.own_runs import check_own_resumed
+from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.feed import Feed
 from p2ptrain.training.minibatch import item_weight, read_own_part
@@ -264,3 +266,12 @@ def test_a_resumed_run_is_asked_for_as_it_was() -> None:
     busy = Known(names=names, absent={device(1): "busy with run abc"})
     with pytest.raises(PlanInfeasible, match="the data of pi: busy with run abc"):
         recorded(contract(), BUNDLE.manifest, data, busy)
+
+
+def test_a_run_of_one_body_of_data_is_not_resumed_on_owners_data() -> None:
+    request = TrainRequest(bundle="", data="", resume="abc")
+    plain = contract(owners=())
+    check_own_resumed(request, plain)
+    with pytest.raises(ConfigError, match="begun with one body of data"):
+        check_own_resumed(dataclasses.replace(request, own_data=True), plain)
+    check_own_resumed(request, contract())

@@ -21,6 +21,7 @@ from p2ptrain.runtime.planning.own_runs import (
     check_own,
     check_own_model,
     check_own_plan,
+    check_own_resumed,
 )
 from p2ptrain.runtime.planning.variants import AUTO, asked_size
 from p2ptrain.runtime.reports import TrainRequest
@@ -103,8 +104,7 @@ def open_job(
     asked = None if request.plan is None else read_plan(request.plan, file="--plan")
     if request.resume is not None:
         job = _resumed_job(request, runs_path)
-        if job.own_data:
-            check_own(replace(request, parallelism=job.contract.parallelism))
+        check_own_resumed(request, job.contract)
         private = job.private or request.private
         if private:
             _check_private(replace(request, parallelism=job.contract.parallelism))
@@ -262,7 +262,7 @@ def _check_request(request: TrainRequest) -> None:
     if request.stages is not None and not 1 <= request.stages <= limits.STAGES_MAX:
         raise ConfigError(f"stages must be between 1 and {limits.STAGES_MAX}")
     wanted_objective(request)
-    if request.own_data:
+    if request.own_data and request.resume is None:
         check_own(request)
     if request.private:
         _check_private(request)

@@ -6,13 +6,15 @@ tokenizer comes with the offer, and stays in the cache, where a restarted proces
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import trio
 
 from p2ptrain import limits
 from p2ptrain.bundle.manifest import Manifest
-from p2ptrain.data.opening import OpenData, open_samples
+from p2ptrain.data.opening import OpenData, content_of, open_samples
+from p2ptrain.data.options import GivenData
 from p2ptrain.errors import BundleError, DataError
 from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.services import Services
@@ -39,8 +41,24 @@ async def offered_data(
     if services.given_data is None:
         raise DataError("it gives no data: start it with p2ptrain join --data PATH")
     await _fetch_tokenizer(services, home, offer, manifest)
-    opened = await trio.to_thread.run_sync(_open, services, manifest, 1)
+    try:
+        opened = await trio.to_thread.run_sync(_open, services, manifest, 1)
+    except DataError as error:
+        if home == services.device:
+            raise
+        found = await trio.to_thread.run_sync(_found, services.given_data, manifest)
+        # What is wrong with a record may quote it: that is for who asks on this device.
+        raise DataError(
+            f"its data{found} does not fit this model: p2ptrain train --data there says why"
+        ) from error
     return opened.owned
+
+
+def _found(given: GivenData, manifest: Manifest) -> str:
+    """What kind of data it is, as far as names show it."""
+    with contextlib.suppress(DataError, OSError):
+        return f", {content_of(Path(given.path), manifest.data.kind)},"
+    return ""
 
 
 def owner_samples(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from p2ptrain.bundle.manifest import Manifest
@@ -12,6 +12,7 @@ from p2ptrain.planner.plan_file import AskedPlan
 from p2ptrain.runtime.planning.variants import AUTO
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.schedule.actions import delays_gradients
+from p2ptrain.training.contract import Contract
 from p2ptrain.training.feed import Feed
 
 WHOLE_MODEL: Final = "peers that feed their own data are replicas of the whole model"
@@ -33,7 +34,7 @@ class ElsewhereSamples:
 
 
 def check_own(request: TrainRequest) -> None:
-    """ConfigError for what such a run, new or resumed, cannot be."""
+    """ConfigError for what such a run cannot be."""
     if request.data or request.heldout or request.labels or request.heldout_labels:
         raise ConfigError(
             "--data and --own-data exclude each other: who gives data says so when it joins",
@@ -64,7 +65,19 @@ def check_own(request: TrainRequest) -> None:
         raise ConfigError(
             f"{request.schedule} is no schedule of replicas", hint="use --schedule 1f1b or gpipe"
         )
-    if request.plan is not None and request.resume is not None:
+
+
+def check_own_resumed(request: TrainRequest, contract: Contract) -> None:
+    """ConfigError for what a request to resume wants of owners that the run cannot have."""
+    if not contract.owners:
+        if request.own_data:
+            raise ConfigError(
+                "this run was begun with one body of data",
+                hint="leave --own-data out, or begin a new run with it",
+            )
+        return
+    check_own(replace(request, parallelism=contract.parallelism))
+    if request.plan is not None:
         raise ConfigError(
             "the owners' shares of a step are part of the run", hint="resume it without --plan"
         )

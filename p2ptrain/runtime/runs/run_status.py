@@ -88,5 +88,7 @@ def _remedy(member: RunMember, paused: Paused) -> str:
     if not paused.missing:
         return ""
     who = "it is" if len(paused.missing) == 1 else "enough of them are"
+    if member.state.contract.owners:
+        return f"; goes on when {who} back"
     forced = f"--resume {member.state.run[:8]} --force-view"
     return f"; goes on when {who} back, or start it anew here with {forced}"
