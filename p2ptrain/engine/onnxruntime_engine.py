@@ -6,12 +6,14 @@ telemetry has been switched off.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import sys
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +27,7 @@ from p2ptrain.errors import EngineError, InvariantBroken
 from p2ptrain.training.contract import RuntimeBuild
 
 ALIGNMENT_BYTES: Final = 64
+_TRAINING_API: Final = "onnxruntime.training"
 _REINSTALL: Final = (
     "remove every onnxruntime package (pip uninstall {names}), then: "
     "pip install --force-reinstall p2ptrain"
@@ -255,7 +258,8 @@ def import_onnxruntime() -> Any:  # Any: onnxruntime has no types
     installed = builds.installed_distributions()
     reinstall = _REINSTALL.format(names=" ".join(sorted(builds.DISTRIBUTIONS)))
     try:
-        import onnxruntime
+        with _training_api_left_out():
+            import onnxruntime
 
         version, has_training = onnxruntime.__version__, _has_training(onnxruntime)
         onnxruntime.set_default_logger_severity(3)
@@ -271,6 +275,23 @@ def import_onnxruntime() -> Any:  # Any: onnxruntime has no types
     if problem is not None:
         raise EngineError(problem, hint=reinstall)
     return onnxruntime
+
+
+@contextlib.contextmanager
+def _training_api_left_out() -> Iterator[None]:
+    """Keep the training wheel from loading its Python API as it is imported.
+
+    It looks there for ORTModule, which no peer uses, and gets onnx with it where that is
+    installed, in an export environment torch as well: four fifths of the import's time.
+    """
+    if _TRAINING_API in sys.modules:
+        yield
+        return
+    sys.modules[_TRAINING_API] = None  # type: ignore[assignment]  # "refuse to import it"
+    try:
+        yield
+    finally:
+        del sys.modules[_TRAINING_API]
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Array:

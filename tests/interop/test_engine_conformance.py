@@ -293,6 +293,16 @@ def test_engine_modules_import_neither_onnxruntime_nor_onnx() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_opening_an_engine_loads_neither_onnx_nor_the_training_api() -> None:
+    code = (
+        "import sys; from p2ptrain.engine.onnxruntime_engine import open_engine; "
+        "open_engine(threads=1); "
+        "print(sorted({'onnxruntime.training', 'onnx', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_opening_and_running_an_engine_writes_no_file_and_sets_telemetry_off(
     tmp_path: Path,
 ) -> None:
