@@ -99,18 +99,19 @@ class KnownCosts:
 
     def __call__(
         self, engine: Engine, bundle: Bundle, form: str, batch: int, repeats: int,
-        in_parts: bool = False, *, kinds: Collection[str] | None = None,
+        in_parts: bool = False, *, optimizer: str = "", kinds: Collection[str] | None = None,
         stopwatch: Stopwatch = NO_QUOTA,
     ) -> Costs:  # fmt: skip
         def measure() -> Costs:
             return self._profile(
-                engine, bundle, form, batch, repeats, in_parts, kinds=kinds, stopwatch=stopwatch
-            )
+                engine, bundle, form, batch, repeats, in_parts, optimizer=optimizer, kinds=kinds,
+                stopwatch=stopwatch,
+            )  # fmt: skip
 
         if not isinstance(engine, CountedEngine) or engine.slowness != USUAL:
             return measure()
         asked = None if kinds is None else frozenset(kinds)
-        key = (bundle.digest, form, batch, repeats, in_parts, asked, engine.threads)
+        key = (bundle.digest, form, batch, repeats, in_parts, optimizer, asked, engine.threads)
         if key not in self._found:
             found = measure()
             if engine.slowness != USUAL:
