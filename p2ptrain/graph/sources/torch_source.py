@@ -23,7 +23,7 @@ from p2ptrain.graph.sources.tasks import (
 )
 from p2ptrain.graph.sources.torch_model import TorchModel
 from p2ptrain.graph.sources.torch_reference import TorchReference
-from p2ptrain.graph.sources.torch_tracing import trace
+from p2ptrain.graph.sources.torch_tracing import trace_both
 
 Array = NDArray[Any]  # Any: float32 values
 
@@ -47,7 +47,8 @@ def torch_source(model: TorchModel, task: Task, request: Request, about: About) 
         ConfigError: the module's result does not fit the task.
     """
     context = about.text.context if about.text is not None else 0
-    training = trace(model, context=context, training=True)
+    both = trace_both(model, context=context)
+    training = both.training
     logits = training.graph.axes(LOGITS)
     refuse_misfit(task, logits)
     append_loss(training.graph, task.loss)
@@ -70,7 +71,7 @@ def torch_source(model: TorchModel, task: Task, request: Request, about: About) 
         ),
         data_inputs=model.names,
         training=training,
-        inference=trace(model, context=context, training=False),
+        inference=both.inference,
         initialisers={name: drawn[name] for name in training.graph.inputs if name in drawn},
         reference=TorchReference(model=model, loss=task.loss),
         weights={name: v for name, v in about.weights.items() if name in training.graph.inputs},

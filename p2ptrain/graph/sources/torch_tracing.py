@@ -22,10 +22,33 @@ from p2ptrain.graph.source import LOGITS, Traced
 from p2ptrain.graph.sources.inputs import EXAMPLE_BATCH, SEQUENCE
 from p2ptrain.graph.sources.simplify import quiet, simplify
 from p2ptrain.graph.sources.torch_model import TorchModel, logits_of
+from p2ptrain.graph.sources.torch_modes import evaluates_as_it_trains
 
 PREFIX: Final = "model."
 RECURRENT: Final = frozenset({"LSTM", "GRU", "RNN"})
 BATCH_MAX: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BothModes:
+    """One module as it trains and as it evaluates."""
+
+    training: Traced
+    inference: Traced
+
+
+def trace_both(model: TorchModel, *, context: int) -> BothModes:
+    """A module's graphs in training and in evaluation mode; see `trace`.
+
+    Where the modes differ by nothing but dropout and BatchNorm (`torch_modes`), the second follows
+    from the first: it takes as long as the first to trace, and comes out the same.
+    """
+    training = _exported(model, context, training=True)
+    if evaluates_as_it_trains(model, training.tensors):
+        inference = _as_traced(_without_dropout(training.proto), training.found)
+    else:
+        inference = trace(model, context=context, training=False)
+    return BothModes(training=training.traced, inference=inference)
 
 
 def trace(model: TorchModel, *, context: int, training: bool) -> Traced:
@@ -41,15 +64,31 @@ def trace(model: TorchModel, *, context: int, training: bool) -> Traced:
     Raises:
         GraphError: torch could not export the module; change the module.
     """
+    return _exported(model, context, training=training).traced
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Exported:
+    """What torch made of a module in one mode."""
+
+    tensors: tuple[Any, ...]  # Any: torch tensors
+    """What the module was traced with."""
+    proto: onnx.ModelProto
+    """As torch wrote it, with parameters as inputs."""
+    found: _Found
+    traced: Traced
+
+
+def _exported(model: TorchModel, context: int, *, training: bool) -> _Exported:
     dynamic_first = model.has_sequence and context > 2 and not model.is_recurrent
     try:
-        traced = _trace(model, context, training=training, dynamic=dynamic_first)
+        exported = _trace(model, context, training=training, dynamic=dynamic_first)
     except GraphError:
         if not dynamic_first:
             raise
     else:
-        if not dynamic_first or not _is_recurrent(traced.graph):
-            return traced
+        if not dynamic_first or not _is_recurrent(exported.traced.graph):
+            return exported
     return _trace(model, context, training=training, dynamic=False)
 
 
@@ -57,7 +96,7 @@ def _is_recurrent(graph: Graph) -> bool:
     return any(node.op_type in RECURRENT for node in graph.nodes)
 
 
-def _trace(model: TorchModel, context: int, *, training: bool, dynamic: bool) -> Traced:
+def _trace(model: TorchModel, context: int, *, training: bool, dynamic: bool) -> _Exported:
     wrapped = _wrapper(model)
     wrapped.train() if training else wrapped.eval()
     # A symbol must not have the size of its bound in the example, or torch fixes it there.
@@ -68,7 +107,18 @@ def _trace(model: TorchModel, context: int, *, training: bool, dynamic: bool) ->
     )
     shapes = _dynamic_shapes(model, context, dynamic=dynamic)
     proto = _export(wrapped, tensors, shapes, model)
-    return _as_traced(proto, model.parameter_names())
+    found = _inputs_of_initialisers(proto, model.parameter_names())
+    return _Exported(tensors=tensors, proto=proto, found=found, traced=_as_traced(proto, found))
+
+
+def _without_dropout(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which nothing drops out."""
+    copied = onnx.ModelProto()
+    copied.CopyFrom(proto)
+    for node in copied.graph.node:
+        if node.op_type == "Dropout":
+            node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output[:1]))
+    return copied
 
 
 def _dtype(name: str) -> Any:  # Any: a torch dtype
@@ -135,8 +185,7 @@ def _first_cause(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _as_traced(proto: onnx.ModelProto, parameter_names: Mapping[str, str]) -> Traced:
-    found = _inputs_of_initialisers(proto, parameter_names)
+def _as_traced(proto: onnx.ModelProto, found: _Found) -> Traced:
     graph = from_model(simplify(proto))
     _use_module_names(graph, [*found.parameters, *found.running])
     apply_names(graph, {graph.outputs[0]: LOGITS})
