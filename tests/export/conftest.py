@@ -6,6 +6,7 @@ Without torch and onnxscript the folder is not collected: nothing in it can run.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -42,6 +43,21 @@ def one_registry() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", made)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_collections() -> Iterator[None]:
+    """Torch and transformers are a million objects that stay, and a trace makes many more: going
+    through all of them again and again took an eighth of the time."""
+    import transformers  # noqa: F401
+
+    usual = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    yield
+    gc.set_threshold(*usual)
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
