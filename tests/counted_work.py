@@ -98,20 +98,16 @@ class KnownCosts:
         self._found: dict[tuple[object, ...], Costs] = {}
 
     def __call__(
-        self, engine: Engine, bundle: Bundle, form: str, batch: int, repeats: int,
-        in_parts: bool = False, *, optimizer: str = "", kinds: Collection[str] | None = None,
-        stopwatch: Stopwatch = NO_QUOTA,
+        self, engine: Engine, bundle: Bundle, *asked: object,
+        kinds: Collection[str] | None = None, stopwatch: Stopwatch = NO_QUOTA, **more: object,
     ) -> Costs:  # fmt: skip
         def measure() -> Costs:
-            return self._profile(
-                engine, bundle, form, batch, repeats, in_parts, optimizer=optimizer, kinds=kinds,
-                stopwatch=stopwatch,
-            )  # fmt: skip
+            return self._profile(engine, bundle, *asked, kinds=kinds, stopwatch=stopwatch, **more)
 
         if not isinstance(engine, CountedEngine) or engine.slowness != USUAL:
             return measure()
-        asked = None if kinds is None else frozenset(kinds)
-        key = (bundle.digest, form, batch, repeats, in_parts, optimizer, asked, engine.threads)
+        wanted = None if kinds is None else frozenset(kinds)
+        key = (bundle.digest, engine.threads, asked, wanted, frozenset(more.items()))
         if key not in self._found:
             found = measure()
             if engine.slowness != USUAL:
