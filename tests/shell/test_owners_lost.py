@@ -247,3 +247,23 @@ async def test_count_that_a_link_took_with_it_holds_nobody_up(
                 group.heal_link(group[0].device, group[1].device)
     assert run.result is not None
     assert_same(run.result, whole)
+
+
+async def test_file_that_changes_under_way_ends_the_run_for_all(
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData]
+) -> None:
+    async with memory_group(tmp_path, 3, sets) as group:
+
+        async def change() -> None:
+            await Disturbed(group).wait_step(2)
+            turn_round(sets[1])
+
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(change)
+                with pytest.raises(DataError, match="has changed while it is in use") as ended:
+                    await group[0].train(asked)
+            await until(lambda: all(m.runs.current_run is None for m in group.members.values()))
+        failures = {m.runs.last_failure for m in group.members.values()}
+    assert sets[1].path in ended.value.message
+    assert len(failures) == 3 - 1, "peer-0 and peer-2 say who told them"
