@@ -28,6 +28,8 @@ from p2ptrain.training.contract import RuntimeBuild
 
 ALIGNMENT_BYTES: Final = 64
 _TRAINING_API: Final = "onnxruntime.training"
+_IMPORT_LOCK: Final = threading.Lock()
+"""Of two threads that open the first engines at once, each would take back the other's refusal."""
 _REINSTALL: Final = (
     "remove every onnxruntime package (pip uninstall {names}), then: "
     "pip install --force-reinstall p2ptrain"
@@ -284,14 +286,15 @@ def _training_api_left_out() -> Iterator[None]:
     It looks there for ORTModule, which no peer uses, and gets onnx with it where that is
     installed, in an export environment torch as well: four fifths of the import's time.
     """
-    if _TRAINING_API in sys.modules:
-        yield
-        return
-    sys.modules[_TRAINING_API] = None  # type: ignore[assignment]  # "refuse to import it"
-    try:
-        yield
-    finally:
-        del sys.modules[_TRAINING_API]
+    with _IMPORT_LOCK:
+        if _TRAINING_API in sys.modules:
+            yield
+            return
+        sys.modules[_TRAINING_API] = None  # type: ignore[assignment]  # "refuse to import it"
+        try:
+            yield
+        finally:
+            del sys.modules[_TRAINING_API]
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
