@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -280,8 +281,9 @@ def test_an_adapter_stays_beside_its_matrix_however_fine_the_cuts(
         assert places[name] == places[adapter.down] == places[adapter.up]
 
 
+@functools.cache
 def small(make: Callable[..., nn.Module]) -> Source:
-    """A decoder of one block."""
+    """A decoder of one block, traced once for all tests."""
     more = {"groups": 3, "columns": 32} if make is llama else {"dropout": 0.0}
     torch.manual_seed(5)
     module = make(layers=1, width=24, heads=6, vocabulary=40, context=12, **more)
