@@ -176,6 +176,8 @@ STEPS_MAX: Final = 1 << 40
 STAGES_MAX: Final = 64
 MICROBATCHES_MAX: Final = 4096
 OFFER_TIMEOUT_S: Final = 60.0
+OWN_DATA_TIMEOUT_S: Final = 900.0
+"""More for members that look through data of their own before they answer."""
 PREPARE_TIMEOUT_S: Final = 120.0
 REPLAY_PACE_MAX: Final = 4
 """A replay may take so many times what its steps were predicted to."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import trio
 
+from p2ptrain import limits
 from p2ptrain.cli.tables import plan_lines
 from p2ptrain.data.opening import open_samples
 from p2ptrain.data.options import GivenData
@@ -232,6 +233,27 @@ async def test_member_of_an_older_version_is_left_out(
             result = await group[0].train(own_request(tiny, steps=1))
     assert result.peers == 2
     assert "peer-2 takes no part: its version of p2ptrain gives no data of its own" in notes(group)
+
+
+async def test_owner_that_looks_through_much_data_is_waited_for(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = offers.offered_data
+
+    def waited_for() -> bool:
+        return any(note.startswith("waiting for ") and "peer-2" in note for note in notes(group))
+
+    async def slow(services: Services, *rest: Any) -> OwnedData:  # Any: as it takes them
+        if services.host == "peer-2":
+            await group.wait(waited_for)
+        return await look(services, *rest)
+
+    monkeypatch.setattr(offers, "offered_data", slow)
+    monkeypatch.setattr(limits, "OFFER_TIMEOUT_S", 0.05)
+    async with memory_group(tmp_path, 3, given(tmp_path, write_text, 3)) as group:
+        with trio.fail_after(SECONDS_MAX):
+            result = await group[0].train(own_request(tiny, steps=1))
+    assert result.peers == 3
 
 
 def test_model_with_running_statistics_is_refused(tmp_path: Path) -> None:

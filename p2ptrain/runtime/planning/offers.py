@@ -30,6 +30,11 @@ PREPARED_MAX = 2
 """Offers whose engines are kept open at once; an older one is forgotten."""
 
 
+def kept_s(offer: Offer) -> float:
+    """How long what was prepared for an offer waits for its plan: others may take their time."""
+    return limits.OFFER_KEPT_S + (limits.OWN_DATA_TIMEOUT_S if offer.own_data else 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     bundle: Bundle

@@ -181,8 +181,12 @@ class Founding:
                 self._services.outlet.send(device, offer)
             except PeerLost:
                 self.peer_down(device)
-        with trio.move_on_after(limits.OFFER_TIMEOUT_S):
-            await self._wait_until(lambda: None not in self._answers.values())
+        await self._wait_answered(limits.OFFER_TIMEOUT_S)
+        waits_for = [device for device, answer in self._answers.items() if answer is None]
+        if self.job.own_data and waits_for:
+            names = ", ".join(map(self._services.directory.name_of, waits_for))
+            self._note(f"waiting for {names}: data is looked through before its first use")
+            await self._wait_answered(limits.OWN_DATA_TIMEOUT_S)
         profiles = {}
         for device, answer in self._answers.items():
             if isinstance(answer, Profiled):
@@ -191,6 +195,10 @@ class Founding:
                 name = self._services.directory.name_of(device)
                 self._note(f"{name} takes no part: {_reason(answer)}")
         return profiles
+
+    async def _wait_answered(self, timeout_s: float) -> None:
+        with trio.move_on_after(timeout_s):
+            await self._wait_until(lambda: None not in self._answers.values())
 
     def _group(self, profiles: dict[DeviceId, PeerProfile]) -> Group:
         answers = self._answers.items()

@@ -27,7 +27,7 @@ from p2ptrain.runtime.exchange.bodies import BodyReader, discard
 from p2ptrain.runtime.exchange.foreign import SURVIVABLE, as_ours
 from p2ptrain.runtime.keeping.holdings import nothing_held
 from p2ptrain.runtime.planning.job import Job, new_run_id, open_job
-from p2ptrain.runtime.planning.offers import OfferDesk
+from p2ptrain.runtime.planning.offers import OfferDesk, kept_s
 from p2ptrain.runtime.reporting.plan_report import plan_report
 from p2ptrain.runtime.reports import EnergyReport, NoteReport, PlanReport, TrainRequest, TrainResult
 from p2ptrain.runtime.runs.ended_runs import EndedRuns
@@ -558,7 +558,7 @@ class RunService:
                 await self._changed.wait_until(lambda: not self._may_be_over(device, offer.run))
             busy_with = self.current_run
         await self._desk.answer(device, offer, busy_with)
-        await trio.sleep(limits.OFFER_KEPT_S)
+        await trio.sleep(kept_s(offer))
         self._desk.expire(offer)
 
     def _may_be_over(self, device: DeviceId, run: RunId) -> bool:
