@@ -25,7 +25,15 @@ from tests.disturbed_runs import (
     assert_stored,
 )
 from tests.memory_group import Member, MemoryGroup, memory_group, stopped_after, until
-from tests.own_data import given, own_request, segments_of, turn_round, write_text
+from tests.own_data import (
+    given,
+    own_request,
+    segments_of,
+    turn_round,
+    write_text,
+    write_tokenized,
+    write_words,
+)
 from tests.replicated import plan_text
 
 STEPS, AT = 16, 6
@@ -165,7 +173,9 @@ async def test_owner_whose_data_has_changed_is_named_until_it_is_restored(
                     "paused: the data of peer-2 is not what the run began with: restore it on "
                     "peer-2 and start its peer again"
                 )
-                await until(lambda: waits([group[0], group[1], changed]) == {sentence})
+                await until(lambda: waits([group[0], group[1]]) == {sentence})
+                here = f"{sentence} (here: the data of peer-2 has changed since the run began)"
+                await until(lambda: waits([changed]) == {here})
                 group.kill(changed)
                 turn_round(sets[2])
                 await group.restart(changed)
@@ -205,22 +215,76 @@ async def test_resumed_run_takes_its_owners_with_their_data(
     assert (result.state_digest, result.heldout_last) == (whole.state_digest, whole.heldout_last)
 
 
-async def test_owner_that_leaves_is_told_that_nobody_can_take_over(
-    tmp_path: Path, asked: TrainRequest, sets: list[GivenData]
+async def test_owner_whose_battery_is_low_spends_nothing_until_it_is_charged(
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData], whole: TrainResult
 ) -> None:
+    """Nobody can take its part over, so it is told so, and the run waits."""
+    async with memory_group(tmp_path / "struck", 3, sets) as group:
+        run, low = Disturbed(group), group[1]
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, asked)
+                await run.wait_step(AT)
+                low.leaves = True
+                problem = await low.runs.leave()
+                assert (
+                    problem == "the run trains on this device's own data: it waits until it is back"
+                )
+                sentence = "paused: peer-1 leaves with its data: it takes peer-1 back"
+                await until(lambda: waits(list(group.members.values())) == {sentence})
+                low.leaves = False
+    assert run.result is not None
+    assert_same(run.result, whole)
+
+
+async def test_conductor_without_data_that_leaves_is_waited_for(
+    tmp_path: Path, asked: TrainRequest, sets: list[GivenData | None]
+) -> None:
+    sets[0], asked = None, dataclasses.replace(asked, plan=None)
     async with memory_group(tmp_path, 3, sets) as group:
         run = Disturbed(group)
         with trio.fail_after(SECONDS_MAX):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run.train, asked)
                 await run.wait_step(2)
-                problem = await group[1].runs.leave()
-                assert (
-                    problem == "the run trains on this device's own data: it waits until it is back"
-                )
-                group[0].runs.stop()
+                group[0].leaves = True
+                problem = await group[0].runs.leave()
+                assert problem == "this device conducts the run: it waits until it is back"
+                sentence = "paused: the home peer leaves: it takes peer-0 back"
+                await until(lambda: waits(list(group.members.values())) == {sentence})
+                group[0].leaves = False
     assert run.result is not None
-    assert run.result.stopped
+    assert len(run.result.losses) == STEPS
+
+
+async def test_owner_that_cannot_read_its_data_again_says_why_and_ends_nothing(
+    tmp_path: Path,
+) -> None:
+    """Its model's tokenizer lies in the cache; somebody has cleared that meanwhile."""
+    bundle, _ = write_tokenized(tmp_path / "bundle", BUNDLE)
+    sets = given(tmp_path / "data", write_words, 2)
+    cache, kept = tmp_path / "cache-peer-1", tmp_path / "kept"
+    async with memory_group(tmp_path, 2, sets) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, own_request(bundle, steps=STEPS))
+                await run.wait_step(AT)
+                group.kill(group[1])
+                cache.rename(kept)
+                lacking = await group.restart(group[1])
+                sentence = (
+                    "paused: the data of peer-1 is not what the run began with: restore it on "
+                    "peer-1 and start its peer again"
+                )
+                await until(lambda: waits([group[0]]) == {sentence})
+                here = f"{sentence} (here: the bundle lacks tokenizer.json)"
+                await until(lambda: waits([lacking]) == {here})
+                group.kill(lacking)
+                kept.rename(cache)
+                await group.restart(lacking)
+    assert run.result is not None
+    assert len(run.result.losses) == STEPS
 
 
 async def test_count_that_a_link_took_with_it_holds_nobody_up(

@@ -15,9 +15,10 @@ from p2ptrain.bundle.manifest import Loss
 from p2ptrain.errors import ConfigError, DataError, PlanInfeasible, RemoteProtocolError
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.planner.asked import Known
+from p2ptrain.planner.plan import Plan, Split, StageShare
 from p2ptrain.planner.profile import KindCost, PeerProfile
 from p2ptrain.runtime.home.own_feeder import LabelCounts
-from p2ptrain.runtime.planning.own_placement import able_owners, asked_of, recorded
+from p2ptrain.runtime.planning.own_placement import able_owners, asked_of, is_of_owners, recorded
 from p2ptrain.runtime.planning.own_runs import check_own_resumed
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.training.contract import Contract
@@ -35,7 +36,7 @@ from p2ptrain.training.program import Item
 from p2ptrain.wire.codec import to_plain
 from tests.bundles import contract_for, tiny_bundle
 from tests.pipelines import NO_DIGEST
-from tests.sim.plans import device
+from tests.sim.plans import device, make_plan
 
 BUNDLE = tiny_bundle()
 IGNORED = -100
@@ -216,8 +217,30 @@ def test_counts_that_cannot_be_are_the_tellers_error() -> None:
         counts.add(device(0), Item(kind="train", step=1), 6)
     for step in range(2, limits.COUNTS_AHEAD_MAX + 1):
         counts.add(device(0), Item(kind="train", step=step), 1)
-    with pytest.raises(RemoteProtocolError, match="too far ahead"):
-        counts.add(device(0), Item(kind="evaluate", step=9), 1)
+    for step in range(9, 19):
+        with pytest.raises(RemoteProtocolError, match="too far ahead"):
+            counts.add(device(0), Item(kind="evaluate", step=step), 1)
+    assert len(counts.told[device(0)]) == limits.COUNTS_AHEAD_MAX
+
+
+def shared_plan(*shares: tuple[int, int], split: Split = "replicas", stays: bool = True) -> Plan:
+    """One stage of these devices with their weights."""
+    base = make_plan(*(device(index) for index, _ in shares), home=device(shares[0][0]))
+    parts = tuple(
+        StageShare(device=device(index), weight=weight, step_compute_ns=1, memory_bytes=1)
+        for index, weight in shares
+    )
+    stage = dataclasses.replace(base.stages[0], split=split, shares=parts)
+    return dataclasses.replace(base, stages=(stage,), keep_data_here=stays)
+
+
+def test_a_plan_of_owners_gives_each_its_microbatches_whole_and_lets_the_data_stay() -> None:
+    owners, shares = (owner(0, 1), owner(1, 3)), [(0, 1), (1, 3)]
+    assert is_of_owners(shared_plan(*shares), owners)
+    assert not is_of_owners(shared_plan(*shares, split="tensor"), owners)
+    assert not is_of_owners(shared_plan(*shares, stays=False), owners)
+    assert not is_of_owners(shared_plan(*reversed(shares)), owners)
+    assert not is_of_owners(make_plan(device(0), device(1)), owners)
 
 
 def profile(index: int, *, memory_bytes: int = 1 << 30, pass_ns: int = 1000) -> PeerProfile:

@@ -49,10 +49,11 @@ class LabelCounts:
             RemoteProtocolError: it has told another number, or is too far ahead of us.
         """
         own = self.told.setdefault(device, {})
-        if own.setdefault(item, count) != count:
+        if own.get(item, count) != count:
             raise RemoteProtocolError(f"{item}: {device[:8]} counts its labels twice")
-        if len(own) > limits.COUNTS_AHEAD_MAX:
+        if item not in own and len(own) >= limits.COUNTS_AHEAD_MAX:
             raise RemoteProtocolError(f"{device[:8]} counts labels too far ahead")
+        own[item] = count
 
     def whole(self, item: Item) -> bool:
         """Whether all members have told theirs."""

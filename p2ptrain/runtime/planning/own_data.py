@@ -67,11 +67,17 @@ def owner_samples(
     """The samples that this device feeds as an owner; blocking.
 
     Raises:
-        DataError: the data is not what the run was begun with, or cannot be read.
+        DataError: the data is not what the run was begun with, or cannot be read; what others hear
+            of it quotes no record, its cause is for this device.
     """
-    opened = _open(services, manifest, owner.microbatches * contract.microbatch_size)
+    name = services.directory.name_of(owner.device)
+    try:
+        opened = _open(services, manifest, owner.microbatches * contract.microbatch_size)
+    except (DataError, BundleError) as error:
+        raise DataError(
+            f"the data of {name} cannot be read any more", hint=f"p2ptrain status on {name}"
+        ) from error
     if not owner.has(opened.owned):
-        name = services.directory.name_of(owner.device)
         raise DataError(
             f"the data of {name} has changed since the run began",
             hint=f"restore it on {name}, restart its peer and --resume, or start a new run",

@@ -158,10 +158,14 @@ def counted_plan(plan: Plan, contract: Contract) -> Plan:
 
 
 def is_of_owners(plan: Plan, owners: Sequence[DataOwner]) -> bool:
-    """Whether a plan gives each owner, by rank, its microbatches and nobody else anything."""
+    """Whether a plan gives each owner, by rank, its microbatches whole, nobody else anything, and
+    lets the data stay."""
+    if len(plan.stages) != 1 or not plan.keep_data_here:
+        return False
     stage = plan.stages[0]
     wanted = [(owner.device, owner.microbatches) for owner in owners]
-    return len(plan.stages) == 1 and list(zip(stage.devices, stage.weights, strict=True)) == wanted
+    given = list(zip(stage.devices, stage.weights, strict=True))
+    return stage.split == "replicas" and given == wanted
 
 
 def _asked(

@@ -188,8 +188,10 @@ class _Planner:
 
     def _lacks_owner(self) -> str | None:
         """Whom a run whose members feed their own data takes back; None: all are here."""
-        plan = self._base.plan
+        plan, leaving = self._base.plan, self._given.leaving
         for device in plan.devices:
+            if device in leaving and device in self._promises:
+                return f"{short(device)} leaves with its data: it takes {short(device)} back"
             if device not in self._usable:
                 return f"the data of {short(device)} is gone: it takes {short(device)} back"
             if not self._promises[device].has_data:
@@ -198,7 +200,8 @@ class _Planner:
                     f"{short(device)} and start its peer again"
                 )
         if plan.home not in self._usable:
-            return f"the home peer is gone: it takes {short(plan.home)} back"
+            does = "leaves" if plan.home in leaving else "is gone"
+            return f"the home peer {does}: it takes {short(plan.home)} back"
         return None
 
     def _as_before(self) -> Plan:

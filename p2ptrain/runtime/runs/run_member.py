@@ -309,18 +309,21 @@ class RunMember:
         return started and self.machine.standing.stance is not Stance.PAUSED
 
     def leave(self) -> str | None:
-        """Ask for a view without this device; why there can be none, or None."""
+        """Ask for a view without this device; why there can be none, or None. A run on its members'
+        own data then waits for it.
+        """
         plan, own = self.plan, self._services.device
         if plan is None or not self.started:
             return "the run has not begun"
         if len(plan.members) == 1:
             return "nobody else could take this peer's part over"
-        if plan.keep_data_here and plan.home == own:
+        owners = self.state.contract.owners
+        if plan.keep_data_here and plan.home == own and not owners:
             return "the run's data stays on this device"
-        if owner_of(self.state.contract.owners, own) is not None:
-            return "the run trains on this device's own data: it waits until it is back"
         self.want(f"{self._services.directory.name_of(own)} leaves", after_s=0.0)
-        return None
+        if owner_of(owners, own) is not None:
+            return "the run trains on this device's own data: it waits until it is back"
+        return "this device conducts the run: it waits until it is back" if owners else None
 
     async def force(self) -> None:
         """Go on with whoever can be reached, as a lineage of its own (`--force-view`).

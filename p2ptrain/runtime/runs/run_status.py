@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from p2ptrain import limits
 from p2ptrain.agreement.run_events import Paused
+from p2ptrain.errors import P2PTrainError
 from p2ptrain.ids import DeviceId, short
 from p2ptrain.planner.plan import Plan
 from p2ptrain.runtime.reports import RunStatusReport
@@ -64,7 +65,8 @@ def waits_for(member: RunMember) -> str | None:
     name_of = member.state.services.directory.name_of
     paused = member.paused
     if paused is not None:
-        return f"paused: {_named(member, paused.reason)}{_remedy(member, paused)}"
+        reason = f"{_named(member, paused.reason)}{_remedy(member, paused)}"
+        return f"paused: {reason}{_own_problem(member)}"
     if member.machine.wanted:
         return f"agreeing on a new view: {member.machine.wanted[0]}"
     work = member.work
@@ -92,3 +94,12 @@ def _remedy(member: RunMember, paused: Paused) -> str:
         return f"; goes on when {who} back"
     forced = f"--resume {member.state.run[:8]} --force-view"
     return f"; goes on when {who} back, or start it anew here with {forced}"
+
+
+def _own_problem(member: RunMember) -> str:
+    """Why this device cannot feed what it owns of the run's data, in its own words."""
+    problem = member.state.own_problem
+    if problem is None:
+        return ""
+    cause = problem.__cause__ if isinstance(problem.__cause__, P2PTrainError) else problem
+    return f" (here: {cause.message})"
