@@ -14,7 +14,7 @@ from p2ptrain.data.ports import TokenPorts, token_labels
 from p2ptrain.data.records import Records
 from p2ptrain.errors import BundleError, DataError
 from p2ptrain.ids import Digest
-from p2ptrain.training.feed import Feed
+from p2ptrain.training.feed import Feed, Samples
 from p2ptrain.training.hidden_tokens import HidingRule, hide_tokens
 from p2ptrain.training.sampling import (
     Numbers,
@@ -184,6 +184,15 @@ class RecordSamples:
         self._training, self._heldout = training, heldout
         self._minibatch_size, self._digests = minibatch_size, digests
 
+    def by(self, minibatch_size: int) -> RecordSamples:
+        """The same records for steps of so many."""
+        return RecordSamples(
+            training=self._training,
+            heldout=self._heldout,
+            minibatch_size=minibatch_size,
+            digests=self._digests,
+        )
+
     @property
     def digest(self) -> Digest:
         """As `Samples.digest`."""
@@ -207,3 +216,8 @@ class RecordSamples:
             self._heldout.count, sample_count=sample_count, first_sample=first_sample, count=count
         )
         return self._heldout.feed(numbers)
+
+
+def for_minibatch(samples: Samples, minibatch_size: int) -> Samples:
+    """The same samples for steps of so many; windows of a text do not depend on it."""
+    return samples.by(minibatch_size) if isinstance(samples, RecordSamples) else samples

@@ -13,12 +13,13 @@ import pytest
 import trio
 
 from p2ptrain import limits
+from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.cli.tables import plan_lines
-from p2ptrain.data.opening import open_samples
+from p2ptrain.data.opening import OpenData, open_samples
 from p2ptrain.data.options import GivenData
 from p2ptrain.errors import ConfigError, PlanInfeasible
 from p2ptrain.ids import RunId
-from p2ptrain.runtime.planning import offers
+from p2ptrain.runtime.planning import offers, own_data
 from p2ptrain.runtime.planning.job import open_job
 from p2ptrain.runtime.reports import NoteReport, PlanReport, TrainRequest, TrainResult
 from p2ptrain.runtime.runs.run_status import run_status_report
@@ -27,7 +28,6 @@ from p2ptrain.store.bundles import load_bundle, read_tokenizer, shipped_bundles
 from p2ptrain.training.contract import Contract, OptimizerChoice
 from p2ptrain.training.messages import BlobRequest, Wanted, stamp_of
 from p2ptrain.training.minibatch import read_own_part
-from p2ptrain.training.owners import OwnedData
 from p2ptrain.training.program import Item
 from tests.bundles import write_bundle
 from tests.disturbed_runs import BUNDLE, CLIPPING, SECONDS_MAX, Disturbed
@@ -224,7 +224,7 @@ async def test_member_of_an_older_version_is_left_out(
     """It passes over what it does not know of the offer, and tells of no data."""
     tell = offers.offered_data
 
-    async def older(services: Services, *rest: Any) -> OwnedData | None:  # Any: as it takes them
+    async def older(services: Services, *rest: Any) -> OpenData | None:  # Any: as it takes them
         return None if services.host == "peer-2" else await tell(services, *rest)
 
     monkeypatch.setattr(offers, "offered_data", older)
@@ -235,6 +235,23 @@ async def test_member_of_an_older_version_is_left_out(
     assert "peer-2 takes no part: its version of p2ptrain gives no data of its own" in notes(group)
 
 
+async def test_data_is_looked_through_once_for_a_run(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def counted(manifest: Manifest, bundle: Path, data: str, *rest: Any, **more: Any) -> OpenData:
+        opened.append(data)  # Any: as `open_samples` takes them
+        return open_samples(manifest, bundle, data, *rest, **more)
+
+    monkeypatch.setattr(own_data, "open_samples", counted)
+    sets = given(tmp_path, write_text, 2)
+    async with memory_group(tmp_path, 2, sets) as group:
+        with trio.fail_after(SECONDS_MAX):
+            await group[0].train(own_request(tiny, steps=1))
+    assert sorted(opened) == sorted(own.path for own in sets)
+
+
 async def test_owner_that_looks_through_much_data_is_waited_for(
     tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,7 +260,7 @@ async def test_owner_that_looks_through_much_data_is_waited_for(
     def waited_for() -> bool:
         return any(note.startswith("waiting for ") and "peer-2" in note for note in notes(group))
 
-    async def slow(services: Services, *rest: Any) -> OwnedData:  # Any: as it takes them
+    async def slow(services: Services, *rest: Any) -> OpenData:  # Any: as it takes them
         if services.host == "peer-2":
             await group.wait(waited_for)
         return await look(services, *rest)

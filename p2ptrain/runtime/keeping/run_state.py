@@ -14,6 +14,7 @@ import trio
 from p2ptrain import limits
 from p2ptrain.agreement.view import View
 from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.data.opening import OpenData
 from p2ptrain.engine.contract import Array, Engine
 from p2ptrain.errors import CheckpointError, DataError, InvariantBroken
 from p2ptrain.ids import DeviceId, Lineage, RunId
@@ -129,6 +130,8 @@ class RunState:
         self.own_weights: Mapping[str, Array] | None = None
         self.data_copies: set[DeviceId] = set()
         """Members known to have the run's data."""
+        self.offered_data: OpenData | None = None
+        """This device's own data as this process has offered it; None: it has not."""
         self.own_samples: Samples | None = None
         """What this device feeds of a run whose peers feed their own."""
         self.own_problem: DataError | None = None
@@ -169,7 +172,9 @@ class RunState:
         if owner is None:
             return
         try:
-            self.own_samples = owner_samples(self.services, self.manifest, self.contract, owner)
+            self.own_samples = owner_samples(
+                self.services, self.manifest, self.contract, owner, self.offered_data
+            )
         except DataError as error:
             self.own_problem = error
 

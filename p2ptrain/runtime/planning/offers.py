@@ -9,6 +9,7 @@ import trio
 
 from p2ptrain import limits
 from p2ptrain.bundle.reading import parse_manifest
+from p2ptrain.data.opening import OpenData
 from p2ptrain.engine.contract import Engine
 from p2ptrain.errors import BundleError, PeerLost
 from p2ptrain.ids import DeviceId, Digest, RunId, short
@@ -24,7 +25,7 @@ from p2ptrain.store.bundles import Bundle, bundle_from_parts
 from p2ptrain.store.profiles import ProfileStore
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import Declined, Offer, Profiled
-from p2ptrain.training.owners import OwnedData, owner_of
+from p2ptrain.training.owners import owner_of
 
 PREPARED_MAX = 2
 """Offers whose engines are kept open at once; an older one is forgotten."""
@@ -36,13 +37,16 @@ def kept_s(offer: Offer) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class Prepared:
+    """What an answered offer has left here for its plan."""
+
     bundle: Bundle
     engine: Engine
     offer: Offer
     home: DeviceId
     at_s: float
-    data: OwnedData | None
+    data: OpenData | None
+    """Of our own, where each peer of the run feeds its own."""
 
 
 class OfferDesk:
@@ -50,7 +54,7 @@ class OfferDesk:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._prepared: dict[RunId, _Prepared] = {}
+        self._prepared: dict[RunId, Prepared] = {}
         self._measuring = trio.Lock()
 
     @property
@@ -97,18 +101,17 @@ class OfferDesk:
             f"its stage needs {need} bytes of memory and {have} are left" if need > have else None
         )
 
-    def _data_objection(self, prepared: _Prepared, plan: Plan, contract: Contract) -> str | None:
+    def _data_objection(self, prepared: Prepared, plan: Plan, contract: Contract) -> str | None:
         owner = owner_of(contract.owners, self._services.device)
         if prepared.data is None and not contract.owners:
             return None
-        if owner is None or prepared.data is None or not owner.has(prepared.data):
+        if owner is None or prepared.data is None or not owner.has(prepared.data.owned):
             return "the plan has other data here than it has told"
         return None if is_of_owners(plan, contract.owners) else "the plan is not its owners'"
 
-    def prepared(self, run: RunId) -> tuple[Bundle, Engine] | None:
+    def prepared(self, run: RunId) -> Prepared | None:
         """What a decided plan runs on; None when nothing was prepared, or too long ago."""
-        prepared = self._prepared.get(run)
-        return None if prepared is None else (prepared.bundle, prepared.engine)
+        return self._prepared.get(run)
 
     def forget(self, run: RunId) -> None:
         """Close the engine of a run that is over; one that is taking part keeps its own."""
@@ -133,7 +136,7 @@ class OfferDesk:
 
     async def _measure(self, home: DeviceId, offer: Offer) -> Profiled:
         bundle = await self._fetch_bundle(home, offer)
-        data: OwnedData | None = None
+        data: OpenData | None = None
         if offer.own_data:
             data = await offered_data(self._services, home, offer, bundle.manifest)
         engine = await trio.to_thread.run_sync(self._services.open_engine, offer.threads)
@@ -147,7 +150,7 @@ class OfferDesk:
             known_or_measured, store, engine, bundle, offer, stopwatch
         )
         record_ns = await trio.to_thread.run_sync(services.record_ns)
-        self._keep(offer, _Prepared(bundle, engine, offer, home, time.monotonic(), data))
+        self._keep(offer, Prepared(bundle, engine, offer, home, time.monotonic(), data))
         profile = PeerProfile(
             device=self._services.device,
             kinds=costs.kinds,
@@ -164,10 +167,15 @@ class OfferDesk:
         linked = self._services.directory.linked()
         links = self._services.link_figures()
         return Profiled(
-            run=offer.run, view=offer.view, profile=profile, linked=linked, links=links, data=data
+            run=offer.run,
+            view=offer.view,
+            profile=profile,
+            linked=linked,
+            links=links,
+            data=None if data is None else data.owned,
         )
 
-    def _keep(self, offer: Offer, prepared: _Prepared) -> None:
+    def _keep(self, offer: Offer, prepared: Prepared) -> None:
         self._prepared[offer.run] = prepared
         while len(self._prepared) > PREPARED_MAX:
             oldest = min(self._prepared, key=lambda run: self._prepared[run].at_s)

@@ -15,6 +15,7 @@ from p2ptrain import limits
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.data.opening import OpenData, content_of, open_samples
 from p2ptrain.data.options import GivenData
+from p2ptrain.data.samples import for_minibatch
 from p2ptrain.errors import BundleError, DataError
 from p2ptrain.ids import DeviceId
 from p2ptrain.runtime.services import Services
@@ -23,7 +24,7 @@ from p2ptrain.store.bundles import TOKENIZER_FILE, read_tokenizer
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.feed import Samples
 from p2ptrain.training.messages import Offer
-from p2ptrain.training.owners import DataOwner, OwnedData
+from p2ptrain.training.owners import DataOwner
 
 TOKENIZERS = "tokenizers"
 """Folder of the cache: a folder for each, by digest."""
@@ -31,8 +32,8 @@ TOKENIZERS = "tokenizers"
 
 async def offered_data(
     services: Services, home: DeviceId, offer: Offer, manifest: Manifest
-) -> OwnedData:
-    """What this device tells of its data for an offered model; every record is checked once.
+) -> OpenData:
+    """This device's data for an offered model; every record is checked once.
 
     Raises:
         DataError: it gives none, or none that the model can use; it takes no part in the run.
@@ -42,7 +43,7 @@ async def offered_data(
         raise DataError("it gives no data: start it with p2ptrain join --data PATH")
     await _fetch_tokenizer(services, home, offer, manifest)
     try:
-        opened = await trio.to_thread.run_sync(_open, services, manifest, 1)
+        return await trio.to_thread.run_sync(_open, services, manifest)
     except DataError as error:
         if home == services.device:
             raise
@@ -51,7 +52,6 @@ async def offered_data(
         raise DataError(
             f"its data{found} does not fit this model: p2ptrain train --data there says why"
         ) from error
-    return opened.owned
 
 
 def _found(given: GivenData, manifest: Manifest) -> str:
@@ -62,9 +62,20 @@ def _found(given: GivenData, manifest: Manifest) -> str:
 
 
 def owner_samples(
-    services: Services, manifest: Manifest, contract: Contract, owner: DataOwner
+    services: Services,
+    manifest: Manifest,
+    contract: Contract,
+    owner: DataOwner,
+    opened: OpenData | None,
 ) -> Samples:
     """The samples that this device feeds as an owner; blocking.
+
+    Args:
+        services: Of this device.
+        manifest: Of the model.
+        contract: Of the run.
+        owner: This device in it.
+        opened: As it was offered; None: by an earlier process, so it is looked through again.
 
     Raises:
         DataError: the data is not what the run was begun with, or cannot be read; what others hear
@@ -72,7 +83,7 @@ def owner_samples(
     """
     name = services.directory.name_of(owner.device)
     try:
-        opened = _open(services, manifest, owner.microbatches * contract.microbatch_size)
+        opened = opened or _open(services, manifest)
     except (DataError, BundleError) as error:
         raise DataError(
             f"the data of {name} cannot be read any more", hint=f"p2ptrain status on {name}"
@@ -82,10 +93,11 @@ def owner_samples(
             f"the data of {name} has changed since the run began",
             hint=f"restore it on {name}, restart its peer and --resume, or start a new run",
         )
-    return opened.samples
+    return for_minibatch(opened.samples, owner.microbatches * contract.microbatch_size)
 
 
-def _open(services: Services, manifest: Manifest, minibatch_size: int) -> OpenData:
+def _open(services: Services, manifest: Manifest) -> OpenData:
+    """For steps of one sample: how many an owner has follows from the plan."""
     given = services.given_data
     if given is None:
         raise DataError("this device gives no data any more", hint="p2ptrain join --data PATH")
@@ -96,7 +108,7 @@ def _open(services: Services, manifest: Manifest, minibatch_size: int) -> OpenDa
         given.heldout,
         given.options,
         services.cache_path,
-        minibatch_size=minibatch_size,
+        minibatch_size=1,
     )
 
 

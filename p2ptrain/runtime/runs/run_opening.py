@@ -21,6 +21,7 @@ from p2ptrain.runtime.home.progress import ProgressTracker
 from p2ptrain.runtime.journal import RunJournal
 from p2ptrain.runtime.keeping.run_state import JOURNAL_FILE, RunState
 from p2ptrain.runtime.planning.job import Job, reopened_job
+from p2ptrain.runtime.planning.offers import Prepared
 from p2ptrain.runtime.runs.founding import Founding
 from p2ptrain.runtime.runs.run_member import RunMember
 from p2ptrain.runtime.services import Services
@@ -30,9 +31,6 @@ from p2ptrain.store.runs import RunDirectory
 from p2ptrain.store.weights import Weights, open_weights
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.messages import Stamp
-
-Prepared = tuple[Bundle, Engine]
-"""What an answered offer has left here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +62,7 @@ class RunOpener:
         """
         engine: Engine | None = None
         if prepared is not None:
-            bundle, engine = prepared
+            bundle, engine = prepared.bundle, prepared.engine
         elif founding is not None:
             bundle = founding.job.bundle
         else:
@@ -72,6 +70,7 @@ class RunOpener:
         state = RunState(
             run=plan.run, bundle=bundle, contract=contract, engine=engine, services=self._services
         )
+        state.offered_data = None if prepared is None else prepared.data
         return self._open(state, None if founding is None else founding.session(), founding=plan)
 
     def joined(self, view: View, prepared: Prepared) -> RunMember:
@@ -79,7 +78,7 @@ class RunOpener:
 
         It was offered the run in this process's life, so it never voted in this view and may.
         """
-        state = self._state(view, *prepared)
+        state = self._state(view, prepared.bundle, prepared.engine)
         member = self._open(state, None, founding=None)
         member.driver.call(RunMachine.found, view, member.driver.now())
         return member
