@@ -224,6 +224,13 @@ CONFIG_BYTES_MAX: Final = 64 * 1024
 INVITE_BYTES_MAX: Final = 16 * 1024
 MICROBATCH_SIZES_MAX: Final = 8
 """Of one offer, beside the one that is measured."""
+PART_NS_MAX: Final = 86_400 * 10**9
+"""Of one microbatch through one segment, or of what ends a step there: what takes longer is not
+planned with."""
+POWER_UW_MAX: Final = 10**11
+PJ_PER_BYTE_MAX: Final = 10**9
+STEP_NS_MAX: Final = 10**15
+"""Of a plan: with the watts above, a step's microjoules are an integer on the wire."""
 DATA_RECORD_BYTES_MAX: Final = 16 * 1024 * 1024
 DATA_RECORDS_MAX: Final = 1 << 48
 """Of one owner, or tokens of its text."""

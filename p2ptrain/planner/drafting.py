@@ -6,6 +6,8 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
+from p2ptrain import limits
+from p2ptrain.errors import PlanInfeasible
 from p2ptrain.ids import short
 from p2ptrain.planner.explore import Candidate
 from p2ptrain.planner.input import (
@@ -29,7 +31,12 @@ class Drafting:
         self._names = {i: each.id for i, each in enumerate(pricing.devices)}
 
     def plan(self, reasons: Sequence[str] = ()) -> Plan:
-        """The plan; its reasons are these, how far replica sets are apart, and what was assumed."""
+        """The plan; its reasons are these, how far replica sets are apart, and what was assumed.
+
+        Raises:
+            PlanInfeasible: its steps would not end within days, by what was measured.
+        """
+        self._check_time()
         planning, stages = self._planning, self.stages()
         members = tuple(sorted({*(p.device for p in planning.profiles), planning.home}))
         every, why = self._replica_every(len(members))
@@ -60,6 +67,14 @@ class Drafting:
             goal=planning.objective.goal,
             reasons=(*reasons, *why, *self.assumptions()) if reasons else (),
         )
+
+    def _check_time(self) -> None:
+        step_ns = self._candidate.price.step_ns
+        if step_ns > limits.STEP_NS_MAX:
+            raise PlanInfeasible(
+                f"a step would take {format_seconds(step_ns / NS_PER_S)}",
+                hint="look which device or link measures so slowly, and train without it",
+            )
 
     def step_uj(self) -> int | None:
         """Predicted microjoules of a step; None where somebody does not say what it draws."""

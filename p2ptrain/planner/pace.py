@@ -109,7 +109,7 @@ def at_pace(profile: PeerProfile, permille: int) -> PeerProfile:
     """The profile of a peer that takes this much of the time it was planned with."""
 
     def scaled(time_ns: int) -> int:
-        return -(-time_ns * permille // AS_PLANNED)
+        return min(-(-time_ns * permille // AS_PLANNED), limits.PART_NS_MAX)
 
     kinds = {
         name: KindCost(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from p2ptrain import limits
 from p2ptrain.ids import DeviceId
 from p2ptrain.training.contract import RuntimeBuild
 from p2ptrain.units import NS_PER_S
@@ -28,9 +30,14 @@ class KindCost:
     """The update of its parameters under the run's optimizer, once a step; 0: as above."""
 
     def __post_init__(self) -> None:
-        passes = (self.forward_ns, self.backward_ns, self.first_ns, self.gradients_ns)
-        if min(*passes, self.norm_ns, self.update_ns) < 0:
+        if min(self.times_ns) < 0:
             raise ValueError("a time is not negative")
+
+    @property
+    def times_ns(self) -> tuple[int, ...]:
+        """All of them."""
+        passes = (self.forward_ns, self.backward_ns, self.first_ns, self.gradients_ns)
+        return (*passes, self.norm_ns, self.update_ns)
 
     @property
     def first_ns(self) -> int:
@@ -142,3 +149,18 @@ class PeerProfile:
         found = (each for each in self.other_sizes if each.microbatch_size == microbatch_size)
         sized = next(found, None)
         return None if sized is None else replace(self, kinds=sized.kinds, other_sizes=())
+
+
+def is_plausible(profile: PeerProfile, kinds: Collection[str]) -> bool:
+    """Whether a plan can be made with what a peer tells of itself: of just these distinct segments,
+    with times and watts that add up to integers on the wire."""
+    tables = [profile.kinds, *(sized.kinds for sized in profile.other_sizes)]
+    if any(table.keys() != set(kinds) for table in tables) or profile.cores < 1:
+        return False
+    times = [time for table in tables for cost in table.values() for time in cost.times_ns]
+    if max([*times, profile.record_ns]) > limits.PART_NS_MAX:
+        return False
+    power = profile.power
+    return power is None or (
+        power.busy_uw <= limits.POWER_UW_MAX and power.pj_per_byte <= limits.PJ_PER_BYTE_MAX
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from p2ptrain import limits
 from p2ptrain.planner.choose import run_question
 from p2ptrain.planner.drafting import Drafting
 from p2ptrain.planner.ends import fits_ends
@@ -41,6 +42,8 @@ def placing(planning: PlanningInput) -> Place:
         if not fits_ends(pricing, arrangement, cuts):
             return None
         candidate = explorer.candidate(arrangement, cuts)
+        if candidate.price.step_ns > limits.STEP_NS_MAX:
+            return None
         draft = Drafting(planning, pricing, candidate)
         return Placement(
             stages=draft.stages(), step_ns=candidate.price.step_ns, step_uj=draft.step_uj()

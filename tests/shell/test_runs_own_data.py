@@ -18,7 +18,7 @@ from p2ptrain.cli.tables import plan_lines
 from p2ptrain.data.opening import OpenData, open_samples
 from p2ptrain.data.options import GivenData
 from p2ptrain.errors import ConfigError, PlanInfeasible
-from p2ptrain.ids import RunId
+from p2ptrain.ids import DeviceId, RunId
 from p2ptrain.runtime.planning import offers, own_data
 from p2ptrain.runtime.planning.job import open_job
 from p2ptrain.runtime.reports import NoteReport, PlanReport, TrainRequest, TrainResult
@@ -26,9 +26,10 @@ from p2ptrain.runtime.runs.run_status import run_status_report
 from p2ptrain.runtime.services import Services
 from p2ptrain.store.bundles import load_bundle, read_tokenizer, shipped_bundles
 from p2ptrain.training.contract import Contract, OptimizerChoice
-from p2ptrain.training.messages import BlobRequest, Wanted, stamp_of
+from p2ptrain.training.messages import BlobRequest, Profiled, Wanted, stamp_of
 from p2ptrain.training.minibatch import read_own_part
 from p2ptrain.training.program import Item
+from p2ptrain.wire.codec import INTEGER_MAX
 from tests.bundles import write_bundle
 from tests.disturbed_runs import BUNDLE, CLIPPING, SECONDS_MAX, Disturbed
 from tests.memory_group import MemoryGroup, float_bits, memory_group, until
@@ -250,6 +251,30 @@ async def test_data_is_looked_through_once_for_a_run(
         with trio.fail_after(SECONDS_MAX):
             await group[0].train(own_request(tiny, steps=1))
     assert sorted(opened) == sorted(own.path for own in sets)
+
+
+async def test_owner_that_tells_absurd_times_is_left_out(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sum would be no integer on the wire, and an owner must be in the plan."""
+    async with memory_group(tmp_path, 3, given(tmp_path, write_text, 3)) as group:
+        liar, send = group[2], group[2].send
+
+        def lies(to: DeviceId, message: object) -> None:
+            if isinstance(message, Profiled):
+                kinds = {
+                    name: dataclasses.replace(cost, norm_ns=INTEGER_MAX)
+                    for name, cost in message.profile.kinds.items()
+                }
+                absurd = dataclasses.replace(message.profile, kinds=kinds)
+                message = dataclasses.replace(message, profile=absurd)
+            send(to, message)
+
+        monkeypatch.setattr(liar, "send", lies)
+        with trio.fail_after(SECONDS_MAX):
+            result = await group[0].train(own_request(tiny, steps=1))
+    assert result.peers == 2
+    assert notes(group) == ["peer-2 takes no part: its measurement does not fit the model"]
 
 
 async def test_owner_that_looks_through_much_data_is_waited_for(

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
+from p2ptrain import limits
 from p2ptrain.errors import ConfigError, PlanInfeasible
 from p2ptrain.planner import kinds
 from p2ptrain.planner.choose import choose_plan, run_question
 from p2ptrain.planner.input import LinkEstimate, PlanningInput, stage_shares
 from p2ptrain.planner.kinds import KINDS, Kind, kinds_at_start, kinds_compared
 from p2ptrain.planner.objective import Objective
+from p2ptrain.planner.pace import at_pace
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.profile import Battery, KindCost, PeerProfile, Power
+from p2ptrain.planner.profile import (
+    Battery,
+    KindCost,
+    PeerProfile,
+    Power,
+    SizedCosts,
+    is_plausible,
+)
 from p2ptrain.store.bundles import load_bundle, shipped_bundles
 from p2ptrain.wire.codec import from_plain, to_plain
 from tests.planning_cases import device, fast_links, planning_input, profile
@@ -106,6 +116,52 @@ def test_a_profile_of_an_older_peer_says_nothing_of_the_end_of_a_step() -> None:
     for cost in told["kinds"].values():
         del cost["norm_ns"], cost["update_ns"]
     assert from_plain(PeerProfile, told) == profile("a", EQUAL)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"forward_ns": limits.PART_NS_MAX + 1},
+        {"cotangents_ns": limits.PART_NS_MAX + 1},
+        {"norm_ns": limits.PART_NS_MAX + 1},
+        {"update_ns": limits.PART_NS_MAX + 1},
+    ],
+)
+def test_no_plan_is_made_with_times_that_cannot_be(changes: dict[str, int]) -> None:
+    told = profile("a", EQUAL)
+    cost = dataclasses.replace(told.kinds["k3"], **changes)
+    assert is_plausible(told, told.kinds)
+    assert not is_plausible(dataclasses.replace(told, kinds={**told.kinds, "k3": cost}), told.kinds)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cores": 0},
+        {"record_ns": limits.PART_NS_MAX + 1},
+        {"power": Power(idle_uw=0, busy_uw=limits.POWER_UW_MAX + 1, pj_per_byte=0)},
+        {"power": Power(idle_uw=0, busy_uw=0, pj_per_byte=limits.PJ_PER_BYTE_MAX + 1)},
+        {"other_sizes": (SizedCosts(microbatch_size=2, kinds={}),)},
+        {"kinds": {}},
+    ],
+)
+def test_no_plan_is_made_with_a_peer_that_cannot_be(changes: dict[str, Any]) -> None:
+    told = profile("a", EQUAL)  # Any: fields by name
+    assert not is_plausible(dataclasses.replace(told, **changes), told.kinds)
+
+
+def test_paces_of_view_after_view_leave_times_that_can_be_told() -> None:
+    told = profile("a", EQUAL)
+    for _ in range(20):
+        told = at_pace(told, limits.PACE_PERMILLE_MAX)
+    assert is_plausible(told, told.kinds)
+
+
+def test_a_step_of_months_is_no_plan() -> None:
+    peers = [profile("a", [(limits.PART_NS_MAX, limits.PART_NS_MAX)] * 8)]
+    with pytest.raises(PlanInfeasible, match="a step would take") as refused:
+        choose_plan(planning_input(peers, segment_count=8))
+    assert "measures so slowly" in refused.value.hint
 
 
 def test_commit_counts_members_without_a_stage_and_the_disk() -> None:

@@ -15,7 +15,7 @@ from p2ptrain import limits
 from p2ptrain.agreement.view import View
 from p2ptrain.errors import PeerLost
 from p2ptrain.ids import DeviceId, Digest
-from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.planner.profile import PeerProfile, is_plausible
 from p2ptrain.runtime.services import Services
 from p2ptrain.runtime.signal import Signal
 from p2ptrain.runtime.views.view_work import may_change_parts
@@ -133,7 +133,7 @@ class Admission:
         if isinstance(answer, Declined):
             return answer.reason
         profile = answer.profile
-        if profile.device != device or profile.kinds.keys() != self._bundle.manifest.kinds.keys():
+        if profile.device != device or not is_plausible(profile, self._bundle.manifest.kinds):
             return "its measurement does not fit the model"
         unlinked = set(self._view.members) - {*answer.linked, device}
         if unlinked:

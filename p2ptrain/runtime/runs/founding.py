@@ -16,7 +16,7 @@ from p2ptrain.errors import Interrupted, InvariantBroken, PeerLost, PlanInfeasib
 from p2ptrain.ids import DeviceId, Digest
 from p2ptrain.planner.asked import Known
 from p2ptrain.planner.plan import Plan
-from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.planner.profile import PeerProfile, is_plausible
 from p2ptrain.runtime.home.checkpoint_listing import checkpoint_listing
 from p2ptrain.runtime.home.home_duty import HomeSession
 from p2ptrain.runtime.home.progress import ProgressTracker
@@ -281,7 +281,7 @@ class Founding:
         if self.job.own_data and answer.data is None:
             reason = "its version of p2ptrain gives no data of its own"
             return Declined(run=answer.run, view=answer.view, reason=reason)
-        if profile.device == device and profile.kinds.keys() == kinds.keys():
+        if profile.device == device and is_plausible(profile, kinds):
             return answer
         reason = "its measurement does not fit the model"
         return Declined(run=answer.run, view=answer.view, reason=reason)
