@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import trio
 
 from p2ptrain.data.options import GivenData
 from p2ptrain.errors import ConfigError, DataError, PlanInfeasible
+from p2ptrain.runtime.keeping import run_state
 from p2ptrain.runtime.reports import TrainRequest, TrainResult
 from p2ptrain.runtime.runs.run_status import run_status_report
+from p2ptrain.training.feed import Samples
 from p2ptrain.training.messages import LabelsCounted
 from tests.bundles import write_bundle
 from tests.disturbed_runs import (
@@ -38,6 +41,10 @@ from tests.replicated import plan_text
 
 STEPS, AT = 16, 6
 WEIGHTS = [2, 1, 1]
+NOT_READ = (
+    "paused: the data of {0} is not read yet, or not what the run began with: p2ptrain status on "
+    "{0} says which"
+)
 
 
 def data_in(path: Path) -> list[GivenData]:
@@ -169,10 +176,7 @@ async def test_owner_whose_data_has_changed_is_named_until_it_is_restored(
                 group.kill(group[2])
                 turn_round(sets[2])
                 changed = await group.restart(group[2])
-                sentence = (
-                    "paused: the data of peer-2 is not what the run began with: restore it on "
-                    "peer-2 and start its peer again"
-                )
+                sentence = NOT_READ.format("peer-2")
                 await until(lambda: waits([group[0], group[1]]) == {sentence})
                 here = f"{sentence} (here: the data of peer-2 has changed since the run began)"
                 await until(lambda: waits([changed]) == {here})
@@ -257,6 +261,37 @@ async def test_conductor_without_data_that_leaves_is_waited_for(
     assert len(run.result.losses) == STEPS
 
 
+async def test_owner_that_looks_through_its_data_again_says_so(
+    tmp_path: Path,
+    asked: TrainRequest,
+    sets: list[GivenData],
+    whole: TrainResult,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked, look = threading.Event(), run_state.owner_samples
+
+    def slow(*rest: Any) -> Samples:  # Any: as it takes them
+        looked.wait(SECONDS_MAX)
+        return look(*rest)
+
+    async with memory_group(tmp_path / "struck", 3, sets) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, asked)
+                await run.wait_step(AT)
+                monkeypatch.setattr(run_state, "owner_samples", slow)
+                group.kill(group[2])
+                back = await group.restart(group[2])
+                sentence = NOT_READ.format("peer-2")
+                here = f"{sentence} (here: the data is still being looked through)"
+                await until(lambda: waits([group[0], group[1]]) == {sentence})
+                await until(lambda: waits([back]) == {here})
+                looked.set()
+    assert run.result is not None
+    assert_same(run.result, whole)
+
+
 async def test_owner_that_cannot_read_its_data_again_says_why_and_ends_nothing(
     tmp_path: Path,
 ) -> None:
@@ -273,10 +308,7 @@ async def test_owner_that_cannot_read_its_data_again_says_why_and_ends_nothing(
                 group.kill(group[1])
                 cache.rename(kept)
                 lacking = await group.restart(group[1])
-                sentence = (
-                    "paused: the data of peer-1 is not what the run began with: restore it on "
-                    "peer-1 and start its peer again"
-                )
+                sentence = NOT_READ.format("peer-1")
                 await until(lambda: waits([group[0]]) == {sentence})
                 here = f"{sentence} (here: the bundle lacks tokenizer.json)"
                 await until(lambda: waits([lacking]) == {here})

@@ -171,10 +171,12 @@ class RunState:
         owner = owner_of(self.contract.owners, self.services.device)
         if owner is None:
             return
+        self.own_problem = DataError("the data is still being looked through")
         try:
             self.own_samples = owner_samples(
                 self.services, self.manifest, self.contract, owner, self.offered_data
             )
+            self.own_problem = None
         except DataError as error:
             self.own_problem = error
 

@@ -196,8 +196,8 @@ class _Planner:
                 return f"the data of {short(device)} is gone: it takes {short(device)} back"
             if not self._promises[device].has_data:
                 return (
-                    f"the data of {short(device)} is not what the run began with: restore it on "
-                    f"{short(device)} and start its peer again"
+                    f"the data of {short(device)} is not read yet, or not what the run began with: "
+                    f"p2ptrain status on {short(device)} says which"
                 )
         if plan.home not in self._usable:
             does = "leaves" if plan.home in leaving else "is gone"
