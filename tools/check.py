@@ -78,7 +78,7 @@ def main() -> int:
     }
     started_s = time.monotonic()
     run_level = levels[parser.parse_args().level]
-    signal.signal(signal.SIGTERM, end_what_runs)
+    hear_signals()
     outcomes = run_level()
     return report(outcomes, time.monotonic() - started_s)
 
@@ -109,6 +109,12 @@ def folder_in_memory(
     # A short name: sockets of peers are below it, and their paths have 108 bytes.
     with tempfile.TemporaryDirectory(prefix="p2p", dir=parent, ignore_cleanup_errors=True) as made:
         yield Path(made)
+
+
+def hear_signals() -> None:
+    """SIGTERM ends the steps, too; they hear SIGINT though a background job's shell ignores it."""
+    signal.signal(signal.SIGTERM, end_what_runs)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_what_runs(number: int, _frame: object) -> NoReturn:

@@ -173,7 +173,7 @@ ENDED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import check
-check.signal.signal(check.signal.SIGTERM, check.end_what_runs)
+check.hear_signals()
 check.LANES = 1
 line = (sys.executable, "-c", "import os, signal; os.kill(os.getppid(), signal.SIGTERM); "
         "import time; time.sleep(600)")
@@ -183,7 +183,13 @@ with check.folder_in_memory(check.Path(sys.argv[2]), 0) as folder:
 
 
 def test_program_that_is_ended_interrupts_its_steps_and_leaves_nothing(tmp_path: Path) -> None:
-    line = [sys.executable, "-c", ENDED, str(ROOT / "tools"), str(tmp_path)]
+    """Also where the program was started with SIGINT ignored, as a shell's background jobs are."""
+    ignoring = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    again = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    line = [
+        *(sys.executable, "-c", ignoring + again),
+        *("-c", ENDED, str(ROOT / "tools"), str(tmp_path)),
+    ]
     ended = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
     assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
     assert list(tmp_path.iterdir()) == []
