@@ -244,6 +244,28 @@ async def test_data_that_stays_pauses_the_run_until_its_peer_returns(
         assert_stored([home], alone)
 
 
+@pytest.mark.parametrize("changes", [{"keep_data_here": True}, {"private": True}])
+async def test_home_peer_on_a_low_battery_is_waited_for_where_its_data_stays(
+    tmp_path: Path, alone: TrainResult, changes: dict[str, object]
+) -> None:
+    """It spends nothing below its reserve, and goes on once it is charged."""
+    async with memory_group(tmp_path, 3) as group:
+        run = Disturbed(group)
+        with trio.fail_after(SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.train, request(tmp_path, stages=3, **changes))
+                await run.wait_step(8)
+                group[0].leaves = True
+                said = await group[0].runs.leave()
+                assert said == "this device keeps the run's data: it waits until it is back"
+                sentence = "paused: peer-0 leaves with the run's data: it takes peer-0 back"
+                await until(lambda: {run_status_report(m.runs.member).waits_for
+                                     for m in group.members.values()} == {sentence})  # fmt: skip
+                group[0].leaves = False
+    assert run.result is not None
+    assert_same(run.result, alone)
+
+
 async def test_pair_goes_on_when_the_tie_breaker_returns(
     tmp_path: Path, alone: TrainResult
 ) -> None:

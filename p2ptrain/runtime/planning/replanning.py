@@ -151,6 +151,8 @@ class _Planner:
         holding = [d for d in self._usable if d in self._promises and self._promises[d].has_data]
         if [device for device in holding if device == home or not stays]:
             return "the devices that are left cannot hold the whole model"
+        if home in self._given.leaving and home in self._promises:
+            return f"{short(home)} leaves with the run's data: it takes {short(home)} back"
         back = "" if home in self._promises else f": it takes {short(home)} back"
         return f"nobody who is left has the run's data{back}"
 

@@ -43,6 +43,7 @@ from p2ptrain.runtime.reporting.recovery_clock import RecoveryClock
 from p2ptrain.runtime.reporting.usage import RunMeter
 from p2ptrain.runtime.runs.admission import Admission, admits
 from p2ptrain.runtime.runs.first_view import activity, first_view
+from p2ptrain.runtime.runs.leaving import why_waited_for
 from p2ptrain.runtime.runs.proposing import Proposing
 from p2ptrain.runtime.views.view_work import ViewWork, WorkHooks, givers, unreachable
 from p2ptrain.store.weights import Weights
@@ -61,7 +62,6 @@ from p2ptrain.training.messages import (
     Stamp,
     stamp_of,
 )
-from p2ptrain.training.owners import owner_of
 from p2ptrain.training.step_record import StepRecord
 from p2ptrain.wire.frames import TensorHeader
 
@@ -309,21 +309,16 @@ class RunMember:
         return started and self.machine.standing.stance is not Stance.PAUSED
 
     def leave(self) -> str | None:
-        """Ask for a view without this device; why there can be none, or None. A run on its members'
-        own data then waits for it.
+        """Ask for a view without this device; why there can be none, or None. A run whose data
+        stays here then waits for it.
         """
         plan, own = self.plan, self._services.device
         if plan is None or not self.started:
             return "the run has not begun"
         if len(plan.members) == 1:
             return "nobody else could take this peer's part over"
-        owners = self.state.contract.owners
-        if plan.keep_data_here and plan.home == own and not owners:
-            return "the run's data stays on this device"
         self.want(f"{self._services.directory.name_of(own)} leaves", after_s=0.0)
-        if owner_of(owners, own) is not None:
-            return "the run trains on this device's own data: it waits until it is back"
-        return "this device conducts the run: it waits until it is back" if owners else None
+        return why_waited_for(own, plan, self.state.contract)
 
     async def force(self) -> None:
         """Go on with whoever can be reached, as a lineage of its own (`--force-view`).
