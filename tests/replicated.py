@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from p2ptrain.runtime.reports import TrainResult
 from p2ptrain.store.tensors import read_tensors
+from tests.memory_group import MemoryGroup, float_bits
 
 TOLERANCE: Final = 1e-5
 """Relative: what replicas may differ from one peer (DESIGN section 10)."""
@@ -35,6 +37,19 @@ def peer_count(layout: Layout) -> int:
 def parameters(path: Path) -> dict[str, np.ndarray]:
     """What a run that was asked for `safetensors` has trained."""
     return {name: np.array(array) for name, array in read_tensors(path).tensors.items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run in memory, with what it trained and all that travelled."""
+
+    result: TrainResult
+    trained: dict[str, np.ndarray]
+    group: MemoryGroup
+
+    @property
+    def bits(self) -> tuple[bytes, str, float]:
+        return float_bits(self.result.losses), self.result.state_digest, self.result.heldout_last
 
 
 def assert_near(found: TrainResult, wanted: TrainResult) -> None:

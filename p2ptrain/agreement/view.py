@@ -13,6 +13,7 @@ from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber, is_digest
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.recovery.restoration import Restoration, SpanAt
+from p2ptrain.schedule.quorum import is_enough
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.step_record import StepRecord, check_consecutive
 from p2ptrain.wire.codec import to_plain
@@ -90,14 +91,9 @@ class View:
 
 
 def is_quorum(plan: Plan, devices: Iterable[DeviceId]) -> bool:
-    """Whether these devices may decide for the view: a majority, or half with the tie-breaker.
-
-    Any two quorums of one view intersect. Source: dynamic-linear voting, Jajodia and Mutchler
-    1990; the tie-breaker is the plan's home peer.
-    """
+    """Whether these devices may decide for the view; the tie-breaker is the plan's home peer."""
     present = set(plan.members) & set(devices)
-    doubled = 2 * len(present)
-    return doubled > len(plan.members) or (doubled == len(plan.members) and plan.home in present)
+    return is_enough(len(present), len(plan.members), with_tie_breaker=plan.home in present)
 
 
 def _problem(view: View) -> str | None:

@@ -17,6 +17,7 @@ from p2ptrain.net.tls_link import CLOCKS_DIFFER, LinkBroken, LinkRefused
 from p2ptrain.wire import hello as wire_hello
 from p2ptrain.wire.hello import Hello
 
+_PROBE_PAUSE_S: Final = 0.01
 _RESET: Final = (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN)
 
 
@@ -32,10 +33,11 @@ async def is_refused(address: str) -> bool:
             try:
                 await _be_sent_away(address)
             except OSError as error:
-                if error.errno in _RESET:
-                    continue
-                return error.errno == errno.ECONNREFUSED
-            return False
+                if error.errno not in _RESET:
+                    return error.errno == errno.ECONNREFUSED
+                await trio.sleep(_PROBE_PAUSE_S)
+            else:
+                return False
     return False
 
 

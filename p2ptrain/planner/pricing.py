@@ -143,7 +143,7 @@ class Pricing:
         """Peak memory of segments first..end-1 with room for this many microbatches.
 
         With `ranks` > 1, on each of so many replicas: what the others send of gradients may all
-        wait in buffers (`runtime.meeting`).
+        wait in buffers (`runtime.exchange.meeting`).
         """
         key = (first, end, holds)
         if key not in self._memory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from p2ptrain.planner.question import Question
-from p2ptrain.schedule.step_end import TIE_BREAKER_VOTE, VOTE, Members, PeerEnd, period_ns
+from p2ptrain.schedule.step_end import Members, PeerEnd, period_ns
 
 
 class StepEnds:
@@ -22,9 +22,8 @@ class StepEnds:
         devices = sorted(question.devices, key=lambda device: device.id)
         self._everybody = list(range(len(devices))) if question.for_run else None
         self._record_ns = [device.profile.record_ns for device in devices]
-        self._votes = [
-            TIE_BREAKER_VOTE if device.id == question.home else VOTE for device in devices
-        ]
+        homes = (i for i, device in enumerate(devices) if device.id == question.home)
+        self._home = next(homes, None)
         self._latency_of = latency_ns
         self._latency_ns: list[list[int]] = []
 
@@ -38,12 +37,12 @@ class StepEnds:
         return period_ns(
             ends,
             Members(
-                votes={i: self._votes[i] for i in taking_part},
                 record_ns={i: self._record_ns[i] for i in taking_part},
+                tie_breaker=self._home,
                 latency_ns=self._latency_ns,
             ),
         )
 
     def _ask(self) -> list[list[int]]:
-        every = range(len(self._votes))
+        every = range(len(self._record_ns))
         return [[0 if a == b else self._latency_of(a, b) for b in every] for a in every]

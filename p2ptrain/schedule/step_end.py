@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
-VOTE: Final = 2
-TIE_BREAKER_VOTE: Final = 3
-"""Half of the members are a quorum with it, and none without."""
+from p2ptrain.errors import InvariantBroken
+from p2ptrain.schedule.quorum import is_enough
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +43,10 @@ class PeerEnd:
 class Members:
     """Who records steps."""
 
-    votes: Mapping[int, int]
-    """By device: VOTE or TIE_BREAKER_VOTE."""
     record_ns: Mapping[int, int]
     """By device: until a record is durable there."""
+    tie_breaker: int | None
+    """The device with which half of them are a quorum; None: there is none among them."""
     latency_ns: Sequence[Sequence[int]]
     """By device and device, one way; 0 to itself."""
 
@@ -58,7 +56,7 @@ def period_ns(ends: Sequence[PeerEnd], members: Members) -> int:
 
     Args:
         ends: Of every peer that computes, all of them members; one of them begins at 0.
-        members: With their votes.
+        members: Who records the step.
     """
     ends = _by_device(ends)
     done = [(end.device, end.whole_ns + end.norm_ns) for end in ends]
@@ -66,10 +64,8 @@ def period_ns(ends: Sequence[PeerEnd], members: Members) -> int:
         (max(at_ns + members.latency_ns[i][member] for i, at_ns in done) + record_ns, member)
         for member, record_ns in members.record_ns.items()
     ]
-    needed = sum(members.votes.values())
     return max(
-        _agreed_ns(recorded, end.device, members, needed) + end.update_ns - end.begins_ns
-        for end in ends
+        _agreed_ns(recorded, end.device, members) + end.update_ns - end.begins_ns for end in ends
     )
 
 
@@ -81,14 +77,12 @@ def _by_device(ends: Sequence[PeerEnd]) -> list[PeerEnd]:
     return list(found.values())
 
 
-def _agreed_ns(
-    recorded: Sequence[tuple[int, int]], device: int, members: Members, needed: int
-) -> int:
-    """When a device has heard of the records of a quorum; `needed`: less than twice its votes."""
+def _agreed_ns(recorded: Sequence[tuple[int, int]], device: int, members: Members) -> int:
+    """When a device has heard of the records of a quorum."""
     heard = sorted((at_ns + members.latency_ns[i][device], i) for at_ns, i in recorded)
-    votes = 0
-    for at_ns, member in heard:
-        votes += members.votes[member]
-        if 2 * votes > needed:
+    with_tie_breaker = False
+    for count, (at_ns, member) in enumerate(heard, 1):
+        with_tie_breaker |= member == members.tie_breaker
+        if is_enough(count, len(heard), with_tie_breaker=with_tie_breaker):
             return at_ns
-    return heard[-1][0]
+    raise InvariantBroken("all members are a quorum")

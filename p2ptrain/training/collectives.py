@@ -16,7 +16,7 @@ Replicas reduce the gradients of each segment: key (microbatch 0, segment, index
 `even_lengths`. Shards have a meeting for each collective of each microbatch: `index` numbers the
 collectives of a segment's forward parts and then of its backward parts; pieces are the values'
 slices along the collective's axis, which the caller cuts contiguous before and puts side by side
-afterwards. `runtime.meeting` does what is decided here.
+afterwards. `runtime.exchange.meeting` does what is decided here.
 """
 
 from __future__ import annotations

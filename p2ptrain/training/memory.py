@@ -1,8 +1,8 @@
 """The memory a stage is predicted to need at its peak; the planner's feasibility test.
 
-What the stage allocates itself is counted exactly, as `runtime.segment_memory` and
-`runtime.segment_runner` allocate it. What the runtime needs beside it while a graph runs is an
-estimate, checked against measured peaks by `tools/memory_table.py`.
+What the stage allocates itself is counted exactly, as `runtime.compute.segment_memory` and
+`runtime.compute.segment_runner` allocate it. What the runtime needs beside it while a graph runs is
+an estimate, checked against measured peaks by `tools/memory_table.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The memory a shard of a model is predicted to need at its peak.
 
-What `runtime.shard_worker` allocates is counted exactly, and what may wait at meetings as the links
-allow it; what the runtime needs beside that is estimated as for stages (`training.memory`).
+What `runtime.compute.shard_worker` allocates is counted exactly, and what may wait at meetings as
+the links allow it; what the runtime needs beside that is estimated as for stages
+(`training.memory`).
 """
 
 from __future__ import annotations

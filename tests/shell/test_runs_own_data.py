@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import trio
 
@@ -21,7 +19,7 @@ from p2ptrain.errors import ConfigError, PlanInfeasible
 from p2ptrain.ids import DeviceId, RunId
 from p2ptrain.runtime.planning import offers, own_data
 from p2ptrain.runtime.planning.job import open_job
-from p2ptrain.runtime.reports import NoteReport, PlanReport, TrainRequest, TrainResult
+from p2ptrain.runtime.reports import NoteReport, PlanReport, TrainRequest
 from p2ptrain.runtime.runs.run_status import run_status_report
 from p2ptrain.runtime.services import Services
 from p2ptrain.store.bundles import load_bundle, read_tokenizer, shipped_bundles
@@ -47,25 +45,19 @@ from tests.own_data import (
     write_tokenized,
     write_words,
 )
-from tests.replicated import TOLERANCE, assert_near, deviation, parameters, plan_text
+from tests.replicated import (
+    TOLERANCE,
+    Run,
+    assert_near,
+    deviation,
+    parameters,
+    plan_text,
+)
 from tests.shell.test_runs_private import PIECE_BYTES, Watcher, forms, traces
 from tests.shipped_training import short_context
 
 STEPS = 20
 SGD = OptimizerChoice(name="sgd", peak_learning_rate=0.05, warmup_steps=4, clip_norm=1.0)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What came of one run."""
-
-    result: TrainResult
-    trained: dict[str, np.ndarray]
-    group: MemoryGroup
-
-    @property
-    def bits(self) -> tuple[bytes, str, float]:
-        return float_bits(self.result.losses), self.result.state_digest, self.result.heldout_last
 
 
 async def train(path: Path, asked: TrainRequest, sets: list[GivenData], members: int = 0) -> Run:

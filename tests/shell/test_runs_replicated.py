@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,23 @@ import pytest
 import trio
 
 from p2ptrain.planner.plan_file import read_plan
-from p2ptrain.runtime.reports import PlanReport, TrainResult
+from p2ptrain.runtime.reports import PlanReport
 from p2ptrain.schedule.replicated import owners_by_weight
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.collectives import even_lengths
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.training.layout import flat_layout
 from tests.bundles import tiny_bundle
-from tests.memory_group import MemoryGroup, float_bits, memory_group, request_for
-from tests.replicated import TOLERANCE, Layout, assert_near, deviation, parameters, plan_text
+from tests.memory_group import memory_group, request_for
+from tests.replicated import (
+    TOLERANCE,
+    Layout,
+    Run,
+    assert_near,
+    deviation,
+    parameters,
+    plan_text,
+)
 from tests.shell.test_runs_tied import tied_bundle
 
 BUNDLE = tiny_bundle()
@@ -35,19 +42,6 @@ LAYOUTS: dict[str, Layout] = {
     "mixed 2, 1": [([0, 1], SEGMENTS - 1, [2, 1]), ([2], 1, [1])],
     "mixed 1, 2": [([2], 1, [1]), ([1, 0], SEGMENTS - 1, [1, 3])],
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run, with what it trained and all that travelled."""
-
-    result: TrainResult
-    trained: dict[str, np.ndarray]
-    group: MemoryGroup
-
-    @property
-    def bits(self) -> tuple[bytes, str, float]:
-        return float_bits(self.result.losses), self.result.state_digest, self.result.heldout_last
 
 
 async def train(path: Path, layout: Layout, bundle: Bundle = BUNDLE, **changes: object) -> Run:

@@ -242,7 +242,7 @@ def test_run_directory_without_its_bundle_is_refused(tmp_path: Path, begun: Job)
     assert isinstance(begun.directory, RunDirectory)
 
 
-# Who may take part (runtime.placement).
+# Who may take part (runtime.planning.placement).
 
 
 def test_builds_of_a_contract_are_distinct_and_sorted(begun: Job) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from p2ptrain.schedule.step_end import TIE_BREAKER_VOTE, VOTE, Members, PeerEnd, period_ns
+from p2ptrain.schedule.step_end import Members, PeerEnd, period_ns
 
 NEAR = ((0, 0, 0), (0, 0, 0), (0, 0, 0))
 APART = ((0, 10, 30), (10, 0, 20), (30, 20, 0))
@@ -27,9 +27,8 @@ def members(
     latency: Sequence[Sequence[int]] = APART,
     record: Mapping[int, int] | None = None,
 ) -> Members:
-    votes = {i: TIE_BREAKER_VOTE if i == home else VOTE for i in range(count)}
     record_ns = {i: (record or {}).get(i, 0) for i in range(count)}
-    return Members(votes=votes, record_ns=record_ns, latency_ns=latency)
+    return Members(record_ns=record_ns, tie_breaker=home, latency_ns=latency)
 
 
 def test_alone_a_step_ends_with_norm_record_and_update() -> None:

@@ -20,7 +20,7 @@ from p2ptrain.training.routing import Runners, runners
 from p2ptrain.wire.frames import TensorHeader
 
 ITEMS_AHEAD_MAX = 2
-"""Items fed but not yet complete; the receivers hold no more (runtime.inbox)."""
+"""Items fed but not yet complete; the receivers hold no more (runtime.exchange.inbox)."""
 
 
 class Feeder:

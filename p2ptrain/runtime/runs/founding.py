@@ -1,7 +1,7 @@
 """How a run comes about: ask who can, plan, agree, begin.
 
 Whoever wants to train owns the data and does this once; what it proposes is decided by its members
-(agreement), and from the first step on it is one member among the others (runtime.run_member).
+(agreement), and from the first step on it is one member among the others (runtime.runs.run_member).
 """
 
 from __future__ import annotations

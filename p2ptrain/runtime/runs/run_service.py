@@ -242,7 +242,7 @@ class RunService:
         if self._part is not None and self._part.member.state.run == header.run:
             self._part.member.deliver(header, array)
 
-    # What the agreement machine says (runtime.ballots).
+    # What the agreement machine says (runtime.runs.ballots).
 
     def consider(self, plan: Plan, contract: Contract) -> str | None:
         """Why this peer cannot take the part a proposal gives it.

@@ -1,7 +1,7 @@
 """What a member does in a view that has an aim: take in advance what it is to run next.
 
-`recovery.advance` says what goes where. States come as replicas do (`runtime.replication`); here
-is the rest: a bundle's weights, and the moment at which the next view is wanted.
+`recovery.advance` says what goes where. States come as replicas do (`runtime.keeping.replication`);
+here is the rest: a bundle's weights, and the moment at which the next view is wanted.
 """
 
 from __future__ import annotations

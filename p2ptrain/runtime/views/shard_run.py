@@ -1,8 +1,8 @@
 """One shard of a run on this peer: every microbatch together with the other shards, step by step.
 
-Its work is a generator (`runtime.shard_worker`); here it is driven: compute in a worker thread,
-what it yields brought to the meetings of all ranks. Microbatches come one after another, so the
-meetings of an item are strictly ordered and what may wait is bounded.
+Its work is a generator (`runtime.compute.shard_worker`); here it is driven: compute in a worker
+thread, what it yields brought to the meetings of all ranks. Microbatches come one after another, so
+the meetings of an item are strictly ordered and what may wait is bounded.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class StageRun(ItemRun):
             place: Where in the run.
             worker: Of the stage.
             marks: Segments inside the stage after which what crosses is logged, not sent.
-            stage: Which of this device's, where it has two; `runtime.ends_run` then joins them.
+            stage: Which of this device's, where it has two; `views.ends_run` then joins them.
         """
         super().__init__(place, worker)
         plan, contract, manifest = place.plan, place.contract, place.manifest
