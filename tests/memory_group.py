@@ -214,8 +214,6 @@ class Member:
         self.group.on_sent(self.device, frames.encode_header(header) + body)
         self.group.changed.notify()
         receiver = self.group.members[to]
-        async with self.group.tensor_gates[self.device, to]:
-            await trio.lowlevel.checkpoint()
         async with self.group.data_link(self.device, to):
             reader = MemoryReader(memoryview(body))
             await receiver.runs.receive_tensor(self.device, parsed, len(body), reader)
@@ -281,8 +279,6 @@ class MemoryGroup:
         self.changed = Signal()
         self.broken: set[frozenset[DeviceId]] = set()
         self.nursery: trio.Nursery | None = None
-        self.tensor_gates: dict[tuple[DeviceId, DeviceId], trio.Lock] = defaultdict(trio.Lock)
-        """Whoever holds one lets no tensor through; blobs pass, unlike under `held_link`."""
         self._locks: dict[tuple[DeviceId, DeviceId], trio.Lock] = defaultdict(trio.Lock)
         self._scopes: dict[frozenset[DeviceId], set[trio.CancelScope]] = defaultdict(set)
         for index in range(count):

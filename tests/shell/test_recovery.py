@@ -296,7 +296,7 @@ async def test_killed_stage_peer_that_returns_is_taken_in_again(
                 await run.wait_step(6)
                 group.kill(group[2])
                 await run.wait_step(10)
-                async with group.tensor_gates[group[0].device, group[1].device]:
+                async with group.held_link(group[0].device, group[1].device):
                     fresh = await group.restart(group[2])  # the run does not end before
                     await until(lambda: takes_part(group, fresh))
     assert run.result is not None

@@ -1,7 +1,8 @@
-"""Which members a run cannot do without when they leave."""
+"""Whom a run cannot do without, and whom it does without."""
 
 from __future__ import annotations
 
+from p2ptrain.agreement.view import View
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.training.contract import Contract
@@ -16,3 +17,20 @@ def why_waited_for(device: DeviceId, plan: Plan, contract: Contract) -> str | No
         return None
     does = "conducts the run" if contract.owners else "keeps the run's data"
     return f"this device {does}: it waits until it is back"
+
+
+def goes_on_without(
+    device: DeviceId, view: View, newest: View | None, offered_by: DeviceId | None
+) -> bool:
+    """Whether nobody waits for what a device has from before it was restarted.
+
+    Args:
+        device: It.
+        view: The newest that it knew when it was back.
+        newest: That it knows now.
+        offered_by: Who has offered it a part in the run since. The home peer of a view that lacks
+            it does so once that view is at work, with all its states.
+    """
+    if newest is not None and newest.digest != view.digest:
+        return True
+    return device not in view.members and offered_by == view.plan.home

@@ -27,7 +27,7 @@ from p2ptrain.agreement.run_machine import RunMachine
 from p2ptrain.agreement.view import View
 from p2ptrain.engine.contract import Array
 from p2ptrain.errors import InvariantBroken, P2PTrainError, PeerLost
-from p2ptrain.ids import DeviceId
+from p2ptrain.ids import DeviceId, RunId
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.driver import Driver
@@ -43,7 +43,7 @@ from p2ptrain.runtime.reporting.recovery_clock import RecoveryClock
 from p2ptrain.runtime.reporting.usage import RunMeter
 from p2ptrain.runtime.runs.admission import Admission, admits
 from p2ptrain.runtime.runs.first_view import activity, first_view
-from p2ptrain.runtime.runs.leaving import why_waited_for
+from p2ptrain.runtime.runs.leaving import goes_on_without, why_waited_for
 from p2ptrain.runtime.runs.proposing import Proposing
 from p2ptrain.runtime.views.view_work import ViewWork, WorkHooks, givers, unreachable
 from p2ptrain.store.weights import Weights
@@ -114,6 +114,7 @@ class RunMember:
         self.is_restored = False
         """Whether a restart interrupted the view that is known: its stage is lost here."""
         self._counted = self._is_over = False  # who is there; what `run` does
+        self._offered_by: DeviceId | None = None
         self._released = 0
 
     @property
@@ -347,6 +348,11 @@ class RunMember:
         if self._admission is not None:
             self._admission.answered(device, answer)
 
+    def offered(self, device: DeviceId, run: RunId) -> None:
+        """A run is offered to this device, perhaps this one, which goes on without it then."""
+        self._offered_by = device if run == self.state.run else None
+        self._signal.notify()
+
     def want(self, reason: str, *, after_s: float) -> None:
         """Ask for a new view."""
         self.driver.call(RunMachine.want, reason, self.driver.now(), after_s=after_s)
@@ -489,14 +495,13 @@ class RunMember:
         self.reachable()
         self._counted = True
         self._signal.notify()
-        wait_s = limits.KEEPS_ON_S
+        wait_s = math.inf if own in view.members else limits.KEEPS_ON_S
         if own in view.members:
-            wait_s = math.inf
             name = self._services.directory.name_of(own)
             self.want(f"{name} has restarted", after_s=limits.VIEW_WAIT_SILENT_S)
         with trio.move_on_after(wait_s):
             await self._signal.wait_until(
-                lambda: self.machine.view is not None and self.machine.view.digest != view.digest
+                lambda: goes_on_without(own, view, self.machine.view, self._offered_by)
             )
 
     async def _enter_newest(self) -> bool:

@@ -554,6 +554,8 @@ class RunService:
             busy_with = self.current_run
         await self._wait_cleared()
         if busy_with is not None:
+            if self._part is not None:
+                self._part.member.offered(device, offer.run)
             with trio.move_on_after(limits.OFFER_TIMEOUT_S / 2):
                 await self._changed.wait_until(lambda: not self._may_be_over(device, offer.run))
             busy_with = self.current_run
@@ -570,11 +572,9 @@ class RunService:
 
     def _open_job(self, request: TrainRequest) -> Job:
         return open_job(
-            request,
-            runs_path=self._services.runs_path,
-            new_run=new_run_id(),
+            request, runs_path=self._services.runs_path, new_run=new_run_id(),
             default_threads=self._default_threads(),
-        )
+        )  # fmt: skip
 
     async def _wait_cleared(self) -> None:
         """A run that has to end may still be in a thread, on the disk or a promise to ourselves."""
