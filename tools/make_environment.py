@@ -195,9 +195,12 @@ def read_project() -> dict[str, Any]:  # Any: TOML values
 
 
 def pip(folder: Path, *arguments: str) -> None:
-    """`pip install`, quietly; CalledProcessError when it fails, after pip has said why."""
+    """`pip install`, quietly; CalledProcessError when it fails, after pip has said why.
+
+    Bytecode is left to the first import: half of the time went into modules that nobody imports.
+    """
     line = [python_of(folder), "-m", "pip", "install", "--quiet", "--quiet", "--no-input"]
-    line += ["--disable-pip-version-check", "--no-warn-script-location"]
+    line += ["--disable-pip-version-check", "--no-warn-script-location", "--no-compile"]
     subprocess.run([*line, *arguments], check=True, cwd=ROOT)
 
 
