@@ -175,6 +175,9 @@ NODE_ATTRIBUTES_MAX: Final = 64
 STEPS_MAX: Final = 1 << 40
 STAGES_MAX: Final = 64
 MICROBATCHES_MAX: Final = 4096
+MICROBATCH_SIZE_MAX: Final = 1 << 20
+OBJECTIVE_MAX: Final = 1e12
+"""Of a deadline in seconds, or of joules; a run that takes longer needs none."""
 OFFER_TIMEOUT_S: Final = 60.0
 OWN_DATA_TIMEOUT_S: Final = 900.0
 """More for members that look through data of their own before they answer."""

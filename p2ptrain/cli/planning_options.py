@@ -6,10 +6,13 @@ load.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import click
+
+from p2ptrain import limits
 
 _F = TypeVar("_F", bound=Callable[..., Any])  # Any: commands of every signature
 
@@ -19,7 +22,30 @@ CODECS: Final = ("fp32", "bf16", "int8")
 PARALLELISMS: Final = ("pipeline", "auto", "data", "tensor", "sequence", "hybrid")
 AUTO: Final = "auto"
 COUNT: Final = click.IntRange(min=1)
-_SOME: Final = click.FloatRange(min=0, min_open=True)
+_STEPS: Final = click.IntRange(min=1, max=limits.STEPS_MAX)
+_MICROBATCHES: Final = click.IntRange(min=1, max=limits.MICROBATCHES_MAX)
+_SIZES: Final = click.IntRange(min=1, max=limits.MICROBATCH_SIZE_MAX)
+
+
+class _Limit(click.ParamType):  # type: ignore[type-arg] # generic since click 8.2 only
+    """Seconds or joules: more than nothing, and not more than a run could ever take."""
+
+    name = "float"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number; a usage error when it is none, or out of range."""
+        try:
+            number = float(str(value))
+        except ValueError:
+            number = math.nan
+        if not 0 < number <= limits.OBJECTIVE_MAX:
+            self.fail(
+                f"{value!r:.40} is not a number above 0, at most {limits.OBJECTIVE_MAX:g}",
+                param, ctx,
+            )  # fmt: skip
+        return number
 
 
 def objective_options(command: _F) -> _F:
@@ -32,8 +58,8 @@ def objective_options(command: _F) -> _F:
             show_default=True,
             help="What is least: seconds, or joules of all devices that take part.",
         ),
-        click.option("--deadline", type=_SOME, help="Seconds for all steps."),
-        click.option("--joules", type=_SOME, help="Joules for all steps."),
+        click.option("--deadline", type=_Limit(), help="Seconds for all steps."),
+        click.option("--joules", type=_Limit(), help="Joules for all steps."),
     )
     return _with(command, options)
 
@@ -50,8 +76,9 @@ class _CountOrAuto(click.ParamType):  # type: ignore[type-arg] # generic since c
         text = str(value)
         if text == AUTO:
             return text
-        if not text.isascii() or not text.isdigit() or int(text) < 1:
-            self.fail(f"{text!r:.40} is not a number from 1 on, or auto", param, ctx)
+        most, digits = limits.MICROBATCH_SIZE_MAX, text.isascii() and text.isdigit()
+        if not digits or len(text) > len(str(most)) or not 1 <= int(text) <= most:
+            self.fail(f"{text!r:.40} is not a number from 1 to {most}, or auto", param, ctx)
         return int(text)
 
 
@@ -64,14 +91,14 @@ def work_options(*, choosable: bool) -> Callable[[_F], _F]:
     also = "; auto: so that a step is shortest" if choosable else ""
     options: tuple[Callable[[_F], _F], ...] = (
         click.option(
-            "--steps", type=COUNT, default=100, show_default=True, help="Optimizer updates."
+            "--steps", type=_STEPS, default=100, show_default=True, help="Optimizer updates."
         ),
         click.option(
-            "--microbatches", type=COUNT, default=8, show_default=True,
+            "--microbatches", type=_MICROBATCHES, default=8, show_default=True,
             help="Microbatches per step.",
         ),
         click.option(
-            "--microbatch-size", type=_CountOrAuto() if choosable else COUNT, default=4,
+            "--microbatch-size", type=_CountOrAuto() if choosable else _SIZES, default=4,
             show_default=True, help=f"Samples in each{also}.",
         ),
     )  # fmt: skip

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,9 +14,12 @@ from typing import Any, Final
 from p2ptrain.errors import ConfigError
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.input import LinkEstimate
+from p2ptrain.planner.links import MEDIUM_CHARACTERS_MAX
+from p2ptrain.planner.toml_text import known_keys, read_toml, shown
 from p2ptrain.units import parse_bytes
 
 DEVICES_MAX: Final = 64
+NAME_CHARACTERS_MAX: Final = 60
 BYTES_PER_MBIT: Final = 125_000
 JOULES_PER_BYTE: Final = 1e-7
 """Assumed where a file names none: 802.11ac near 100 Mbit/s, as `power.model` assumes."""
@@ -82,12 +83,14 @@ def parse_devices(
     Raises:
         ConfigError: names the device, the key and what is allowed; nothing is used.
     """
-    tables = _tables(_toml(text, file), "device", file)
+    document = read_toml(text, file)
+    known_keys(document, ("device",), file)
+    tables = _tables(document, "device", file)
     if not tables:
         raise ConfigError(f"{file} has no device", hint="begin each with a line: [[device]]")
     found: list[DeviceSpec] = []
     for index, table in enumerate(tables):
-        label = f"{file}: device {str(table.get('name', table.get('type', index + 1)))!r:.40}"
+        label = f"{file}: device {shown(table.get('name', table.get('type', index + 1)))}"
         merged = _with_type(table, label, types)
         found += _copies(merged, label)
     names = [spec.name for spec in found]
@@ -95,7 +98,10 @@ def parse_devices(
     if twice:
         raise ConfigError(f"{file}: two devices are called {twice[0]!r}", hint="give each a name")
     if len(found) > DEVICES_MAX:
-        raise ConfigError(f"{file} has {len(found)} devices, {DEVICES_MAX} at most are planned for")
+        raise ConfigError(
+            f"{file} has {len(found)} devices, {DEVICES_MAX} at most are planned for",
+            hint="leave some out, or lower a count",
+        )
     return tuple(found)
 
 
@@ -105,21 +111,27 @@ def parse_links(text: str, *, file: str, devices: Sequence[str]) -> tuple[LinkEs
     Raises:
         ConfigError: an unknown device, or a number that is missing or out of its range.
     """
-    document = _toml(text, file)
-    _known(document, ("mbit_per_s", "latency_ms", "medium", "link"), file)
-    rest = _LinkSpeed.of(document, file) if "mbit_per_s" in document else None
+    document = read_toml(text, file)
+    known_keys(document, ("mbit_per_s", "latency_ms", "medium", "link"), file)
+    told = "mbit_per_s" in document or "latency_ms" in document
+    rest = _LinkSpeed.of(document, file) if told else None
     pairs: dict[frozenset[str], tuple[_LinkSpeed, str]] = {}
+    media: set[str] = set()
     for index, table in enumerate(_tables(document, "medium", file)):
         label = f"{file}: medium {index + 1}"
-        _known(table, ("name", "devices", "mbit_per_s", "latency_ms"), label)
+        known_keys(table, ("name", "devices", "mbit_per_s", "latency_ms"), label)
+        name = _text(table.get("name", f"medium {index + 1}"), label, MEDIUM_CHARACTERS_MAX)
+        if name in media:
+            raise ConfigError(f"{file}: two media are called {name!r}", hint="give each a name")
+        media.add(name)
         speed = _LinkSpeed.of(table, label)
-        members = _names(table.get("devices", list(devices)), label, devices)
+        members = _names(table.get("devices", list(devices)), label, devices, key="devices")
         for pair in itertools.combinations(members, 2):
-            pairs[frozenset(pair)] = (speed, str(table.get("name", f"medium {index + 1}")))
+            pairs[frozenset(pair)] = (speed, name)
     for index, table in enumerate(_tables(document, "link", file)):
         label = f"{file}: link {index + 1}"
-        _known(table, ("between", "mbit_per_s", "latency_ms"), label)
-        ends = _names(table.get("between"), label, devices)
+        known_keys(table, ("between", "mbit_per_s", "latency_ms"), label)
+        ends = _names(table.get("between"), label, devices, key="between")
         if len(set(ends)) != 2:
             raise ConfigError(f"{label} joins two different devices", hint='between = ["a", "b"]')
         pairs[frozenset(ends)] = (_LinkSpeed.of(table, label), "")
@@ -163,32 +175,49 @@ def _link_estimates(
 def _with_type(
     table: Mapping[str, Any], label: str, types: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:  # Any: TOML values
-    _known(table, DEVICE_KEYS, label)
+    known_keys(table, DEVICE_KEYS, label)
     kind = table.get("type")
     if kind is None:
         return dict(table)
     if not isinstance(kind, str) or kind not in types:
-        near = difflib.get_close_matches(str(kind), types, n=1)
+        near = difflib.get_close_matches(kind, types, n=1) if isinstance(kind, str) else []
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"{label}: there is no type {str(kind)!r:.40}",
+            f"{label}: there is no type {shown(kind)}",
             hint=f"{hint}types: {', '.join(sorted(types))}",
         )
     base = types[kind]
     sources = {key: text for key, text in base.get("source", {}).items() if key not in table}
-    return {**base, "name": kind, **table, "source": {**sources, **table.get("source", {})}}
+    own = _sources(table, label)
+    return {**base, "name": kind, **table, "source": {**sources, **own}}
+
+
+def _sources(table: Mapping[str, Any], label: str) -> dict[str, str]:  # Any: TOML values
+    value = table.get("source", {})
+    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
+        raise ConfigError(
+            f"{label}: source is a table of texts", hint='source = { gflops = "our own test" }'
+        )
+    return value
 
 
 def _copies(table: Mapping[str, Any], label: str) -> Iterable[DeviceSpec]:  # Any: TOML values
     count = _number(table, "count", label) or 1
     if count != int(count):
-        raise ConfigError(f"{label}: count is a whole number")
-    name = table.get("name")
-    if not isinstance(name, str) or not name.strip() or len(name) > 60 or not name.isprintable():
-        raise ConfigError(f"{label}: name is a short text", hint='name = "kitchen"')
+        raise ConfigError(f"{label}: count is a whole number", hint="count = 2")
+    name = _text(table.get("name"), label, NAME_CHARACTERS_MAX)
     for index in range(int(count)):
         own = name if count == 1 else f"{name}-{index + 1}"
         yield _spec(table, own, label)
+
+
+def _text(value: object, label: str, most: int) -> str:
+    """A name: printable, and not so long that tables and pictures cannot show it."""
+    if isinstance(value, str) and value.strip() and len(value) <= most and value.isprintable():
+        return value
+    raise ConfigError(
+        f"{label}: name is a short text, at most {most} characters", hint='name = "kitchen"'
+    )
 
 
 def _spec(table: Mapping[str, Any], name: str, label: str) -> DeviceSpec:  # Any: TOML values
@@ -214,7 +243,7 @@ def _spec(table: Mapping[str, Any], name: str, label: str) -> DeviceSpec:  # Any
         joules_per_byte=JOULES_PER_BYTE if per_byte is None else per_byte,
         memory_gbytes_per_s=values["memory_gbytes_per_s"],
         battery_wh=values["battery_wh"],
-        sources=dict(table.get("source", {})),
+        sources=_sources(table, label),
         **needed,
     )
 
@@ -226,7 +255,7 @@ def _memory(value: object, label: str) -> int:
         size = 0
     if not MEMORY[0] <= size <= MEMORY[1]:
         raise ConfigError(
-            f"{label}: memory is what training may use, 64MiB to 16384GiB, not {str(value)!r:.40}",
+            f"{label}: memory is what training may use, 64MiB to 16384GiB, not {shown(value)}",
             hint='memory = "4GiB"',
         )
     return size
@@ -237,18 +266,18 @@ def _number(table: Mapping[str, Any], key: str, label: str) -> float | None:  # 
         return None
     value, allowed = table[key], RANGES[key]
     plain = isinstance(value, int | float) and not isinstance(value, bool)
-    if not plain or not math.isfinite(value) or not allowed.low <= value <= allowed.high:
+    if not plain or not allowed.low <= value <= allowed.high:  # nan is neither
         raise ConfigError(
             f"{label}: {key} lies between {allowed.low:g} and {allowed.high:g} {allowed.unit}, "
-            f"not {str(value)!r:.40}",
+            f"not {shown(value)}",
             hint="correct the number, or leave the key out if it has a default",
         )
     return float(value)
 
 
-def _names(value: object, label: str, devices: Sequence[str]) -> list[str]:
+def _names(value: object, label: str, devices: Sequence[str], *, key: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise ConfigError(f"{label}: its devices are a list of names")
+        raise ConfigError(f"{label}: {key} is a list of names", hint=f'{key} = ["a", "b"]')
     for each in value:
         if each not in devices:
             near = difflib.get_close_matches(each, devices, n=1)
@@ -257,23 +286,8 @@ def _names(value: object, label: str, devices: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(value))
 
 
-def _toml(text: str, file: str) -> dict[str, Any]:  # Any: TOML values
-    try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file} is not TOML: {error}", hint="see README, plan") from error
-
-
 def _tables(document: Mapping[str, Any], key: str, file: str) -> list[dict[str, Any]]:  # Any: TOML
     value = document.get(key, [])
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise ConfigError(f"{file}: {key} is a list of tables", hint=f"write [[{key}]]")
     return value
-
-
-def _known(table: Mapping[str, Any], keys: Sequence[str], label: str) -> None:  # Any: TOML values
-    for key in table:
-        if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"keys: {', '.join(keys)}"
-            raise ConfigError(f"{label} has an unknown key {key!r:.40}", hint=hint)

@@ -35,7 +35,7 @@ class Interfaces:
         link = self._links.between(self._devices[sender], self._devices[receiver])
         whole_ns = _busy_ns(size_bytes, link.bytes_per_s)
         if link.medium:
-            return ((link.medium, whole_ns),)
+            return ((f"medium {link.medium}", whole_ns),)
         pair = (f"{sender} to {receiver}", whole_ns)
         if self._is_loopback(sender, receiver):
             return (pair,)

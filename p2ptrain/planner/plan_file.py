@@ -6,12 +6,13 @@ also `split` (replicas, tensor or sequence) and `weights`, a list of numbers; `s
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from typing import Any, Final
 
+from p2ptrain import limits
 from p2ptrain.errors import ConfigError
 from p2ptrain.planner.plan import Split
+from p2ptrain.planner.toml_text import known_keys, read_toml, shown
 from p2ptrain.schedule.actions import SCHEDULES, delays_gradients
 
 SPLITS: Final[dict[str, Split]] = {
@@ -49,14 +50,12 @@ def read_plan(text: str, *, file: str) -> AskedPlan:
     Raises:
         ConfigError: not TOML, not such tables, or a plan that no device and no model could have.
     """
-    try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file} is not TOML: {error}", hint="see README, plan") from error
+    document = read_toml(text, file)
+    known_keys(document, ("schedule", "stage"), file)
     schedule, stages = document.get("schedule"), document.get("stage")
     if schedule is not None and schedule not in SCHEDULES:
         raise ConfigError(
-            f"{file}: unknown schedule {str(schedule)!r:.40}",
+            f"{file}: unknown schedule {shown(schedule)}",
             hint=f"choose one of: {', '.join(SCHEDULES)}",
         )
     if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
@@ -72,16 +71,14 @@ def read_plan(text: str, *, file: str) -> AskedPlan:
 
 
 def _stage(stage: dict[str, Any], label: str) -> AskedStage:  # Any: TOML
-    unknown = sorted(set(stage) - {"devices", "segments", "split", "weights"})
-    if unknown:
-        raise ConfigError(
-            f"{label}: unknown key {unknown[0]!r:.40}", hint="devices, segments, split, weights"
-        )
+    known_keys(stage, ("devices", "segments", "split", "weights"), label)
     names, segments = stage.get("devices"), stage.get("segments")
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise ConfigError(f"{label} needs devices", hint='devices = ["laptop"]')
-    if not _is_count(segments):
-        raise ConfigError(f"{label} needs a number of segments, at least 1", hint="segments = 4")
+    if not _is_count(segments, limits.SEGMENTS_MAX):
+        raise ConfigError(
+            f"{label} needs a number of segments, 1 to {limits.SEGMENTS_MAX}", hint="segments = 4"
+        )
     return AskedStage(
         devices=tuple(names),
         segments=int(str(segments)),
@@ -95,7 +92,7 @@ def _split(given: object, devices: int, label: str) -> Split:
         return "replicas" if devices > 1 else "none"
     if not isinstance(given, str) or given not in SPLITS:
         raise ConfigError(
-            f"{label}: unknown split {str(given)!r:.40}", hint=f"choose one of: {', '.join(SPLITS)}"
+            f"{label}: unknown split {shown(given)}", hint=f"choose one of: {', '.join(SPLITS)}"
         )
     if devices < 2:
         raise ConfigError(
@@ -108,7 +105,7 @@ def _split(given: object, devices: int, label: str) -> Split:
 def _weights(given: object, devices: int, label: str) -> tuple[int, ...] | None:
     if given is None:
         return None
-    if not isinstance(given, list) or not all(_is_count(w) and w <= WEIGHT_MAX for w in given):
+    if not isinstance(given, list) or not all(_is_count(w, WEIGHT_MAX) for w in given):
         raise ConfigError(
             f"{label}: weights are whole numbers from 1 to {WEIGHT_MAX}", hint="weights = [3, 1]"
         )
@@ -119,8 +116,8 @@ def _weights(given: object, devices: int, label: str) -> tuple[int, ...] | None:
     return tuple(given)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 def _check_stages(asked: AskedPlan) -> None:

@@ -83,8 +83,8 @@ USAGE = "p2ptrain: hint: see p2ptrain {} --help\n"
         (
             "train --group home --microbatch-size 0",
             2,
-            "p2ptrain: invalid value for '--microbatch-size': '0' is not a number from 1 on, or "
-            "auto\n" + USAGE.format("train"),
+            "p2ptrain: invalid value for '--microbatch-size': '0' is not a number from 1 to "
+            "1048576, or auto\n" + USAGE.format("train"),
         ),
         (
             "train --group home --dropout 1",

@@ -95,6 +95,13 @@ def test_svg_shows_every_action(capsys: pytest.CaptureFixture[str]) -> None:
         (["--links", "none.toml"], DEVICES, 2, "there is no file none.toml", "--links"),
         (["--optimizer", "lion"], DEVICES, 2, "no optimizer 'lion'", "adamw, sgd"),
         (["--svg", "no/such.svg"], DEVICES, 2, "cannot be written", "--svg"),
+        (["--deadline", "nan"], DEVICES, 2, "'nan' is not a number above 0", "plan --help"),
+        (["--deadline", "1e300"], DEVICES, 2, "is not a number above 0, at most", "plan --help"),
+        (["--joules", "inf"], DEVICES, 2, "'inf' is not a number above 0", "plan --help"),
+        (["--joules", "-1"], DEVICES, 2, "'-1' is not a number above 0", "plan --help"),
+        (["--microbatches", "4097"], DEVICES, 2, "4097 is not in the range", "plan --help"),
+        (["--microbatch-size", "9999999"], DEVICES, 2, "is not in the range", "plan --help"),
+        (["--steps", str(1 << 41)], DEVICES, 2, "is not in the range", "plan --help"),
     ],
 )  # fmt: skip
 def test_bad_input_names_the_nearest_that_works(
@@ -124,6 +131,11 @@ def test_hints_work(capsys: pytest.CaptureFixture[str]) -> None:
         kept = [] if followed[0] in arguments else arguments
         assert _plan(*kept, *followed, devices=devices) == 0, (words, followed)
         capsys.readouterr()
+
+
+def test_byte_order_mark_of_an_editor_is_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _plan(devices="\ufeff" + DEVICES) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_directory_instead_of_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

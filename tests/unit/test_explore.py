@@ -123,6 +123,7 @@ def test_one_medium_makes_two_boundaries_wait_for_each_other() -> None:
         return pricing.price(arrangement, (1, 2, 3)).step_ns
 
     assert step_ns("air") > 1.3 * step_ns("")
+    assert step_ns("0 to 1") == step_ns("air"), "whatever it is called"
 
 
 def test_both_links_of_the_middle_stage_share_its_interface() -> None:

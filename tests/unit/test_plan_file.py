@@ -37,12 +37,12 @@ def _forced(text: str, asked: Question | None = None, known: Known | None = None
     return asked_candidate(plan, explorer=Explorer(pricing), pricing=pricing, known=known)
 
 
-def _stages(*stages: tuple[list[str], int], schedule: str = "1f1b") -> str:
+def _stages(*stages: tuple[list[str], int | str], schedule: str = "1f1b") -> str:
     tables = [f"[[stage]]\ndevices = {names}\nsegments = {count}\n" for names, count in stages]
     return "\n".join([f'schedule = "{schedule}"', *tables])
 
 
-def _shared(names: list[str], count: int, line: str = "", schedule: str = "1f1b") -> str:
+def _shared(names: list[str], count: int | str, line: str = "", schedule: str = "1f1b") -> str:
     return _stages((names, count), schedule=schedule) + line + "\n"
 
 
@@ -64,6 +64,9 @@ def test_it_is_priced_as_asked() -> None:
         (_stages(([A], 3), ([A], 3)), "named twice", "one stage"),
         (_stages(([], 6)), "needs devices", "laptop"),
         (_stages(([A], 0), ([B], 6)), "stage 0 needs a number", "segments = 4"),
+        (_stages(([A], 10**30)), "stage 0 needs a number", "segments = 4"),
+        (_shared([A], f"1{'0' * 5000}"), "thousands of digits", "correct"),
+        ('shedule = "zb-h1"\n' + _stages(([A], 6)), "unknown key 'shedule'", "mean schedule?"),
         (_stages(([A], 2), ([B], 3)), "have 5 segments, the model has 6", "have to take 4"),
         (_stages(([A], 7), ([B], 3)), "have 10 segments", "take some away"),
         (_shared([A, B], 6, 'split = "rows"'), "unknown split 'rows'", "tensor"),
