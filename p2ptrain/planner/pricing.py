@@ -414,7 +414,7 @@ class Pricing:
                         passes_ns=passes,
                         compute_ns=passes + ending + own * SET_NS_PER_BYTE,
                         sent_bytes=sent,
-                        moved_bytes=sent + into + reduced + kept[r.device],
+                        moved_bytes=sent + into + reduced + kept.pop(r.device, 0),  # at one end
                     )
                 )
         return tuple(found)

@@ -78,6 +78,14 @@ def test_memory_of_both_ends_counts_together() -> None:
         choose_plan(planning(room=150))
 
 
+@pytest.mark.parametrize("order", ["aba", "abca", "abc"])
+def test_every_byte_that_is_sent_is_received_once(order: str) -> None:
+    pricing, arrangement = arranged(planning(), order)
+    shares = pricing.shares(arrangement, (1, 3, 5, 6)[-len(order) :], [10] * len(order))
+    sent = sum(share.sent_bytes for share in shares)
+    assert sum(share.moved_bytes for share in shares) == 2 * sent
+
+
 def test_too_few_segments_leave_the_owner_alone_and_say_why() -> None:
     plan = choose_plan(planning(segments=2)).plan
     assert owners(plan) == "a"
