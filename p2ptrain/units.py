@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import ROUND_CEILING, Decimal
+
 NS_PER_S = 1_000_000_000
 UJ_PER_J = 1_000_000
 KIB = 1024
@@ -17,6 +19,23 @@ def format_bytes(count: int) -> str:
             return f"{int(size)} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     raise AssertionError("unreachable")
+
+
+def bytes_rounded_up(count: int) -> str:
+    """As `format_bytes`, but never less, so that what is needed is told: `1537` -> `1.6 KiB`."""
+    for unit, name in ((1, "B"), (KIB, "KiB"), (MIB, "MiB"), (GIB, "GiB")):
+        if count < 1024 * unit or unit == GIB:
+            tenths = -(-count * 10 // unit)
+            return f"{count} B" if unit == 1 else f"{tenths / 10:.1f} {name}"
+    raise AssertionError("unreachable")
+
+
+def rounded_up(count: int, unit: int) -> str:
+    """A positive number of units to three digits, never less, as people type it: (12_345, 1000)
+    -> `12.4`; `unit` is a power of ten."""
+    value = Decimal(count) / Decimal(unit)
+    last = Decimal(1).scaleb(value.adjusted() - 2)
+    return f"{value.quantize(last, rounding=ROUND_CEILING).normalize():f}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -15,6 +15,7 @@ from p2ptrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from p2ptrain.planner.input import LinkEstimate
+    from p2ptrain.planner.memory_shortfall import Variant
     from p2ptrain.planner.question import Question
 
 
@@ -83,7 +84,7 @@ def plan(as_json: bool, **options: Any) -> None:  # Any: click's values
     print_report(*picture(rows))
 
 
-def _question(options: dict[str, Any]) -> tuple[Question, Any]:  # Any: click's values, a Variant
+def _question(options: dict[str, Any]) -> tuple[Question, Variant]:  # Any: click's values
     from p2ptrain.planner.described import Work, described_question, owner_of
     from p2ptrain.planner.device_file import parse_devices, parse_links
     from p2ptrain.planner.objective import objective_of
@@ -112,11 +113,11 @@ def _question(options: dict[str, Any]) -> tuple[Question, Any]:  # Any: click's 
     owner = owner_of(options["home"], names, private=options["private"])
 
     def variant(size: int, rematerialise: bool) -> Question:
-        whole = work.microbatches * work.microbatch_size
+        other = question.contract.at_size(size, rematerialise=rematerialise)
         changed = replace(
             work,
             microbatch_size=size,
-            microbatches=min(-(-whole // size), 4096),
+            microbatches=other.microbatches,
             rematerialise=rematerialise,
         )
         return ask(changed)
@@ -125,7 +126,8 @@ def _question(options: dict[str, Any]) -> tuple[Question, Any]:  # Any: click's 
         question = described_question(manifest, specs, links, about, objective, schedules)
         return replace(question, home=owner, private=options["private"])
 
-    return ask(work), variant
+    question = ask(work)
+    return question, variant
 
 
 def _draw(path: str, rows: list[tuple[str, Any]], model: str) -> None:  # Any: spans

@@ -6,7 +6,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
+from p2ptrain import limits
 from p2ptrain.errors import ConfigError, PlanInfeasible
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups
@@ -16,10 +18,14 @@ from p2ptrain.planner.kinds import Kind
 from p2ptrain.planner.plan_file import AskedPlan, AskedStage
 from p2ptrain.planner.pricing import Pricing, spans
 from p2ptrain.planner.sharded import Sharded, ShardedPricing, objection
-from p2ptrain.units import format_bytes
+from p2ptrain.planner.shortfall import beyond_asked
+from p2ptrain.units import bytes_rounded_up, format_bytes
 
-ID_PART_MIN = 4
+ID_PART_MIN: Final = 4
 """Characters of a device's id that may stand for all of it."""
+
+
+NOTHING_FITS: Final = "nothing of this shape fits; leave --plan out to see what does"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +37,14 @@ class Known:
     absent: Mapping[DeviceId, str] = field(default_factory=dict)
     """Devices of the group that cannot take part -> why."""
 
+    def is_called(self, device: DeviceId, word: str) -> bool:
+        """Whether `word` is its name, or all of its id."""
+        return word in (device, self.names.get(device))
+
     def matches(self, device: DeviceId, word: str) -> bool:
-        """Whether somebody who writes `word` means this device."""
+        """Whether somebody who writes `word` may mean this device: where none is called so."""
         begins = len(word) >= ID_PART_MIN and device.startswith(word)
-        return begins or word in (device, self.names.get(device))
+        return begins or self.is_called(device, word)
 
     def name_of(self, device: DeviceId) -> str:
         return self.names.get(device, device)
@@ -57,14 +67,8 @@ def asked_candidate(
         candidate = _sharded(asked, groups[0], explorer, pricing, known)
     else:
         candidate = _arranged(asked, groups, explorer, pricing, known)
-    broken = violations(pricing, pricing.question.objective, candidate.price)
-    if broken:
-        limit, device = broken[0]
-        whose = f" of {known.name_of(device)}" if device else ""
-        raise PlanInfeasible(
-            f"{asked.file}: this plan takes more than the {limit}{whose} allows",
-            hint="leave --plan out: the planner looks for one that keeps within it",
-        )
+    if violations(pricing, pricing.question.objective, candidate.price):
+        raise beyond_asked(pricing.question, candidate, file=asked.file, name=known.name_of)
     return candidate
 
 
@@ -82,7 +86,9 @@ def _groups(asked: AskedPlan, pricing: Pricing, known: Known) -> Groups:
 
 
 def _device(word: str, label: str, pricing: Pricing, known: Known) -> int:
-    found = [i for i, each in enumerate(pricing.devices) if known.matches(each.id, word)]
+    found = [i for i, each in enumerate(pricing.devices) if known.is_called(each.id, word)]
+    if not found:
+        found = [i for i, each in enumerate(pricing.devices) if known.matches(each.id, word)]
     if len(found) == 1:
         return found[0]
     here = [known.name_of(each.id) for each in pricing.devices]
@@ -130,14 +136,37 @@ def _arranged(
         )
     arrangement = pricing.arrange(groups, schedule, weights)
     if arrangement is None:
-        raise PlanInfeasible(
-            f"{asked.file}: a replica gets no microbatch of {pricing.microbatches}",
-            hint="use more microbatches, or leave the slowest device of a stage out",
-        )
+        raise _idle_replica(asked, groups, pricing, known)
     ends = [stage.segments for stage in asked.stages]
     cuts = tuple(sum(ends[: index + 1]) for index in range(len(ends)))
     _check_memory(pricing, arrangement, cuts, asked, known)
     return explorer.candidate(arrangement, cuts)
+
+
+def _idle_replica(
+    asked: AskedPlan, groups: Groups, pricing: Pricing, known: Known
+) -> PlanInfeasible:
+    """Some replica would get no microbatch: which, and how many would do, if a run may have so
+    many."""
+    for stage, group in zip(asked.stages, groups, strict=True):
+        owners = pricing.would_share(group, stage.weights, pricing.microbatches)
+        idle = next((rank for rank in range(len(group)) if rank not in owners), None)
+        if idle is not None:
+            break
+    name = known.name_of(pricing.devices[group[idle or 0]].id)
+    enough = [
+        pricing.would_share(group, stage.weights, limits.MICROBATCHES_MAX)
+        for stage, group in zip(asked.stages, groups, strict=True)
+    ]
+    hint = f"leave {name} out"
+    if all(len(set(own)) == len(group) for own, group in zip(enough, groups, strict=True)):
+        fewest = 1 + max(own.index(rank) for own in enough for rank in set(own))
+        hint = f"use --microbatches {fewest}, or {hint}"
+    elif stage.weights is not None:
+        hint = f"give {name} a larger weight, or {hint}"
+    return PlanInfeasible(
+        f"{asked.file}: {name} gets no microbatch of {pricing.microbatches}", hint=hint
+    )
 
 
 def _check_memory(
@@ -149,7 +178,7 @@ def _check_memory(
             device = pricing.devices[replica.device]
             if needs > device.profile.memory_bytes:
                 raise PlanInfeasible(
-                    f"{asked.file}: stage {stage} needs {format_bytes(needs)} on "
+                    f"{asked.file}: stage {stage} needs {bytes_rounded_up(needs)} on "
                     f"{known.name_of(device.id)}, which has "
                     f"{format_bytes(device.profile.memory_bytes)}",
                     hint=_nearest(pricing, arrangement),
@@ -159,7 +188,7 @@ def _check_memory(
 def _nearest(pricing: Pricing, arrangement: Arrangement) -> str:
     cuts = bottleneck_cuts(pricing, arrangement)
     if cuts is None:
-        return "no cut of these stages fits; leave --plan out to see what does"
+        return NOTHING_FITS
     counts = ", ".join(str(end - first) for first, end in spans(cuts))
     return f"these stages fit with {counts} segments"
 
@@ -180,7 +209,7 @@ def _sharded(
         has = pricing.devices[index].profile.memory_bytes
         if needs > has:
             raise PlanInfeasible(
-                f"{asked.file}: its part needs {format_bytes(needs)} on "
+                f"{asked.file}: its part needs {bytes_rounded_up(needs)} on "
                 f"{known.name_of(pricing.devices[index].id)}, which has {format_bytes(has)}",
                 hint=_smaller_part(sharded, pricing),
             )
@@ -201,4 +230,4 @@ def _smaller_part(sharded: Sharded, pricing: Pricing) -> str:
     needs = ShardedPricing(pricing).memory_bytes(other)
     if all(need <= room for need, room in zip(needs, rooms, strict=True)):
         return f"weights = {list(weights)} would fit"
-    return "use smaller microbatches, or add a device"
+    return NOTHING_FITS

@@ -6,17 +6,15 @@ them: others, as masks and positions, are inputs or follow from inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 from p2ptrain.bundle.manifest import Manifest
-from p2ptrain.errors import PlanInfeasible
 from p2ptrain.planner.arrangement import Arrangement, Cuts
 from p2ptrain.planner.halving import least_busy
 from p2ptrain.planner.pricing import Pricing, spans
 from p2ptrain.planner.question import Question
 from p2ptrain.schedule.actions import Held
-from p2ptrain.units import format_bytes
+from p2ptrain.units import bytes_rounded_up, format_bytes
 
 FRONTS_MAX: Final = 48
 """Lengths of the first stage that are tried."""
@@ -34,50 +32,28 @@ def private_objection(manifest: Manifest) -> str | None:
     return None
 
 
-def private_shortfall(pricing: Pricing, works: Callable[[int], bool]) -> PlanInfeasible:
-    """The error where no private plan fits the memory, or has as many stages as were asked for.
-
-    `works`: whether there is one of so many stages.
-    """
-    question, count = pricing.question, pricing.segment_count
-    owner = next((d for d in question.devices if d.id == question.home), None)
-    if owner is None:
-        return PlanInfeasible(
-            "the data's owner has not measured this model, and a private run needs it",
-            hint="let it take part, or leave --private out",
-        )
-    if question.stages is not None:
-        most = min(len(pricing.devices) + 1, count)
-        near = sorted({1, *range(3, most + 1)}, key=lambda n: (abs(n - question.stages), n))
-        possible = next((n for n in near if works(n)), None)
-        if possible is not None:
-            return PlanInfeasible(
-                f"no private plan has {question.stages} stages here",
-                hint=f"use --stages {possible}; both of the owner's count",
-            )
-    has, against = owner.profile.memory_bytes, private_objection(question.manifest)
-    whole = pricing.memory_bytes(0, count, ONE)
+def private_reason(question: Question) -> str:
+    """Why no private plan fits the memory."""
+    pricing = Pricing(question)
+    owner = next(each for each in question.devices if each.id == question.home)
+    has, count = owner.profile.memory_bytes, pricing.segment_count
+    against = private_objection(question.manifest)
     if against is not None:
-        return PlanInfeasible(
-            f"the data's owner would train alone, which takes {format_bytes(whole)} of its "
-            f"{format_bytes(has)}: {against}",
-            hint=_less(question, whole),
+        whole = bytes_rounded_up(pricing.memory_bytes(0, count, ONE))
+        return (
+            f"the data's owner would train alone, which takes {whole} of its "
+            f"{format_bytes(has)}: {against}"
         )
     allowed = sorted(_ends_allowed(question.manifest))
     least = pricing.memory_bytes(0, allowed[0], ONE)
     least += pricing.memory_bytes(allowed[-1], count, ONE)
-    return PlanInfeasible(
-        f"the first and the last stage need at least {format_bytes(least)} on the data's owner, "
-        f"which has {format_bytes(has)}, and what is left has to fit the others",
-        hint=_less(question, least),
+    needs = f"the first and the last stage need at least {bytes_rounded_up(least)}"
+    if least > has:
+        return f"{needs} on the data's owner, which has {format_bytes(has)}"
+    return (
+        f"{needs} of the {format_bytes(has)} of the data's owner, and what is left of the model "
+        "does not fit the others"
     )
-
-
-def _less(question: Question, needs: int) -> str:
-    """The nearest change that may help."""
-    size = question.contract.microbatch_size
-    smaller = f"use --microbatch-size {size // 2}, or " if size > 1 else ""
-    return f"{smaller}give the owner {format_bytes(needs)} or more, or leave --private out"
 
 
 def fits_ends(pricing: Pricing, arrangement: Arrangement, cuts: Cuts) -> bool:

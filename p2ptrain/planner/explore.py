@@ -9,7 +9,7 @@ For few devices and segments nothing is dropped before that, so the best is foun
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -107,8 +107,7 @@ class Explorer:
             if question.private and kind not in EXACT_KINDS:
                 continue
             if kind in ("tensor", "sequence"):
-                self._sharded(kind)
-                if kind in self._found.by_kind:
+                if self._against_sharding(kind) is None and any(self._fitting_shards(kind)):
                     return True
                 continue
             for groups in groupings(self._pricing, kind):
@@ -189,27 +188,33 @@ class Explorer:
         )
 
     def _sharded(self, kind: Kind) -> None:
-        pricing = self._pricing
-        against = objection(pricing, kind, 2)
-        if len(pricing.devices) < 2:
-            against = "it takes two devices"
-        if pricing.question.stages not in (None, 1):
-            against = "it has one stage"
+        against = self._against_sharding(kind)
         if against is not None:
             self._found.objections[kind] = against
             return
         fitting = False
-        for devices in subsets(pricing):
-            if objection(pricing, kind, len(devices)) is not None:
-                continue
-            candidate = self.sharded_candidate(Sharded(kind=kind, devices=devices))
-            rooms = [pricing.devices[i].profile.memory_bytes for i in devices]
-            if any(map(int.__gt__, candidate.memory_bytes, rooms)):
-                continue
+        for sharded in self._fitting_shards(kind):
             fitting = True
-            self._consider(candidate)
+            self._consider(self.sharded_candidate(sharded))
         if kind not in self._found.by_kind:
             self._found.objections[kind] = self._why_none(kind, fitting)
+
+    def _against_sharding(self, kind: Kind) -> str | None:
+        if self._pricing.question.stages not in (None, 1):
+            return "it has one stage"
+        if len(self._pricing.devices) < 2:
+            return "it takes two devices"
+        return objection(self._pricing, kind, 2)
+
+    def _fitting_shards(self, kind: Kind) -> Iterator[Sharded]:
+        """Devices that could share every segment, and whose memory holds their parts."""
+        pricing = self._pricing
+        for devices in subsets(pricing):
+            if objection(pricing, kind, len(devices)) is None:
+                sharded = Sharded(kind=kind, devices=devices)
+                rooms = [pricing.devices[i].profile.memory_bytes for i in devices]
+                if all(map(int.__le__, self._sharding.memory_bytes(sharded), rooms)):
+                    yield sharded
 
     def _consider(self, candidate: Candidate) -> None:
         found, price = self._found, candidate.price

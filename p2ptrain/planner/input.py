@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -89,6 +90,8 @@ class PlanningInput:
     """Steps that batteries have to last for; None: all of the contract's."""
     links: tuple[LinkEstimate, ...] = ()
     """Links of which something was measured; the others are assumed."""
+    memory_of: Callable[[Contract], StageMemory] | None = None
+    """The memory of stages under another contract; None: no other one is suggested."""
 
     def __post_init__(self) -> None:
         devices = [profile.device for profile in self.profiles]

@@ -33,6 +33,7 @@ from p2ptrain.planner.step_ends import StepEnds
 from p2ptrain.planner.traffic import all_reduce_bytes, collective_ns
 from p2ptrain.schedule.actions import Action, Held, delayed_microbatches, delays_gradients, held
 from p2ptrain.schedule.replicated import (
+    Owners,
     Passage,
     ReplicatedTimeline,
     ReplicaTimes,
@@ -245,6 +246,15 @@ class Pricing:
             groups=groups, schedule=schedule, stages=stages, weights=parts, owners=owners,
             actions=actions, hops=hops,
         )  # fmt: skip
+
+    def would_share(
+        self, group: tuple[int, ...], weights: Sequence[int] | None, microbatches: int
+    ) -> Owners:
+        """Who of a group would get each of so many microbatches; without weights, by speed."""
+        if weights is not None:
+            return owners_by_weight(weights, microbatches)
+        sharing = self.sharing(group)
+        return shared_out([self.times(i, sharing[i]).pass_ns for i in group], microbatches)
 
     def _by_speed(self, tables: Sequence[SegmentTimes]) -> tuple[int, ...]:
         """Microbatches per replica, so that the busiest one is as little busy as can be."""

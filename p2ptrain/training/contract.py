@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from p2ptrain import limits
@@ -97,6 +97,14 @@ class Contract:
     def minibatch_size(self) -> int:
         """Samples per step."""
         return self.microbatch_size * self.microbatches
+
+    def at_size(self, microbatch_size: int, *, rematerialise: bool) -> Contract:
+        """The same with microbatches of another size, in each step as many samples or, where they
+        do not divide evenly, a few more; fewer where that would be too many microbatches."""
+        count = min(-(-self.minibatch_size // microbatch_size), limits.MICROBATCHES_MAX)
+        return replace(
+            self, microbatch_size=microbatch_size, microbatches=count, rematerialise=rematerialise
+        )
 
     @property
     def exactness(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -86,7 +88,7 @@ def test_svg_shows_every_action(capsys: pytest.CaptureFixture[str]) -> None:
         ([], SLOW.replace("busy_watts = 2", "busy_watts = -2"), 2, "busy_watts lies", "correct"),
         ([], SLOW.format(memory="64MiB"), 4, "segment", "add a device with at least"),
         ([], SLOW.format(memory="170MiB"), 4, "the model needs", "use --microbatch-size"),
-        (["--deadline", "1"], DEVICES, 4, "nothing is done within 1 s", "use --deadline"),
+        (["--deadline", "1"], DEVICES, 4, "nothing is done within 1.0 s", "use --deadline"),
         (["--joules", "1"], DEVICES, 4, "nothing is done with 1 J", "use --joules"),
         (
             ["--steps", "100000"], SLOW.format(memory="4GiB") + "battery_wh = 1", 4,
@@ -114,22 +116,46 @@ def test_bad_input_names_the_nearest_that_works(
     assert hint in printed.err.split("hint:")[1]
 
 
-def test_hints_work(capsys: pytest.CaptureFixture[str]) -> None:
-    cases = [
+def _followed(hint: str, devices: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """Do what one alternative of a hint says."""
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    options |= dict(re.findall(r"(--[a-z-]+) ([0-9.]+)", hint))
+    flags = ["--rematerialise"] if "--rematerialise" in hint else []
+    if added := re.search("add a device with at least ([0-9.]+ [MG]iB)", hint):
+        devices += SLOW.format(memory=added[1]).replace('"slow"', '"one more"')
+    if given := re.search("give slow ([0-9.]+ [MG]iB)", hint):
+        devices = re.sub('memory = ".*"', f'memory = "{given[1]}"', devices)
+    if "plug slow in" in hint:
+        devices = re.sub("battery_wh = .*", "", devices)
+    kept = ["--private"] if "--home" in options and "leave --private out" not in hint else []
+    return devices, [*itertools.chain(*options.items()), *flags, *kept]
+
+
+@pytest.mark.parametrize(
+    ("devices", "arguments"),
+    [
         (SLOW.format(memory="170MiB"), []),
+        (SLOW.format(memory="170MiB"), ["--deadline", "1"]),
+        (SLOW.format(memory="100MiB"), ["--microbatch-size", "16"]),
+        (SLOW.format(memory="170MiB"), ["--home", "slow"]),
+        (SLOW.format(memory="4GiB") + "battery_wh = 0.1", ["--joules", "500", "--deadline", "900"]),
+        (SLOW.format(memory="4GiB") + "battery_wh = 1", ["--steps", "100000"]),
         (DEVICES, ["--deadline", "1"]),
         (DEVICES, ["--joules", "1"]),
-        (SLOW.format(memory="4GiB") + "battery_wh = 1", ["--steps", "100000"]),
-    ]
-    for devices, arguments in cases:
-        assert _plan(*arguments, devices=devices) == 4
-        words = capsys.readouterr().err.split("hint:")[1].replace(",", "").split()
-        index = next(i for i, word in enumerate(words) if word.startswith("--"))
-        followed = [words[index]]
-        if words[index + 1].isdigit():
-            followed.append(words[index + 1])
-        kept = [] if followed[0] in arguments else arguments
-        assert _plan(*kept, *followed, devices=devices) == 0, (words, followed)
+        (DEVICES, ["--joules", "1", "--deadline", "1"]),
+        (DEVICES, ["--objective", "energy", "--joules", "900", "--deadline", "40"]),
+    ],
+)
+def test_every_alternative_of_a_hint_works(
+    devices: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    private = ["--private"] if "--home" in arguments else []
+    assert _plan(*arguments, *private, devices=devices) == 4
+    hint = capsys.readouterr().err.split("hint:")[1]
+    for alternative in hint.split(", or "):
+        changed, asked = _followed(alternative, devices, arguments)
+        assert (changed, asked) != (devices, [*arguments, *private]), alternative
+        assert _plan(*asked, devices=changed) == 0, (alternative, capsys.readouterr().err)
         capsys.readouterr()
 
 
@@ -169,7 +195,7 @@ def test_private_plan_that_the_owner_cannot_hold_says_what_it_takes(
     assert _plan("--private", "--home", "slow", devices=devices) == 4
     printed = capsys.readouterr()
     assert "the first and the last stage need at least" in printed.err
-    assert "give the owner" in printed.err
+    assert "give slow 1" in printed.err
     assert _plan("--home", "pi", devices=devices) == 2
     assert "devices: laptop, pi-1, pi-2, slow" in capsys.readouterr().err
     Path("p.toml").write_text("[[stage]]\ndevices = ['laptop']\nsegments = 10\n", "utf-8")

@@ -106,8 +106,9 @@ def test_a_plan_beyond_a_battery_names_whose() -> None:
     peers = [dataclasses.replace(profile(x, EQUAL), power=watts) for x in "abc"]
     tired = (peers[0], dataclasses.replace(peers[1], battery=battery), peers[2])
     text = _stage(["laptop"], 4) + _stage(["cellar"], 4)
-    with pytest.raises(PlanInfeasible, match="takes more than the battery of cellar allows"):
+    with pytest.raises(PlanInfeasible, match="more than cellar has in its battery") as refused:
         _asked(text, profiles=tired)
+    assert refused.value.hint.startswith("plug cellar in, or ")
     plan, _ = _asked(_stage(["laptop"], 4) + _stage(["loft"], 4), profiles=tired)
     assert len(plan.stages) == 2
 

@@ -8,7 +8,7 @@ import pytest
 
 from p2ptrain.bundle.manifest import Value
 from p2ptrain.bundle.sharding import Sharding
-from p2ptrain.errors import ConfigError, P2PTrainError, PlanInfeasible
+from p2ptrain.errors import ConfigError, PlanInfeasible
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.asked import Known, asked_candidate
 from p2ptrain.planner.explore import Candidate, Explorer
@@ -109,18 +109,32 @@ def test_what_does_not_fit_names_cuts_that_do() -> None:
     )
     with pytest.raises(PlanInfeasible, match="stage 0 needs") as refused:
         _forced(_stages(([A], 6)), asked)
-    assert "no cut of these stages fits" in refused.value.hint
+    assert "nothing of this shape fits" in refused.value.hint
 
 
 def test_limits_hold_for_asked_plans_too() -> None:
     asked = dataclasses.replace(_asked(), objective=Objective(deadline_ns=1000))
-    with pytest.raises(PlanInfeasible, match="takes more than the deadline allows"):
+    with pytest.raises(PlanInfeasible, match="and the deadline is 1 us") as refused:
         _forced(_stages(([A], 6)), asked)
+    assert refused.value.hint == "use --deadline 1.44"
+    enough = dataclasses.replace(_asked(), objective=Objective(deadline_ns=1_440_000_000))
+    _forced(_stages(([A], 6)), enough)
+    nearly = dataclasses.replace(_asked(), objective=Objective(deadline_ns=1_300_000_000))
+    with pytest.raises(PlanInfeasible, match="this plan takes") as refused:
+        _forced(_stages(([A], 6)), nearly)
+    assert refused.value.hint.startswith("use --deadline 1.44, or --steps 9 is possible, or leave ")
 
 
 def test_a_replica_without_a_microbatch_is_refused() -> None:
-    with pytest.raises(P2PTrainError, match="a replica gets no microbatch of 8"):
-        _forced(_stages(([A, B], 6)), _asked(slowness=(1, 100, 1)))
+    slow = _asked(slowness=(1, 100, 1))
+    with pytest.raises(PlanInfeasible, match=f"{B} gets no microbatch of 8") as refused:
+        _forced(_stages(([A, B], 6)), slow)
+    assert refused.value.hint == f"use --microbatches 101, or leave {B} out"
+    more = dataclasses.replace(slow, contract=dataclasses.replace(slow.contract, microbatches=101))
+    assert _forced(_stages(([A, B], 6)), more).kind == "data"
+    with pytest.raises(PlanInfeasible, match=f"{B} gets no microbatch of 8") as refused:
+        _forced(_shared([A, B], 6, "weights = [1000000, 1]"))
+    assert refused.value.hint == f"give {B} a larger weight, or leave {B} out"
 
 
 def test_weights_say_who_runs_how_many_microbatches() -> None:
@@ -138,6 +152,8 @@ def test_devices_are_known_by_name_by_id_and_by_its_beginning() -> None:
     known = Known(names={DeviceId(A): "laptop", DeviceId(B): "cellar"})
     for word in ("cellar", B, B[:4]):
         assert _forced(_stages(([word], 6)), known=known).devices == (1,)
+    known = Known(names={DeviceId(A): B[:4], DeviceId(B): "cellar"})
+    assert _forced(_stages(([B[:4]], 6)), known=known).devices == (0,), "it is called just so"
     with pytest.raises(ConfigError) as refused:
         _forced(_stages((["celar"], 6)), known=known)
     assert "did you mean 'cellar'?" in refused.value.hint

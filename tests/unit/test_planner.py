@@ -11,7 +11,7 @@ from p2ptrain import limits
 from p2ptrain.errors import ConfigError, PlanInfeasible
 from p2ptrain.planner import kinds
 from p2ptrain.planner.choose import choose_plan, run_question
-from p2ptrain.planner.input import LinkEstimate, PlanningInput, stage_shares
+from p2ptrain.planner.input import LinkEstimate, PlanningInput, StageMemory, stage_shares
 from p2ptrain.planner.kinds import KINDS, Kind, kinds_at_start, kinds_compared
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pace import at_pace
@@ -25,6 +25,7 @@ from p2ptrain.planner.profile import (
     is_plausible,
 )
 from p2ptrain.store.bundles import load_bundle, shipped_bundles
+from p2ptrain.training.contract import Contract
 from p2ptrain.wire.codec import from_plain, to_plain
 from tests.planning_cases import device, fast_links, planning_input, profile
 
@@ -219,11 +220,11 @@ def test_peer_without_measurements_is_left_out() -> None:
         ("ab", 1 << 40, 9, "the model has 8 segments", "use --stages 2"),
         ("abc", 900, 1, "exactly 1 stages fits the memory", "use --stages 3"),
         ("a", 150, None, "segment s0 alone needs 200 B, the largest peer has 150 B",
-         "add a peer with at least 200 B or use --microbatch-size 2"),
+         "add a peer with at least 1.6 KiB"),
         ("a", 1200, None, "needs 1.6 KiB on one peer, the largest has 1.2 KiB",
-         "add 1 peer with 1.2 KiB or use --microbatch-size 2"),
-        ("ab", 700, None, "no cut over 2 peers fits", "add 3 peers with 700 B or"),
-        ("ab", 200, None, "no cut over 2 peers fits", "add peers with more than 200 B or"),
+         "use --microbatch-size 2 --microbatches 16, or add a peer with at least 600 B"),
+        ("ab", 700, None, "no cut over 2 peers fits", "add a peer with at least 1000 B"),
+        ("ab", 200, None, "no cut over 2 peers fits", "add a peer with at least 1.6 KiB"),
     ],
 )  # fmt: skip
 def test_infeasible_says_what_is_short_and_what_would_do(
@@ -231,9 +232,28 @@ def test_infeasible_says_what_is_short_and_what_would_do(
 ) -> None:
     peers = [profile(letter, EQUAL, memory_bytes=memory_bytes) for letter in letters]
     with pytest.raises(PlanInfeasible) as caught:
-        choose_plan(planning_input(peers, segment_count=8, stages=stages))
+        choose_plan(_of_any_size(planning_input(peers, segment_count=8, stages=stages)))
     assert message in caught.value.message
     assert hint in caught.value.hint
+
+
+def _of_any_size(planning: PlanningInput) -> PlanningInput:
+    """What a segment holds of a microbatch grows with its samples, of which it has four."""
+
+    def memory_of(other: Contract) -> StageMemory:
+        def memory(segments: range, in_flight: int, delayed: int = 0) -> int:
+            return len(segments) * 25 * (4 + in_flight * other.microbatch_size + delayed)
+
+        return memory
+
+    return dataclasses.replace(planning, memory_of=memory_of)
+
+
+def test_what_cannot_be_changed_any_more_is_not_suggested() -> None:
+    """A run under way has its contract."""
+    with pytest.raises(PlanInfeasible) as caught:
+        choose_plan(planning_input([profile("a", EQUAL, memory_bytes=150)], segment_count=8))
+    assert caught.value.hint == "add a peer with at least 1.6 KiB"
 
 
 def test_delayed_gradients_shorten_the_step_where_backwards_have_parts() -> None:
@@ -395,7 +415,7 @@ def test_a_deadline_takes_the_hungry_peer_in_again() -> None:
 def test_limits_that_nothing_meets_name_what_would() -> None:
     with pytest.raises(PlanInfeasible, match="nothing is done within") as refused:
         choose_plan(_powered(Objective(deadline_ns=1000)))
-    assert "--deadline 2" in refused.value.hint
+    assert refused.value.hint == "use --deadline 1.09"
     with pytest.raises(PlanInfeasible, match="nothing is done with 1 mJ"):
         choose_plan(_powered(Objective(joules_uj=1000)))
 
@@ -422,7 +442,7 @@ def test_a_battery_has_to_last_for_the_steps_that_are_left() -> None:
     assert len(choose_plan(_on_battery(reserve + 1)).plan.stages) == 2
     with pytest.raises(PlanInfeasible, match="do not last for 10 steps: aaaaaaaa has") as refused:
         choose_plan(_on_battery(reserve - 1))
-    assert refused.value.hint == "--steps 9 is possible, or plug a device in"
+    assert refused.value.hint == "plug aaaaaaaa, bbbbbbbb in, or --steps 9 is possible"
     choose_plan(_on_battery(reserve - 1, steps_left=9))
     with pytest.raises(PlanInfeasible, match="do not last for 10 steps"):
         choose_plan(_on_battery(15))

@@ -121,6 +121,7 @@ def _way(
         profiles=tuple(planning_profile(profile, contract) for profile in planned),
         home=group.home,
         stage_memory=predicted_memory(manifest, contract),
+        memory_of=lambda other: predicted_memory(manifest, other),
         run=job.run,
         lineage=job.lineage,
         view=job.view,
