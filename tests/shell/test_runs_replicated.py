@@ -54,6 +54,7 @@ async def train(path: Path, layout: Layout, bundle: Bundle = BUNDLE, **changes: 
         }  # fmt: skip
         with trio.fail_after(SECONDS_MAX):
             result = await group[0].train(request_for(path, bundle, **asked))
+        assert not group.broken, "a peer did what another one refuses, and the run went on without"
     return Run(result, parameters(tensors), group)
 
 

@@ -66,6 +66,7 @@ async def train(
         asked = {"plan": plan_text(group, mode, weights)} | changes
         with trio.fail_after(SECONDS_MAX):
             result = await group[0].train(request_for(path, **asked))
+        assert not group.broken, "a peer did what another one refuses, and the run went on without"
         return result, group
 
 

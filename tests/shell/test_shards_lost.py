@@ -39,6 +39,8 @@ class Updates:
         """By shares, rank and step: digests of the slices that it led to."""
         self.replayed: list[int] = []
         """Steps, in their order."""
+        self.replayed_by: set[tuple[int, ...]] = set()
+        """The shares of those steps."""
 
     def note(self, worker: ShardWorker, step: int) -> None:
         digest = hashlib.sha256()
@@ -49,6 +51,7 @@ class Updates:
 
     def assert_same(self, weights: Sequence[int]) -> None:
         """Each update of a run by these shards was the same, whoever made it, and however often."""
+        assert self.replayed_by <= {THREE, TWO}, "not by the shares that had made the steps"
         found = {key: states for key, states in self.states.items() if key[0] == tuple(weights)}
         assert {(rank, step) for _, rank, step in found} == {
             (rank, step) for rank in range(len(weights)) for step in range(1, STEPS + 1)
@@ -69,6 +72,7 @@ def updates() -> Iterator[Updates]:
     def replayed(replayer: ShardReplayer, inputs: object, record: object) -> None:
         run_step(replayer, inputs, record)  # type: ignore[arg-type]  # passed on as they are
         seen.replayed.append(record.step)  # type: ignore[attr-defined]  # a step's record
+        seen.replayed_by.update(each.share.weights for each in replayer._group.workers)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ShardWorker, "update", noted)
