@@ -45,7 +45,7 @@ def said(change: Change) -> str:
 
 
 Allowed = Callable[[Change], str | None]
-"""How to ask for a change; None: it is not enough."""
+"""How to ask for a change that makes something fit; None: no plan of it can be found."""
 
 
 def beyond_memory(
@@ -56,7 +56,7 @@ def beyond_memory(
     Args:
         question: What was asked.
         variant: Of it.
-        allowed: How a change is worded, where it is enough.
+        allowed: How a change that makes something fit is worded, with what it takes of limits.
         one: What a device is called.
     """
     reason = private_reason(question) if question.private else _reason(question, one)
@@ -78,12 +78,13 @@ def plugged_in(question: Question) -> Question:
 
 
 def _ways(question: Question, variant: Variant, one: str) -> Iterator[Iterator[Change]]:
-    """Kinds of change; of each the first that is enough is told."""
+    """Kinds of change that make something fit; of each the first that is allowed is told."""
     yield _other_contracts(question, variant)
     yield _more_memory(question, one)
     if question.private:
-        open_ = dataclasses.replace(question, private=False)
-        yield iter([Change(question=open_, sentence="leave --private out")])
+        others = dataclasses.replace(question, private=False)
+        if feasible(others):
+            yield iter([Change(question=others, sentence="leave --private out")])
 
 
 def _other_contracts(question: Question, variant: Variant) -> Iterator[Change]:
