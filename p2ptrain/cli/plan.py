@@ -139,7 +139,9 @@ def _draw(path: str, rows: list[tuple[str, Any]], model: str) -> None:  # Any: s
         )
     end_ns = max(span.end_ns for _, spans in rows for span in spans)
     try:
-        Path(path).write_text(svg(rows, end_ns, f"one step of {model}"), encoding="utf-8")
+        Path(path).write_text(
+            svg(rows, end_ns, f"the passes of one step of {model}"), encoding="utf-8"
+        )
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}", hint="choose another --svg") from (
             error

@@ -18,24 +18,25 @@ def candidates_table(answer: Answer) -> Table:
     table = new_table(
         f"{answer.model}, {answer.objective}: {answer.steps} steps of {answer.minibatch} samples"
     )
-    for heading in ("plan", "devices"):
-        table.add_column(heading)
-    for heading in ("step", "samples/s", "J/step", "J/sample", "above idle", "memory", "sent"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    table.add_column("plan", no_wrap=True)
+    table.add_column("devices", overflow="fold")
+    for heading in ("step", "J/step", "J/sample", "above\nidle", "memory", "sent"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    what_if = any(not one.runs for one in answer.candidates)
+    if what_if:
+        table.add_column("")
     for one in answer.candidates:
         add_row(
             table,
             one.kind,
             _stages(one),
             format_seconds(one.step_s),
-            f"{one.samples_per_s:.1f}",
             format_joules(one.joules),
             format_joules(one.joules_per_sample),
             format_joules(one.marginal_joules_per_sample),
             format_bytes(one.memory_bytes),
             format_bytes(one.sent_bytes),
-            "" if one.runs else "what-if",
+            *(["" if one.runs else "what-if"] if what_if else []),
         )
     return table
 
@@ -68,9 +69,9 @@ def parts_table(winner: CandidateReport) -> Table:
     """What each device of the winner does in a step."""
     table = new_table("each device's part of a step")
     for heading in ("device", "stage", "segments"):
-        table.add_column(heading)
-    for heading in ("microbatches", "compute", "sent", "joules", "memory", "of"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, overflow="fold")
+    for heading in ("micro-\nbatches", "compute", "sent", "joules", "memory", "of"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for part in winner.parts:
         add_row(
             table,
@@ -92,5 +93,7 @@ def picture(rows: Sequence[tuple[str, Sequence[Span]]]) -> list[str]:
     if not rows:
         return []
     end_ns = max(span.end_ns for _, spans in rows for span in spans)
-    return ["", "digits: forward of that microbatch, letters: backward, dots: waiting",
+    delayed = any(span.action.kind == "W" for _, spans in rows for span in spans)
+    also = ", w: delayed gradients" if delayed else ""
+    return ["", f"digits: forward of that microbatch, letters: backward{also}, dots: waiting",
             *draw_rows(rows, end_ns).splitlines()]  # fmt: skip

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
+from p2ptrain.schedule.labels import cells, fitted
 from p2ptrain.schedule.simulator import Span, Timeline
 
+NAME_CELLS: Final = 24
+"""Of a name beside a row; longer ones are cut."""
 _DIGITS = "0123456789abcdefghijklmnopqrstuvxyz"
 """Without `w`, which is the part of a backward that was delayed."""
 
@@ -25,13 +29,13 @@ def draw(timeline: Timeline, *, width: int = 72) -> str:
 
 
 def _row(spans: tuple[Span, ...], step_ns: int, width: int) -> str:
-    cells = ["."] * width
+    columns = ["."] * width
     for span in spans:
         first = span.start_ns * width // max(step_ns, 1)
         last = max(first + 1, span.end_ns * width // max(step_ns, 1))
         for column in range(first, min(last, width)):
-            cells[column] = _symbol(span)
-    return "".join(cells)
+            columns[column] = _symbol(span)
+    return "".join(columns)
 
 
 def _symbol(span: Span) -> str:
@@ -43,9 +47,10 @@ def _symbol(span: Span) -> str:
     return chr(ord("A") + microbatch % 26)
 
 
-def draw_rows(rows: Sequence[tuple[str, Sequence[Span]]], end_ns: int, *, width: int = 72) -> str:
-    """The same picture for rows with names, one per device."""
-    longest = max((len(name) for name, _ in rows), default=0)
+def draw_rows(rows: Sequence[tuple[str, Sequence[Span]]], end_ns: int, *, width: int = 80) -> str:
+    """The same picture for rows with names, one per device; `width` with names and frame."""
+    longest = min(NAME_CELLS, max((cells(name) for name, _ in rows), default=0))
+    inner = width - longest - len(" ||")
     return "\n".join(
-        f"{name:<{longest}} |{_row(tuple(spans), end_ns, width)}|" for name, spans in rows
+        f"{fitted(name, longest)} |{_row(tuple(spans), end_ns, inner)}|" for name, spans in rows
     )

@@ -10,7 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from p2ptrain.cli import display
 from p2ptrain.cli.main import run
+from p2ptrain.schedule.labels import cells
 
 DEVICES = """
 [[device]]
@@ -43,7 +45,7 @@ def test_table_reasons_and_timeline(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.err == ""
     assert printed.out.startswith("gpt-nano, least time: 100 steps of 32 samples")
     for words in (
-        "J/sample", "above idle", "why: ", "tensor parallelism: ", "all 100 steps: ",
+        "J/sample", "above", "why: ", "tensor parallelism: ", "all 100 steps: ",
         "joules are modelled", "each device's part of a step", "letters: backward", "|00",
     ):  # fmt: skip
         assert words in printed.out, words
@@ -79,6 +81,34 @@ def test_svg_shows_every_action(capsys: pytest.CaptureFixture[str]) -> None:
     picture = ElementTree.parse("step.svg")
     titles = {each.text for each in picture.iter("{http://www.w3.org/2000/svg}title")}
     assert {"0F0", "1F3", "1B0", "0B3"} <= titles
+
+
+LONG = "Grandmother's old laptop in the kitchen <upstairs> & next door"[:60]
+WIDE = "客厅的笔记本电脑客厅的笔记本电脑"
+
+
+def test_long_names_stay_beside_the_pictures_and_80_columns_are_enough(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "PLAIN_WIDTH", 80)
+    devices = "".join(f'[[device]]\ntype = "laptop"\nname = "{name}"\n' for name in (LONG, WIDE))
+    Path("p.toml").write_text(
+        f'[[stage]]\ndevices = ["{WIDE}"]\nsegments = 5\n'
+        f'[[stage]]\ndevices = ["{LONG}"]\nsegments = 5\n',
+        encoding="utf-8",
+    )
+    asked = ("--schedule", "zb-h1", "--svg", "step.svg", "--plan", "p.toml")
+    assert _plan(*asked, devices=devices) == 0
+    tables, picture = capsys.readouterr().out.split("digits: ")
+    assert "w: delayed gradients" in picture
+    assert [cells(row) for row in picture.splitlines()[1:]] == [80, 80]
+    assert all(heading in tables for heading in ("J/sample", "memory", "batches", "compute"))
+    assert "…" not in tables, "no number and no heading is cut"
+    names = {}
+    for text in ElementTree.parse("step.svg").iter("{http://www.w3.org/2000/svg}text"):
+        if text.get("font-family") == "monospace":
+            names[text[0].text] = cells(text.text or "")
+    assert names == {WIDE: 32, LONG: 40}
 
 
 @pytest.mark.parametrize(
