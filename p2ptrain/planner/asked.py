@@ -201,7 +201,7 @@ def _sharded(
     against = objection(pricing, kind, len(devices))
     if against is not None:
         raise PlanInfeasible(
-            f"{asked.file}: no {kind} sharding because {against}", hint=_instead(stage)
+            f"{asked.file}: no {kind} sharding because {against}", hint=_instead(stage, pricing)
         )
     sharded = Sharded(kind=kind, devices=devices, weights=stage.weights)
     candidate = explorer.sharded_candidate(sharded)
@@ -216,9 +216,11 @@ def _sharded(
     return candidate
 
 
-def _instead(stage: AskedStage) -> str:
-    counts = f"{len(stage.devices)} stages" if stage.segments >= len(stage.devices) else "fewer"
-    return f'split = "replicas" needs no sharding; nor do {counts} of one device each'
+def _instead(stage: AskedStage, pricing: Pricing) -> str:
+    count = len(stage.devices) if stage.segments >= len(stage.devices) else "fewer"
+    if pricing.may_share:
+        return f'split = "replicas" needs no sharding; nor do {count} stages of one device each'
+    return f"{count} stages of one device each need no sharding"
 
 
 def _smaller_part(sharded: Sharded, pricing: Pricing) -> str:

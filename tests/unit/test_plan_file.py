@@ -223,6 +223,9 @@ def test_running_statistics_keep_a_model_from_being_shared() -> None:
     asked = dataclasses.replace(base, manifest=dataclasses.replace(base.manifest, kinds=kinds))
     with pytest.raises(PlanInfeasible, match="running statistics"):
         _forced(_stages(([A, B], 6)), asked)
+    with pytest.raises(PlanInfeasible, match="no tensor sharding") as refused:
+        _forced(_shared([A, B], 6, 'split = "tensor"'), asked)
+    assert refused.value.hint == "2 stages of one device each need no sharding"
     assert _forced(_stages(([A], 3), ([B], 3)), asked).kind == "pipeline"
     found = Explorer(Pricing(dataclasses.replace(asked, kinds=KINDS))).run()
     assert {"data", "hybrid"} <= found.objections.keys() - found.by_kind.keys()

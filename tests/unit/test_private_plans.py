@@ -17,6 +17,7 @@ from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.pricing import Pricing
 from p2ptrain.recovery.placing import placing
 from p2ptrain.recovery.successor import Succession, Wish, successor_plans
+from p2ptrain.store.bundles import load_bundle, shipped_bundles
 from tests.planning_cases import device, manifest, planning_input, profile
 
 A, B, C, D = (device(letter) for letter in "abcd")
@@ -107,6 +108,15 @@ def test_values_that_nobody_differentiates_stay_with_the_owner() -> None:
     assert private_objection(chain) is None
     handing_on = replace(chain, kinds=kinds)
     assert "follow from, inputs" in (private_objection(handing_on) or "")
+
+
+def test_a_mask_beside_what_is_differentiated_stays_with_the_owner() -> None:
+    """BERT's attention mask goes from block to block, and is one of its inputs."""
+    bert = load_bundle(shipped_bundles()["bert-mini"]).manifest
+    crossing = [port.differentiable for port in bert.kinds["attention"].outputs]
+    assert sorted(crossing) == [False, True]
+    assert "follow from, inputs" in (private_objection(bert) or "")
+    assert private_objection(load_bundle(shipped_bundles()["llama-nano"]).manifest) is None
 
 
 def test_lost_stages_between_go_to_the_owner_or_another() -> None:
