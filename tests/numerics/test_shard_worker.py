@@ -82,8 +82,9 @@ def test_twenty_steps_agree_with_one_peer(
 
 
 @pytest.mark.parametrize("mode", ["tensor", "sequence"])
-def test_the_same_plan_gives_the_same_bits(mode: Mode, engine: Engine) -> None:
-    made = bundle("gpt-nano")
+@pytest.mark.parametrize("name", ["gpt-nano", "bert-mini", "llama-nano"])
+def test_the_same_plan_gives_the_same_bits(name: str, mode: Mode, engine: Engine) -> None:
+    made = bundle(name)
     contract = dataclasses.replace(contract_of(made, ADAMW), steps=3)
     first, again = (train_sharded(engine, made, contract, mode, (2, 1)) for _ in range(2))
     assert same_bits(first, again)
