@@ -8,6 +8,7 @@ from typing import Final
 
 from p2ptrain.planner.explore import Candidate, Explorer, Found
 from p2ptrain.planner.kinds import KINDS, RUNTIME_KINDS
+from p2ptrain.planner.outsiders import nothing_with
 from p2ptrain.planner.pricing import Pricing, spans
 from p2ptrain.schedule.simulator import Span
 from p2ptrain.units import (
@@ -221,8 +222,9 @@ class Answering:
         for index in range(len(self._pricing.devices)):
             if index not in winner.devices:
                 with_it = self._found.with_device.get(index)
-                reason = "nothing that it could take fits its memory, or its limits"
-                if with_it is not None:
+                if with_it is None:
+                    reason = nothing_with(self._pricing, self._found, index)
+                else:
                     reason = f"the best found with it, {_article(with_it.kind)}, takes "
                     reason += self._cost(with_it)
                 found.append(DeviceOut(device=self._name(index), reason=reason))

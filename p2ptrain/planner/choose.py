@@ -17,12 +17,13 @@ from p2ptrain.planner.explore import Candidate, Explorer, Found
 from p2ptrain.planner.infeasible import infeasible
 from p2ptrain.planner.input import LeftOut, PlanChoice, PlanningInput
 from p2ptrain.planner.kinds import BY_NAME_ONLY, refuse_what_if
+from p2ptrain.planner.outsiders import nothing_with
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.plan_file import AskedPlan
 from p2ptrain.planner.pricing import Pricing
 from p2ptrain.planner.profile import PeerProfile, Power
 from p2ptrain.planner.question import Device, Question
-from p2ptrain.units import NS_PER_S, UJ_PER_J, format_bytes, format_joules, format_seconds
+from p2ptrain.units import NS_PER_S, UJ_PER_J, format_joules, format_seconds
 
 EQUAL_PER_MILLE: Final = 5
 """Predicted steps that differ by less are equal: fewer peers, then the home peer first."""
@@ -171,11 +172,7 @@ class _Chosen:
         index = next(i for i, d in enumerate(self._pricing.devices) if d.id == profile.device)
         with_it = self._found.with_device.get(index)
         if with_it is None:
-            limits = ", or the limits" if self._planning.objective.has_limits else ""
-            if profile.battery is not None:
-                joules = format_joules(profile.battery.spendable_uj / UJ_PER_J)
-                limits += f", or the {joules} that its battery has above its reserve"
-            return f"no placement fits its {format_bytes(profile.memory_bytes)}{limits}"
+            return nothing_with(self._pricing, self._found, index)
         if self._planning.objective.goal == "energy":
             joules = format_joules(with_it.price.total_uj / UJ_PER_J)
             return f"the best step found with it costs {joules}"

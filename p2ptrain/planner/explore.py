@@ -36,6 +36,8 @@ microbatches have 175,000."""
 UNLIMITED: Final = 1 << 62
 
 _Preference = tuple[int, int, int, bool, int, int, tuple[int, ...], Cuts]
+_Start = tuple[bool, int, int, Arrangement, Cuts]
+"""Whether the limits rule it out, lower bound of the value, number of the arrangement."""
 _Bounded = tuple[int, int, Cuts, Arrangement]
 """Lower bound of the value, number of the arrangement, cuts."""
 
@@ -82,6 +84,9 @@ class Explorer:
         self._found = Found()
         self._sharding = ShardedPricing(pricing)
         self._near: list[Candidate] = []
+        self._has_limits = self._objective.has_limits or any(
+            device.battery_uj is not None for device in pricing.devices
+        )
 
     def run(self) -> Found:
         """Search once."""
@@ -126,21 +131,23 @@ class Explorer:
 
     def _arranged(self, kind: Kind, schedule: str) -> None:
         pricing = self._pricing
-        starts: list[tuple[int, int, Arrangement, Cuts]] = []
+        starts: list[_Start] = []
         for groups in groupings(pricing, kind):
             arrangement = pricing.arrange(groups, schedule)
             cuts = None if arrangement is None else bottleneck_cuts(pricing, arrangement)
             if arrangement is not None and cuts is not None:
-                starts.append((self._bound(arrangement, cuts), len(starts), arrangement, cuts))
-        starts.sort(key=lambda each: each[:2])
+                beyond, bound = self._beyond(arrangement, cuts), self._bound(arrangement, cuts)
+                starts.append((beyond, bound, len(starts), arrangement, cuts))
+        starts.sort(key=lambda each: each[:3])
         bounded: list[_Bounded] = []
         spent = 0
-        for _, index, arrangement, middle in starts:
+        for _, _, index, arrangement, middle in starts:
             if len(bounded) >= CUTS_MAX or spent >= WORK_MAX:
                 break
             spent += len(middle) * pricing.segment_count
             for cuts in cuts_around(pricing, arrangement, middle):
-                bounded.append((self._bound(arrangement, cuts), index, cuts, arrangement))
+                if not self._beyond(arrangement, cuts):
+                    bounded.append((self._bound(arrangement, cuts), index, cuts, arrangement))
         bounded.sort(key=lambda each: each[:3])
         actions = 0
         for bound, _, cuts, arrangement in bounded:
@@ -246,6 +253,16 @@ class Explorer:
         if self._objective.goal == "time":
             return step_ns
         return pricing.total(step_ns, pricing.shares(arrangement, cuts)).total_uj
+
+    def _beyond(self, arrangement: Arrangement, cuts: Cuts) -> bool:
+        """Whether limits rule these cuts out before they are simulated, which leaves the budget to
+        those that are slower, or hungrier, but within."""
+        if not self._has_limits:
+            return False
+        pricing = self._pricing
+        step_ns = pricing.bound_ns(arrangement, cuts)
+        floor = pricing.total(step_ns, pricing.shares(arrangement, cuts))
+        return not self.admits(floor)
 
     def _order(self, one: Candidate) -> tuple[int, _Preference]:
         """The lowest value; among equals what is preferred."""

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 
+from p2ptrain.planner import explore
 from p2ptrain.planner.explore import Explorer, Found
 from p2ptrain.planner.input import LinkEstimate
 from p2ptrain.planner.kinds import RUNTIME_KINDS, Kind
 from p2ptrain.planner.objective import Objective
+from p2ptrain.planner.outsiders import nothing_with
 from p2ptrain.planner.pricing import Pricing
 from p2ptrain.planner.profile import Power
 from p2ptrain.planner.question import Question
@@ -254,3 +256,44 @@ def test_64_peers_and_200_segments_take_less_than_five_seconds_of_processor_time
     ]
     assert outputs[0][1:] == outputs[1][1:]
     assert min(float(each[0]) for each in outputs) < 5.0
+
+
+def test_what_limits_rule_out_takes_no_budget_from_what_they_allow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(explore, "ACTIONS_MAX", 100)
+    hungry = Power(idle_uw=1_000_000, busy_uw=90_000_000, pj_per_byte=0)
+    taking_part = tuple(
+        each if index == 3 else dataclasses.replace(each, power=hungry)
+        for index, each in enumerate(
+            equal_devices("abcd", segment_count=8, slowness=(1, 1, 1, 3), memory_bytes=1300)
+        )
+    )
+    asked = question(taking_part, segment_count=8, kinds=("pipeline",))
+    frugal = _find(dataclasses.replace(asked, objective=Objective(goal="energy"))).best
+    assert frugal is not None
+    enough = Objective(joules_uj=frugal.price.total_uj * asked.steps)
+    assert _find(dataclasses.replace(asked, objective=enough)).best is not None
+
+
+def test_of_a_device_without_a_part_only_what_is_known_is_said() -> None:
+    peers = equal_devices("abc", segment_count=8)
+    rooms = (800, 700, 150)
+    small = tuple(
+        dataclasses.replace(each, profile=dataclasses.replace(each.profile, memory_bytes=room))
+        for each, room in zip(peers, rooms, strict=True)
+    )
+    asked = question(small, segment_count=8, microbatches=2)
+    pricing = Pricing(asked)
+    said = nothing_with(pricing, Found(), 2)
+    assert said == "not one segment fits its 150 B: the smallest needs 200 B"
+    assert nothing_with(pricing, Found(), 0) == "no plan with it was found that fits its 800 B"
+    tired = dataclasses.replace(small[0], battery_uj=2_000_000)
+    limited = dataclasses.replace(
+        asked, devices=(tired, *small[1:]), objective=Objective(deadline_ns=1)
+    )
+    said = nothing_with(Pricing(limited), Found(), 0)
+    assert said.endswith("fits its 800 B and the limits and the 2 J that its battery has")
+    private = dataclasses.replace(asked, private=True, home=device("a"))
+    found = Found(objections={"pipeline": "the model has 2 segments"})
+    assert nothing_with(Pricing(private), found, 1).endswith("since the model has 2 segments")

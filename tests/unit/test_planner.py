@@ -454,7 +454,7 @@ def test_a_peer_whose_battery_does_not_last_is_left_out() -> None:
     mixed = dataclasses.replace(planning, profiles=(plugged_in, planning.profiles[1]))
     choice = choose_plan(mixed)
     assert [stage.device for stage in choice.plan.stages] == [device("a")]
-    assert "or the 100 mJ that its battery has above its reserve" in choice.left_out[0].reason
+    assert "and the 100 mJ that its battery has above its reserve" in choice.left_out[0].reason
 
 
 def test_a_peer_that_does_not_say_what_it_draws_has_no_part_in_frugal_plans() -> None:
