@@ -1,19 +1,21 @@
 """SPAKE2: two sides that know the same short code get the same strong key, and nobody else any.
 
 The one place that knows the `spake2` package (pure Python, the curve of Ed25519). It gives one
-guess to whoever takes part in a run, and confirms nothing: the caller must.
+guess to whoever takes part in a run, and confirms nothing: the caller must. The package is loaded
+by the first run: it computes its groups then, which is 7 % of a peer's start, and few peers ever
+see a code.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Final, Protocol
-
-import spake2
-from spake2.ed25519_basic import NotOnCurve
+from typing import TYPE_CHECKING, Final, Protocol
 
 from p2ptrain.errors import RemoteProtocolError
+
+if TYPE_CHECKING:
+    import spake2
 
 EXCHANGE_MESSAGE_BYTES: Final = 33
 """A side byte and a point."""
@@ -48,6 +50,8 @@ def begin_exchange(
         context: Bound into the key, so that both sides must agree on it: who talks to whom in
             which group, with which nonces.
     """
+    import spake2
+
     kind = spake2.SPAKE2_B if is_sponsor else spake2.SPAKE2_A
     joiner, sponsor = b"p2ptrain joiner " + context, b"p2ptrain sponsor " + context
     side = kind(password, idA=joiner, idB=sponsor, entropy_f=entropy)
@@ -64,6 +68,9 @@ class _Exchange:
         return self._message
 
     def finish(self, theirs: bytes) -> bytes:
+        import spake2
+        from spake2.ed25519_basic import NotOnCurve
+
         try:
             key: bytes = self._side.finish(theirs)
         except (spake2.SPAKEError, NotOnCurve, ValueError, AssertionError) as error:
