@@ -13,6 +13,7 @@ import os
 import re
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,10 @@ SKIPPED_FOLDERS: Final = frozenset({
 HELDOUT_ONE_IN: Final = 16
 
 _BLANK_LINES = re.compile(r"\n[ \t]*\n+")
+_UNPRINTABLE = re.compile(r"[^\n -~]+")
 _DOCUMENTING = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_BODIES: Final = ("body", "handlers", "orelse", "finalbody", "cases")
+"""Where statements have others in them, in the order in which `ast` names them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +79,7 @@ def make_corpus(texts: Iterable[str]) -> Corpus:
 
 def normalise(text: str) -> str:
     """Plain printable ASCII with single-spaced words, lines kept, blank lines collapsed."""
-    plain = "".join(c for c in text.expandtabs(4) if c == "\n" or " " <= c <= "~")
+    plain = _UNPRINTABLE.sub("", text.expandtabs(4))
     lines = (re.sub(r"(?<=\S) {2,}", " ", line).rstrip() for line in plain.split("\n"))
     kept = (line for line in lines if not re.fullmatch(r"[\s*=~^\-+#.|_]+", line))
     return "\n".join(kept).strip("\n")
@@ -111,11 +115,22 @@ def library_docstrings(folder: Path) -> Iterator[str]:
 def file_docstrings(path: Path) -> Iterator[str]:
     """The docstrings of one source, the module's first; nothing when it is not Python."""
     tree = _parse(path)
-    for node in ast.walk(tree) if tree is not None else ():
+    for node in _statements(tree) if tree is not None else ():
         if isinstance(node, _DOCUMENTING):
             text = ast.get_docstring(node)
             if text is not None:
                 yield text
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Level by level, as `ast.walk` does, but not into expressions: nothing there has a docstring,
+    and they are most of a tree."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        for name in _BODIES:
+            waiting.extend(getattr(node, name, ()))
+        yield node
 
 
 def _parse(path: Path) -> ast.Module | None:
