@@ -22,13 +22,18 @@ REPLICATE_EVERY: Final = 3
 CHECKPOINT_EVERY: Final = 10
 FAULT_STEP: Final = 8
 """At the earliest, and when the run is protected: two replica sets are whole before."""
-STEPS: Final = 40
+STEPS: Final = 24
+STEPS_TOGETHER: Final = 40
+"""Where somebody leaves, while the others train on, or is back after a cut: the run must not be
+over first. After a kill or a stop it stands still until the next view."""
 STOP_S: Final = 30.0
 CASE_TIMEOUT_S: Final = 120.0
 ROLES: Final = ("first", "middle", "last", "holder")
 PHASES: Final = ("forward", "backward", "update", "commit", "replicate", "replay", "replan")
 FAULTS: Final = ("kill", "stop", "cut", "leave")
 Event = dict[str, Any]  # Any: JSON values
+Undisturbed = dict[int, TrainResult]
+"""By the number of steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,12 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.peers}-{self.role}-{self.phase}-{self.how}"
+
+    @property
+    def steps(self) -> int:
+        """How many the run has."""
+        alone = all(each.how in ("kill", "stop") for each in self.faults)
+        return STEPS if alone else STEPS_TOGETHER
 
     @property
     def faults(self) -> list[Fault]:
@@ -107,22 +118,24 @@ def matrix() -> list[Case]:
     return cases
 
 
-def exact_job(text: Path, *, stages: int) -> TrainRequest:
+def exact_job(text: Path, *, stages: int, steps: int) -> TrainRequest:
     """Enough steps that a fault finds the run protected, and much left to do."""
     usual = job(text, stages=stages)
     return replace(
-        usual, steps=STEPS, replicate_every=REPLICATE_EVERY, checkpoint_every=CHECKPOINT_EVERY
+        usual, steps=steps, replicate_every=REPLICATE_EVERY, checkpoint_every=CHECKPOINT_EVERY
     )
 
 
-async def undisturbed_run(directory: Path, text: Path) -> TrainResult:
-    """The same job on one peer, without anything going wrong."""
+async def undisturbed_runs(directory: Path, text: Path) -> Undisturbed:
+    """The jobs of all cases on one peer, without anything going wrong."""
     async with peer_group(directory, 1) as (peer,):
-        result, _ = await train(peer, exact_job(text, stages=1))
-    return result
+        return {
+            steps: (await train(peer, exact_job(text, stages=1, steps=steps)))[0]
+            for steps in (STEPS, STEPS_TOGETHER)
+        }
 
 
-async def run_case(case: Case, directory: Path, text: Path, undisturbed: TrainResult) -> Outcome:
+async def run_case(case: Case, directory: Path, text: Path, undisturbed: Undisturbed) -> Outcome:
     """Run it and check everything; AssertionError says what does not hold."""
     struck, group = directory / "struck", directory / "group"
     struck.mkdir()
@@ -137,13 +150,13 @@ async def run_case(case: Case, directory: Path, text: Path, undisturbed: TrainRe
         return replace(member, module="tests.e2e.faulty_peer", variables=variables)
 
     async with peer_group(group, case.peers, change=change) as peers:
-        asked = exact_job(text, stages=case.peers)
+        asked = exact_job(text, stages=case.peers, steps=case.steps)
         with trio.fail_after(CASE_TIMEOUT_S):
             await _train_somewhere(peers, asked, struck)
         homes = [peer.member.home for peer in peers]
     events = tuple(_events(struck / f"{peer.name}.jsonl") for peer in peers)
     outcome = Outcome(case=case, seconds=time.monotonic() - began_s, events=events)
-    _check(outcome, homes, undisturbed)
+    _check(outcome, homes, undisturbed[case.steps])
     return outcome
 
 
@@ -221,6 +234,7 @@ def _check(outcome: Outcome, homes: list[Path], undisturbed: TrainResult) -> Non
     struck = sorted(hits, key=lambda event: event["at"])
     assert len(struck) == len(outcome.case.faults), f"not everything was done: {struck}"
     assert struck[0]["step"] >= FAULT_STEP > 2 * REPLICATE_EVERY
+    assert struck[0]["step"] < outcome.case.steps - REPLICATE_EVERY, "nearly over before"
     (model,) = _models(homes)
     assert model.read_bytes() == Path(undisturbed.model_path or "").read_bytes()
     assert _bits(_losses(model.parent)) == _bits(undisturbed.losses)

@@ -23,8 +23,7 @@ import trio
 from rich.console import Console
 from rich.progress import Progress
 
-from p2ptrain.runtime.reports import TrainResult
-from tests.e2e.exact_cases import Case, matrix, run_case, undisturbed_run
+from tests.e2e.exact_cases import Case, Undisturbed, matrix, run_case, undisturbed_runs
 from tests.e2e.peers import ROOT
 
 
@@ -43,7 +42,7 @@ def main() -> int:
         topics = pydoc_data.topics.topics
         text.write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
         (directory / "undisturbed").mkdir()
-        alone = trio.run(functools.partial(undisturbed_run, directory / "undisturbed", text))
+        alone = trio.run(functools.partial(undisturbed_runs, directory / "undisturbed", text))
         task = shown.add_task("cases", total=len(cases), completed=len(rows))
         for case in (case for case in cases if str(case) not in known):
             row = {"commit": commit, **one(case, directory / str(case), text, alone)}
@@ -110,7 +109,7 @@ def workplace(kept: Path | None) -> Iterator[Path]:
             yield Path(tempfile.mkdtemp(dir=kept))
 
 
-def one(case: Case, directory: Path, text: Path, alone: TrainResult) -> dict[str, object]:
+def one(case: Case, directory: Path, text: Path, alone: Undisturbed) -> dict[str, object]:
     """One case's row; a failure says what did not hold."""
     directory.mkdir()
     began_s = time.monotonic()

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from p2ptrain.runtime.reports import TrainResult
 from tests.e2e.exact_cases import (
     FAULTS,
     PHASES,
     ROLES,
     Case,
+    Undisturbed,
     run_case,
-    undisturbed_run,
+    undisturbed_runs,
 )
 
 COVERING = (
@@ -38,10 +38,10 @@ COVERING = (
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, text: Path) -> TrainResult:
-    """The job of these cases on one peer, without anything going wrong."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Undisturbed:
+    """The jobs of these cases on one peer, without anything going wrong."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    return trio.run(functools.partial(undisturbed_run, directory, text))
+    return trio.run(functools.partial(undisturbed_runs, directory, text))
 
 
 def test_cases_cover_every_phase_role_and_fault() -> None:
@@ -52,7 +52,7 @@ def test_cases_cover_every_phase_role_and_fault() -> None:
 
 @pytest.mark.parametrize("case", COVERING, ids=str)
 async def test_disturbed_run_has_the_bits_of_the_undisturbed(
-    case: Case, tmp_path: Path, text: Path, undisturbed: TrainResult
+    case: Case, tmp_path: Path, text: Path, undisturbed: Undisturbed
 ) -> None:
     outcome = await run_case(case, tmp_path, text, undisturbed)
     print(f"{case}: {outcome.seconds:.1f} s, {len(outcome.replayed)} steps replayed, "
