@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from p2ptrain.runtime.reports import TrainResult
-from tests.e2e.peers import ROOT, job, peer_group, train
+from p2ptrain.runtime.reports import TrainRequest, TrainResult
+from tests.e2e.peers import ROOT, job, peer_group, short_job, train
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,12 +43,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, text: Path) -> TrainResult:
     """The job of `peers.job` on one peer, without anything going wrong."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    return trio.run(functools.partial(_train_alone, directory, text))
+    return trio.run(functools.partial(_train_alone, directory, job(text, stages=1)))
 
 
-async def _train_alone(directory: Path, text: Path) -> TrainResult:
+@pytest.fixture(scope="session")
+def short_alone(tmp_path_factory: pytest.TempPathFactory, text: Path) -> TrainResult:
+    """The job of `peers.short_job` on one peer."""
+    directory = tmp_path_factory.mktemp("short")
+    return trio.run(functools.partial(_train_alone, directory, short_job(text, stages=1)))
+
+
+async def _train_alone(directory: Path, asked: TrainRequest) -> TrainResult:
     async with peer_group(directory, 1) as (peer,):
-        result, _ = await train(peer, job(text, stages=1))
+        result, _ = await train(peer, asked)
     return result
 
 

@@ -6,6 +6,7 @@ Every process ends with its group, however the test ends; a failure prints what 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -30,8 +31,11 @@ from p2ptrain.demo.group import (
 )
 from p2ptrain.net.control_socket import call
 from p2ptrain.runtime.reports import PeerStatus, StepReport, TrainRequest, TrainResult
+from p2ptrain.store.bundles import load_bundle
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.wire.codec import from_plain, to_plain
+from tests.bundles import write_bundle
+from tests.shipped_training import short_context
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 BUNDLE: Final = demo_bundle()
@@ -189,7 +193,7 @@ def environment(member: DemoPeer) -> dict[str, str]:
 
 
 def job(text: Path, *, stages: int | None = None, seed: int = 5) -> TrainRequest:
-    """Twenty steps of gpt-nano, short ones, with dropout and clipping active."""
+    """Twenty steps of gpt-nano, four samples each, with dropout and clipping active."""
     return TrainRequest(
         bundle=str(BUNDLE),
         data=str(text),
@@ -203,6 +207,16 @@ def job(text: Path, *, stages: int | None = None, seed: int = 5) -> TrainRequest
         optimizer=OptimizerChoice(warmup_steps=4, clip_norm=CLIP_NORM),
         checkpoint_every=5,
     )
+
+
+def short_job(text: Path, *, stages: int | None = None) -> TrainRequest:
+    """The same on texts of 16 tokens and with the checkpoint at the end only: half of the cost,
+    for tests in which nothing happens on the way."""
+    bundle = text.parent / "gpt-nano"
+    if not bundle.exists():
+        write_bundle(bundle, short_context(load_bundle(BUNDLE)))
+    usual = job(text, stages=stages)
+    return dataclasses.replace(usual, bundle=str(bundle), checkpoint_every=STEPS)
 
 
 def resumed(run: str, *, stages: int | None = None) -> TrainRequest:

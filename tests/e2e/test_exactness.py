@@ -25,6 +25,7 @@ from tests.e2e.peers import (
     job,
     peer_group,
     running_command,
+    short_job,
     train,
     typed,
 )
@@ -39,50 +40,49 @@ def assert_same_bits(result: TrainResult, reference: TrainResult) -> None:
 
 
 async def test_every_number_of_stages_gives_the_same_bits(
-    tmp_path: Path, text: Path, undisturbed: TrainResult
+    tmp_path: Path, text: Path, short_alone: TrainResult
 ) -> None:
-    assert len(set(undisturbed.losses)) == STEPS
+    assert len(set(short_alone.losses)) == STEPS
     async with peer_group(tmp_path, 4) as (home, *_):
         for stages, schedule in ((2, "1f1b"), (3, "1f1b"), (4, "1f1b"), (3, "zb-h1")):
-            asked = dataclasses.replace(
-                job(text, stages=stages), schedule=schedule, checkpoint_every=STEPS
-            )
+            asked = dataclasses.replace(short_job(text, stages=stages), schedule=schedule)
             result, watched = await train(home, asked)
             assert (result.stages, result.stopped) == (stages, False)
-            assert_same_bits(result, undisturbed)
+            assert_same_bits(result, short_alone)
             norms = [step.gradient_norm for step in watched.steps]
             assert max(norms) > CLIP_NORM > 0.0, "clipping was never active"
             (plan,) = watched.named("plan")
             assert len({stage["device"] for stage in plan["stages"]}) == stages
             assert plan["exactness"].startswith("exact")
             assert plan["schedule"] == schedule
-        ended = await command(home.member, *typed(job(text, stages=4)), "--private")
+        checked = dataclasses.replace(short_job(text, stages=4), checkpoint_every=5)
+        ended = await command(home.member, *typed(checked), "--private")
         assert ended.returncode == 0, ended.stderr
         result = from_plain(TrainResult, json.loads(ended.stdout))
         assert (result.stages, result.stopped) == (4, False)
-        assert_same_bits(result, undisturbed)
+        assert_same_bits(result, short_alone)
 
 
 async def test_home_peer_without_a_stage_gives_the_same_bits(
-    tmp_path: Path, text: Path, undisturbed: TrainResult
+    tmp_path: Path, text: Path, short_alone: TrainResult
 ) -> None:
     def cramped(member: Member) -> Member:
         options = ("--memory", "1MiB") if member.name == "peer-1" else ()
         return dataclasses.replace(member, options=options)
 
     async with peer_group(tmp_path, 2, change=cramped) as (home, other):
-        result, watched = await train(home, job(text))
+        result, watched = await train(home, short_job(text))
         assert (await home.status()).run is None
     (plan,) = watched.named("plan")
     assert [stage["name"] for stage in plan["stages"]] == [other.name]
-    assert_same_bits(result, undisturbed)
+    assert_same_bits(result, short_alone)
 
 
 async def test_another_seed_no_dropout_or_no_clipping_gives_other_bits(
-    tmp_path: Path, text: Path, undisturbed: TrainResult
+    tmp_path: Path, text: Path, short_alone: TrainResult
 ) -> None:
     """On one peer: every number of stages gives its bits."""
-    usual = dataclasses.replace(job(text, stages=1), checkpoint_every=STEPS)
+    usual = short_job(text, stages=1)
     unclipped = dataclasses.replace(usual.optimizer, clip_norm=0.0)
     async with peer_group(tmp_path, 1) as (home,):
         for request in (
@@ -91,8 +91,8 @@ async def test_another_seed_no_dropout_or_no_clipping_gives_other_bits(
             dataclasses.replace(usual, optimizer=unclipped),
         ):
             result, _ = await train(home, request)
-            assert result.losses[-1] != undisturbed.losses[-1]
-            assert result.state_digest != undisturbed.state_digest
+            assert result.losses[-1] != short_alone.losses[-1]
+            assert result.state_digest != short_alone.state_digest
 
 
 async def test_ctrl_c_and_resume_on_more_peers_gives_the_same_bits(

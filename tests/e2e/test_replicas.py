@@ -26,6 +26,7 @@ from tests.e2e.peers import (
     command,
     job,
     peer_group,
+    short_job,
     train,
     typed,
 )
@@ -79,17 +80,18 @@ async def test_hybrid_of_gpt_agrees_with_one_peer_and_survives_a_killed_replica(
 ) -> None:
     layout: Layout = [([1, 2], 4, [1, 1]), ([3, 4], COUNT - 4, [1, 1])]
     async with peer_group(tmp_path, 4) as (home, lost, *_):
-        one, _ = await run(home, job(text), [([1], COUNT, [1])], tmp_path)
+        short = short_job(text)
+        one, _ = await run(home, short, [([1], COUNT, [1])], tmp_path)
         alone = parameters(tmp_path / "trained.safetensors")
-        shared, plan = await run(home, job(text), layout, tmp_path)
+        shared, plan = await run(home, short, layout, tmp_path)
         assert shared.peers == 4, "one of them was lost on the way"
         assert_near(shared, one)
         assert deviation(parameters(tmp_path / "trained.safetensors"), alone) < TOLERANCE
         assert plan["exactness"].startswith("within tolerance: several peers may share")
         assert_predicted(shared, plan["stages"], GPT)
-        again, _ = await run(home, job(text), layout, tmp_path)
+        again, _ = await run(home, short, layout, tmp_path)
         assert (again.losses, again.state_digest) == (shared.losses, shared.state_digest)
-        asked = dataclasses.replace(job(text), plan=plan_text(layout), optimizer=SGD)
+        asked = dataclasses.replace(short, plan=plan_text(layout), optimizer=SGD)
         await assert_recovered(home, asked, shared, lost)
 
 
@@ -113,6 +115,7 @@ async def assert_recovered(
         lost.send(signal.SIGKILL)
         reached = watched.reached
     (result,) = results
+    assert KILLED_AT <= reached < STEPS - 1
     assert result.peers == whole.peers - 1, "it was over before"
     assert result.losses[: reached + 1] == whole.losses[: reached + 1]
     assert_near(result, whole)
@@ -163,7 +166,10 @@ async def assert_agrees(
     is named, within the tolerance."""
     bundle = short_context(load_bundle(shipped_bundles()[name]))
     asked = dataclasses.replace(
-        job(data), bundle=str(write_bundle(folder / name, bundle)), microbatch_size=2
+        job(data),
+        bundle=str(write_bundle(folder / name, bundle)),
+        microbatch_size=2,
+        checkpoint_every=STEPS,
     )
     manifest, tensors = bundle.manifest, folder / "trained.safetensors"
     count, behind = len(manifest.segments), 2 if last else 0

@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from p2ptrain.bundle.shard_traffic import shard_traffic
+from p2ptrain.bundle.sharding import MODES
 from p2ptrain.runtime.reports import TrainRequest, TrainResult
 from p2ptrain.store.bundles import load_bundle, shipped_bundles
 from p2ptrain.training.contract import OptimizerChoice
@@ -131,27 +132,27 @@ async def assert_recovers(peers: tuple[PeerProcess, ...], request: TrainRequest)
     assert result.losses == pytest.approx(undisturbed.losses, rel=TOLERANCE, abs=0.0)
 
 
-@pytest.mark.parametrize("mode", ["tensor", "sequence"])
-async def test_bytes_at_the_sockets_are_the_predicted_ones(
-    mode: str, tmp_path: Path, text: Path
-) -> None:
+async def test_bytes_at_the_sockets_are_the_predicted_ones(tmp_path: Path, text: Path) -> None:
     """Frames of the full context, whose headers weigh little."""
     ranks, steps, size = 3, 2, 4
     path = shipped_bundles()["gpt-nano"]
     asked = dataclasses.replace(
         job("gpt-nano", text, tmp_path), bundle=str(path), steps=steps, microbatch_size=size
     )
+    results: dict[str, TrainResult] = {}
     async with peer_group(tmp_path, ranks) as (home, *_):
-        result, _ = await train(home, shared(asked, mode, (1,) * ranks))
-    traffic = shard_traffic(load_bundle(path).manifest, mode, batch=size)
-    costs = [cost for each in traffic for cost in (*each.forward, *each.backward)]
-    predicted = asked.microbatches * sum(cost.ring_bytes(ranks) for cost in costs)
-    predicted += sum(2 * (ranks - 1) * each.step_bytes // ranks for each in traffic)
-    sent = Counter({report.sender: 0 for report in result.traffic})
-    for report in result.traffic:
-        sent[report.sender] += report.bytes_sent if report.kind in ("reduce", "gather") else 0
-    assert len(sent) == ranks
-    assert list(sent.values()) == pytest.approx([steps * predicted] * ranks, rel=0.02)
+        for mode in MODES:
+            results[mode], _ = await train(home, shared(asked, mode, (1,) * ranks))
+    for mode, result in results.items():
+        traffic = shard_traffic(load_bundle(path).manifest, mode, batch=size)
+        costs = [cost for each in traffic for cost in (*each.forward, *each.backward)]
+        predicted = asked.microbatches * sum(cost.ring_bytes(ranks) for cost in costs)
+        predicted += sum(2 * (ranks - 1) * each.step_bytes // ranks for each in traffic)
+        sent = Counter({report.sender: 0 for report in result.traffic})
+        for report in result.traffic:
+            sent[report.sender] += report.bytes_sent if report.kind in ("reduce", "gather") else 0
+        assert len(sent) == ranks
+        assert list(sent.values()) == pytest.approx([steps * predicted] * ranks, rel=0.02), mode
 
 
 @pytest.mark.stock
