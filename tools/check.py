@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -38,9 +39,11 @@ STOCK_FOLDERS: Final = ("tests/unit", "tests/numerics", "tests/interop")
 SOAK: Final = "tests/netns/test_soak.py"
 THROTTLED: Final = "tests/netns/test_throttled_peers.py"
 SIM_SEEDS: Final = 5000
-LANES: Final = 3
-"""On two cores: what runs real peers waits for timers and networks, so that beside two lanes most
-of a core was free."""
+LANES: Final = 4
+"""On two cores: what runs real peers waits for timers and networks, so that a tenth of both cores
+was free beside two lanes that compute."""
+YIELDING: Final = ("nice", "-n", "10")
+"""Before what only computes: real peers have deadlines, and go first where both want a core."""
 MEMORY: Final = Path("/dev/shm")
 MEMORY_FREE_BYTES_MIN: Final = 4 << 30
 RUNNING: Final[set[subprocess.Popen[str]]] = set()
@@ -55,6 +58,8 @@ class Step:
     name: str
     command: tuple[str, ...]
     is_pytest: bool = False
+    yields: bool = False
+    """Whether it only computes, so that others with real peers go first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +134,9 @@ def lint_steps() -> list[Step]:
     folders = [name for name in ("p2ptrain", "tests", "tools") if (ROOT / name).is_dir()]
     ruff, mypy = str(RUNTIME / "bin" / "ruff"), str(RUNTIME / "bin" / "mypy")
     return [
-        Step(name="ruff check", command=(ruff, "check", *folders)),
-        Step(name="ruff format", command=(ruff, "format", "--check", *folders)),
-        Step(name="mypy", command=(mypy,)),
+        Step(name="ruff check", command=(ruff, "check", *folders), yields=True),
+        Step(name="ruff format", command=(ruff, "format", "--check", *folders), yields=True),
+        Step(name="mypy", command=(mypy,), yields=True),
     ]
 
 
@@ -146,18 +151,19 @@ def sim_steps() -> list[Step]:
 
 
 def steps_that_compute() -> list[Step]:
-    """What fills a core, the longest first, so that lanes end together."""
+    """What fills a core: first what also waits, then what computes, the longest first, so that
+    both cores are busy to the end."""
     others = ("export", "arm", "e2e", "netns", "shell")
     elsewhere = [f"--ignore=tests/{name}" for name in others]
     exact = "tests/e2e/test_exact_recovery.py"
     return [
-        tests("export", EXPORT, "tests/export"),
         tests("end to end", RUNTIME, "tests/e2e", f"--ignore={exact}"),
-        tests("runtime", RUNTIME, "tests", *elsewhere),
-        tests("shell, A to Q", RUNTIME, "tests/shell", "--ignore-glob=tests/shell/test_[r-z]*"),
-        tests("shell, R to Z", RUNTIME, "tests/shell", "--ignore-glob=tests/shell/test_[a-q]*"),
         tests("exact recovery", RUNTIME, exact),
+        yielding("shell, R to Z", RUNTIME, "tests/shell", "--ignore-glob=tests/shell/test_[a-q]*"),
+        yielding("runtime", RUNTIME, "tests", *elsewhere),
         tests("arm", RUNTIME, "tests/arm", "-rs"),
+        yielding("export", EXPORT, "tests/export"),
+        yielding("shell, A to Q", RUNTIME, "tests/shell", "--ignore-glob=tests/shell/test_[r-z]*"),
     ]
 
 
@@ -186,7 +192,7 @@ def stock_steps(folders: Sequence[Path] = STOCK) -> list[Step]:
 def stock_tests(folder: Path, kept: Sequence[str]) -> Step:
     """Some folders of tests in a stock environment."""
     name = folder.name.removeprefix(".venv-")
-    return tests(name, folder, *kept, "--ignore=tests/unit/test_tidy.py")
+    return yielding(name, folder, *kept, "--ignore=tests/unit/test_tidy.py")
 
 
 def steps_that_measure() -> list[Step]:
@@ -199,6 +205,11 @@ def tests(name: str, environment: Path, *arguments: str) -> Step:
     pytest = str(environment / "bin" / "pytest")
     command = (pytest, "-q", "--durations=5", *arguments)
     return Step(name=f"{name} tests", command=command, is_pytest=True)
+
+
+def yielding(name: str, environment: Path, *arguments: str) -> Step:
+    """The same for tests that only compute."""
+    return dataclasses.replace(tests(name, environment, *arguments), yields=True)
 
 
 def run_in_turn(steps: Sequence[Step]) -> list[Outcome]:
@@ -238,6 +249,8 @@ def run(step: Step, *, print_line: Callable[[str], None], folder: Path | None = 
     for variable, stock in zip(STOCK_VARIABLES, STOCK, strict=True):
         environment.setdefault(variable, str(stock / "bin" / "python"))
     command = step.command
+    if step.yields and shutil.which(YIELDING[0]) is not None:
+        command = (*YIELDING, *command)
     if folder is not None:
         environment["TMPDIR"] = str(folder)
         command += in_folder(folder) if step.is_pytest else ()

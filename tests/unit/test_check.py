@@ -128,6 +128,21 @@ def test_two_steps_run_at_once(tmp_path: Path) -> None:
     assert [outcome.code for outcome in check.run_together(steps)] == [0, 0]
 
 
+def test_what_has_real_peers_goes_before_what_only_computes() -> None:
+    check = tool("check")
+    steps = [*check.steps_that_compute(), *check.steps_on_a_network()]
+    first = {step.name for step in steps if step.is_pytest and not step.yields}
+    assert first == {f"{name} tests" for name in (
+        "end to end", "exact recovery", "arm", "network", "soak",
+    )}  # fmt: skip
+    printed = list[str]()
+    says = (sys.executable, "-c", "import os; print('niceness', os.nice(0))")
+    for yields in (False, True):
+        check.run(check.Step(name="says", command=says, yields=yields), print_line=printed.append)
+    values = [int(line.split()[1]) for line in printed if line.startswith("niceness")]
+    assert values == [os.nice(0), min(os.nice(0) + 10, 19)]
+
+
 def test_every_folder_of_tests_is_run_by_some_step() -> None:
     check = tool("check")
     steps = [
