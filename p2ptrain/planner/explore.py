@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from p2ptrain.ids import DeviceId
-from p2ptrain.planner.arrangement import Arrangement, Cuts
+from p2ptrain.planner.arrangement import Arrangement, Cuts, Groups
 from p2ptrain.planner.cutting import bottleneck_cuts, cuts_around
 from p2ptrain.planner.ends import private_objection
-from p2ptrain.planner.groupings import groupings, subsets
+from p2ptrain.planner.groupings import groupings, subsets, tries_every_way
 from p2ptrain.planner.kinds import EXACT_KINDS, KINDS, Kind
+from p2ptrain.planner.neighbours import neighbours
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pricing import Price, Pricing, spans
 from p2ptrain.planner.sharded import Sharded, ShardedPricing, objection
@@ -33,11 +34,13 @@ ACTIONS_MAX: Final = 200_000
 microbatches have 175,000."""
 
 
+NEARBY_MAX: Final = 20_000
+"""Of pipelines of many devices around the likeliest one: stages times segments and microbatches."""
 UNLIMITED: Final = 1 << 62
 
 _Preference = tuple[int, int, int, bool, int, int, tuple[int, ...], Cuts]
-_Start = tuple[bool, int, int, Arrangement, Cuts]
-"""Whether the limits rule it out, lower bound of the value, number of the arrangement."""
+_Start = tuple[bool, int, Arrangement, Cuts]
+"""Whether the limits rule it out, lower bound of the value."""
 _Bounded = tuple[int, int, Cuts, Arrangement]
 """Lower bound of the value, number of the arrangement, cuts."""
 
@@ -131,13 +134,11 @@ class Explorer:
 
     def _arranged(self, kind: Kind, schedule: str) -> None:
         pricing = self._pricing
-        starts: list[_Start] = []
-        for groups in groupings(pricing, kind):
-            arrangement = pricing.arrange(groups, schedule)
-            cuts = None if arrangement is None else bottleneck_cuts(pricing, arrangement)
-            if arrangement is not None and cuts is not None:
-                beyond, bound = self._beyond(arrangement, cuts), self._bound(arrangement, cuts)
-                starts.append((beyond, bound, len(starts), arrangement, cuts))
+        found = (self._start(groups, schedule) for groups in groupings(pricing, kind))
+        first = [start for start in found if start is not None]
+        if kind == "pipeline" and not pricing.question.private:
+            first += self._nearby(first, schedule)
+        starts = [(*start[:2], index, *start[2:]) for index, start in enumerate(first)]
         starts.sort(key=lambda each: each[:3])
         bounded: list[_Bounded] = []
         spent = 0
@@ -158,6 +159,43 @@ class Explorer:
         self._with_each_device(bounded)
         if kind not in self._found.by_kind:
             self._found.objections.setdefault(kind, self._why_none(kind, bool(starts)))
+
+    def _start(self, groups: Groups, schedule: str) -> _Start | None:
+        """Groups cut at their bottleneck; None where they fit nowhere."""
+        arrangement = self._pricing.arrange(groups, schedule)
+        cuts = None if arrangement is None else bottleneck_cuts(self._pricing, arrangement)
+        if arrangement is None or cuts is None:
+            return None
+        return self._beyond(arrangement, cuts), self._bound(arrangement, cuts), arrangement, cuts
+
+    def _nearby(self, likely: Sequence[_Start], schedule: str) -> list[_Start]:
+        """Of many devices: from the likeliest pipeline moves to a better one, until there is none.
+
+        Likely orders know nothing of links, nor of memory that only some segments need.
+        """
+        pricing = self._pricing
+        if not likely or tries_every_way(pricing, "pipeline"):
+            return []
+        stages, most = pricing.question.stages, pricing.segment_count
+        tried = {start[2].groups for start in likely}
+        best, found, spent = min(likely, key=_by_bound), list[_Start](), 0
+        better = True
+        while better and spent < NEARBY_MAX:
+            better = False
+            for groups in neighbours(best[2].groups, len(pricing.devices)):
+                count = len(groups)
+                if spent >= NEARBY_MAX or groups in tried or count > most:
+                    continue
+                if stages not in (None, count):
+                    continue
+                tried.add(groups)
+                spent += count * (most + pricing.microbatches)
+                start = self._start(groups, schedule)
+                if start is not None:
+                    found.append(start)
+            nearest = min((best, *found), key=_by_bound)
+            better, best = nearest is not best, nearest
+        return found
 
     def _with_each_device(self, bounded: Sequence[_Bounded]) -> None:
         """Price the most promising candidate with each device, so that its loss can be named."""
@@ -303,6 +341,10 @@ class Explorer:
         if kind == "hybrid" and self._pricing.question.contract.codec == "int8":
             return "none fits the memory whose first stage alone has replicas, as int8 needs it"
         return "none fits the memory"
+
+
+def _by_bound(start: _Start) -> tuple[bool, int]:
+    return start[:2]
 
 
 def violations(pricing: Pricing, objective: Objective, price: Price) -> list[tuple[str, DeviceId]]:

@@ -28,7 +28,7 @@ def groupings(pricing: Pricing, kind: Kind) -> Iterator[Groups]:
     most, stages = min(len(pricing.devices), 64), pricing.question.stages
     longest = pricing.segment_count if stages is None else min(stages, pricing.segment_count)
     source = _likely(pricing, kind)
-    if _count(kind, most, longest) <= EVERY_WAY_MAX:
+    if tries_every_way(pricing, kind):
         source = _every(kind, most, longest)
     seen = set()
     for groups in source:
@@ -36,6 +36,13 @@ def groupings(pricing: Pricing, kind: Kind) -> Iterator[Groups]:
         if groups not in seen and as_asked and kind_of(groups) == kind:
             seen.add(groups)
             yield groups
+
+
+def tries_every_way(pricing: Pricing, kind: Kind) -> bool:
+    """Whether there are so few ways that none is left out."""
+    most, stages = min(len(pricing.devices), 64), pricing.question.stages
+    longest = pricing.segment_count if stages is None else min(stages, pricing.segment_count)
+    return _count(kind, most, longest) <= EVERY_WAY_MAX
 
 
 def _private(pricing: Pricing, kind: Kind) -> Iterator[Groups]:

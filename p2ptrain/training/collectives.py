@@ -120,9 +120,10 @@ def gradient_meetings(manifest: Manifest, segments: range, ranks: int) -> dict[M
 
 def held_bytes(meetings: Sequence[Meeting], rank: int) -> int:
     """What all frames of these meetings take at one rank if they come before it takes any."""
-    return sum(
-        meeting.body_bytes(kind, sender=sender, receiver=rank)
+    return ELEMENT_BYTES * sum(
+        meeting.lengths[rank] * (len(meeting.lengths) - 1)
+        if kind == "part"
+        else sum(meeting.lengths) - meeting.lengths[rank]
         for meeting in meetings
         for kind in FRAMES[meeting.operation]
-        for sender in meeting.senders(kind, rank)
     )

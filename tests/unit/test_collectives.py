@@ -90,3 +90,18 @@ def test_bytes_are_those_that_the_planner_predicts(operation: Operation, ranks: 
     predicted = all_reduce_bytes if operation == "reduce" else gather_bytes
     assert sent == predicted(4 * elements, ranks)
     assert held_bytes([meeting, meeting], 0) == 2 * sent
+
+
+@pytest.mark.parametrize("operation", list(FRAMES))
+@pytest.mark.parametrize("lengths", [(4, 3, 3), (0, 2, 5, 0), (0, 0), (7,)])
+def test_what_is_held_is_every_frame_that_comes(
+    operation: Operation, lengths: tuple[int, ...]
+) -> None:
+    meeting = Meeting(operation=operation, lengths=lengths)
+    for rank in range(len(lengths)):
+        frames = [
+            meeting.body_bytes(kind, sender=sender, receiver=rank)
+            for kind in FRAMES[operation]
+            for sender in meeting.senders(kind, rank)
+        ]
+        assert held_bytes([meeting], rank) == sum(frames)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 
 import pytest
 
 from p2ptrain.planner import explore
+from p2ptrain.planner.arrangement import Groups
 from p2ptrain.planner.explore import Explorer, Found
 from p2ptrain.planner.input import LinkEstimate
 from p2ptrain.planner.kinds import RUNTIME_KINDS, Kind
+from p2ptrain.planner.neighbours import neighbours
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.outsiders import nothing_with
 from p2ptrain.planner.pricing import Pricing
@@ -297,3 +300,38 @@ def test_of_a_device_without_a_part_only_what_is_known_is_said() -> None:
     private = dataclasses.replace(asked, private=True, home=device("a"))
     found = Found(objections={"pipeline": "the model has 2 segments"})
     assert nothing_with(Pricing(private), found, 1).endswith("since the model has 2 segments")
+
+
+def test_moves_away_from_a_pipeline_come_once_and_stay_pipelines() -> None:
+    groups: Groups = ((2,), (0,), (4,))
+    moves = list(neighbours(groups, 6))
+    assert len(moves) == len(set(moves)) == 3 + 3 + 3 * 3 + 4 * 3
+    assert groups not in moves
+    for move in moves:
+        devices = [device for (device,) in move]
+        assert len(set(devices)) == len(devices)
+    assert all(len(move) > 1 for move in neighbours(((2,), (0,)), 6)), "one device is no pipeline"
+
+
+def test_of_many_devices_the_likely_orders_are_improved_by_moves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Six equal devices whose links are slow but for those of one chain, which no ranking knows."""
+    taking_part = equal_devices("abcdef", segment_count=6)
+    chain = ["ad", "db", "be", "ec", "cf"]
+    links = tuple(
+        LinkEstimate(
+            first=a.id,
+            second=b.id,
+            latency_ns=0,
+            bytes_per_s=10**8 if {a.id[0], b.id[0]} in map(set, chain) else 20_000,
+        )
+        for a, b in itertools.combinations(taking_part, 2)
+    )
+    asked = question(taking_part, segment_count=6, links=links, kinds=("pipeline",))
+    found = _find(asked).best
+    monkeypatch.setattr(explore, "NEARBY_MAX", 0)
+    likely = _find(asked).best
+    assert found is not None
+    assert likely is not None
+    assert found.price.step_ns < 0.8 * likely.price.step_ns
