@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.util
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -58,6 +60,37 @@ def few_collections() -> Iterator[None]:
     yield
     gc.set_threshold(*usual)
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_trace() -> Iterator[None]:
+    """A model of transformers is traced once, whatever its weights and whatever is tuned of it: a
+    trace follows from the configuration, the inputs, and names, sizes and types of tensors."""
+    from p2ptrain.graph.sources import torch_source
+    from p2ptrain.graph.sources.torch_model import TorchModel
+    from p2ptrain.graph.sources.torch_tracing import BothModes, trace_both
+
+    traces: dict[object, BothModes] = {}
+
+    def traced(model: TorchModel, *, context: int) -> BothModes:
+        if not hasattr(model.module, "config"):
+            return trace_both(model, context=context)
+        tensors = tuple((n, v.shape, v.dtype) for n, v in model.module.state_dict().items())
+        config = {**model.module.config.to_dict(), "_name_or_path": ""}
+        said = (json.dumps(config, sort_keys=True), tuple(model.parameter_names().items()))
+        key = (type(model.module), said, tuple(model.inputs.items()), context, tensors)
+        if key not in traces:
+            traces[key] = trace_both(model, context=context)
+        return copied(traces[key])
+
+    def copied(both: BothModes) -> BothModes:
+        parts = (both.training, both.inference)
+        training, inference = (replace(part, graph=part.graph.copy()) for part in parts)
+        return BothModes(training=training, inference=inference)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_source, "trace_both", traced)
+        yield
 
 
 @pytest.fixture(scope="session")
