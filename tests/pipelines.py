@@ -103,8 +103,7 @@ class LocalPipeline:
                 bundle=bundle,
                 segments=part,
                 contract=contract,
-                in_flight=held(own).in_flight,
-                delayed=held(own).delayed,
+                holds=held(schedule, own),
                 weights=weights,
             )
             for part, own in zip(segments, actions, strict=True)

@@ -20,6 +20,7 @@ from p2ptrain.bundle.manifest import (
 from p2ptrain.ids import DeviceId, Digest, Lineage, RunId, ViewNumber
 from p2ptrain.planner.input import LinkEstimate, PlanningInput, StageMemory
 from p2ptrain.planner.profile import KindCost, PeerProfile
+from p2ptrain.schedule.actions import Held
 from p2ptrain.training.contract import Contract, OptimizerChoice, RuntimeBuild
 
 BUILD = RuntimeBuild(
@@ -132,10 +133,10 @@ def profile(
     )
 
 
-def stage_memory(segments: range, in_flight: int, delayed: int = 0) -> int:
+def stage_memory(segments: range, holds: Held) -> int:
     """SEGMENT_BYTES per segment for its state, as much for each microbatch in flight, and a tenth
     for each whose gradients wait."""
-    return len(segments) * SEGMENT_BYTES * (10 + 10 * in_flight + delayed) // 10
+    return len(segments) * SEGMENT_BYTES * (10 + 10 * holds.in_flight + holds.delayed) // 10
 
 
 def fast_links(profiles: Sequence[PeerProfile], *, latency_ns: int = 0) -> tuple[LinkEstimate, ...]:

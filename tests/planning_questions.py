@@ -190,6 +190,6 @@ def bert_question(letters: str, kind: Kind, *, memory_bytes: int = 1 << 40) -> Q
         contract=contract(microbatches=4, microbatch_size=4),
         devices=devices(peers),
         links=links,
-        stage_memory=lambda segments, in_flight, delayed=0: len(segments) * (10 + in_flight),
+        stage_memory=lambda segments, holds: len(segments) * (10 + holds.in_flight),
         kinds=(kind,),
     )

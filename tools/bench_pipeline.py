@@ -78,7 +78,7 @@ def main(
     entry: Path | None,
 ) -> None:
     """Torch eager, torch 1F1B and zero-bubble over gloo, one p2ptrain peer and two over TLS under
-    1F1B and ZB-H1, interleaved.
+    1F1B and eager ZB-H1, interleaved.
 
     The model is a GPT of 13.8 million parameters, 128 tokens, AdamW, on real English. Every
     contender starts each turn from the same parameters and sees the same samples; their losses

@@ -15,7 +15,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from p2ptrain.schedule.actions import SCHEDULES, all_actions, held
+from p2ptrain.schedule.actions import SCHEDULES, all_actions, in_flight_max
 from p2ptrain.schedule.simulator import PartsTime, ceiling, simulate
 
 STAGES: Final = range(2, 9)
@@ -78,7 +78,7 @@ def rows(times: Times, microbatches: int, stages: Sequence[int] = STAGES) -> Ite
                 ceiling=ceiling(
                     actions, forward_ns=forward_ns, backward_ns=backward_ns, parts=parts
                 ),
-                held=held(actions[0]).in_flight,
+                held=in_flight_max(actions[0]),
             )
 
 

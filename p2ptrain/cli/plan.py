@@ -109,7 +109,6 @@ def _question(options: dict[str, Any]) -> tuple[Question, Variant]:  # Any: clic
     objective = objective_of(
         options["objective"], deadline_s=options["deadline"], joules=options["joules"]
     )
-    schedules = (options["schedule"],)
     owner = owner_of(options["home"], names, private=options["private"])
 
     def variant(size: int, rematerialise: bool) -> Question:
@@ -123,7 +122,7 @@ def _question(options: dict[str, Any]) -> tuple[Question, Variant]:  # Any: clic
         return ask(changed)
 
     def ask(about: Work) -> Question:
-        question = described_question(manifest, specs, links, about, objective, schedules)
+        question = described_question(manifest, specs, links, about, objective, options["schedule"])
         return replace(question, home=owner, private=options["private"])
 
     question = ask(work)

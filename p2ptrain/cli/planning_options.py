@@ -17,7 +17,7 @@ from p2ptrain import limits
 _F = TypeVar("_F", bound=Callable[..., Any])  # Any: commands of every signature
 
 GOALS: Final = ("time", "energy")
-SCHEDULES: Final = ("1f1b", "gpipe", "zb-h1")
+SCHEDULES: Final = ("1f1b", "gpipe", "zb-h1", "eager-1f1b", "eager-zb-h1")
 CODECS: Final = ("fp32", "bf16", "int8")
 PARALLELISMS: Final = ("pipeline", "auto", "data", "tensor", "sequence", "hybrid")
 AUTO: Final = "auto"
@@ -109,7 +109,7 @@ def way_options(*, choosable: bool) -> Callable[[_F], _F]:
     """`--schedule`, `--codec` and `--rematerialise`.
 
     Args:
-        choosable: Schedule and codec may be left to the planner.
+        choosable: The codec may be left to the planner, too.
     """
     auto = (AUTO,) if choosable else ()
     also = "; auto: where a step is shorter for it" if choosable else ""
@@ -117,11 +117,13 @@ def way_options(*, choosable: bool) -> Callable[[_F], _F]:
     options: tuple[Callable[[_F], _F], ...] = (
         click.option(
             "--schedule",
-            type=click.Choice([*SCHEDULES, *auto]),
-            default="1f1b",
+            type=click.Choice([AUTO, *SCHEDULES]),
+            default=AUTO,
             show_default=True,
-            help="The order of the passes; zb-h1 computes weights' gradients where 1f1b would "
-            f"idle{also}. Stages that several devices share run 1f1b instead of zb-h1.",
+            help="The order of the passes, which changes no bit; auto: the shortest step that "
+            "memory allows. zb-h1 computes weights' gradients where 1f1b would idle, eager ones "
+            "give tensors more time on their way for more memory. Stages that several devices "
+            "share run without zb-h1.",
         ),
         click.option(
             "--codec",

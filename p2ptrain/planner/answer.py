@@ -176,15 +176,15 @@ class Answering:
     ) -> list[str]:  # fmt: skip
         taken = "as asked" if forced else f"for {self._objective()}"
         names = ", ".join(self._name(device) for device in winner.devices)
-        sentences = [f"{_article(winner.kind)} on {names}, {taken}: {self._cost(winner)}"]
+        sentences = [f"{_called(winner)} on {names}, {taken}: {self._cost(winner)}"]
         if self._pricing.question.private:
             sentences.append(self._private(winner))
         for other in others:
             if other.kind != winner.kind:
-                sentences.append(f"{_article(other.kind)}: {self._against(winner, other)}")
+                sentences.append(f"{_called(other)}: {self._against(winner, other)}")
         if winner.kind not in RUNTIME_KINDS:
             runs = "no plan that fits" if runnable is None else self._cost(runnable)
-            shape = "" if runnable is None else f"{_article(runnable.kind)}, "
+            shape = "" if runnable is None else f"{_called(runnable)}, "
             sentences.append(
                 f"the best that this version runs is {shape}{runs}; "
                 f"{_article(winner.kind)} is what-if"
@@ -246,6 +246,12 @@ class Answering:
 def _busy_share(one: Candidate) -> float:
     busiest = max(share.compute_ns for share in one.price.shares)
     return min(1.0, busiest / max(1, one.price.step_ns))
+
+
+def _called(one: Candidate) -> str:
+    """Its kind, and the schedule where stages pass microbatches on."""
+    passed_on = one.arrangement is not None and len(one.arrangement.groups) > 1
+    return f"{_article(one.kind)}{f' under {one.schedule}' if passed_on else ''}"
 
 
 def _article(kind: str) -> str:

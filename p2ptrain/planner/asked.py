@@ -120,7 +120,7 @@ def _check_segments(asked: AskedPlan, wanted: int) -> None:
 def _arranged(
     asked: AskedPlan, groups: Groups, explorer: Explorer, pricing: Pricing, known: Known
 ) -> Candidate:
-    schedule = asked.schedule or pricing.question.schedules[0]
+    schedules = (asked.schedule,) if asked.schedule else pricing.question.schedules
     weights = tuple(stage.weights for stage in asked.stages)
     if not pricing.may_share and any(len(group) > 1 for group in groups):
         raise PlanInfeasible(
@@ -134,13 +134,20 @@ def _arranged(
             "stage may: each would keep what it rounds off to itself, and a checkpoint lacks it",
             hint=f"use --codec bf16 or fp32, or give stage {stage} one device",
         )
-    arrangement = pricing.arrange(groups, schedule, weights)
-    if arrangement is None:
+    made = [pricing.arrange(groups, schedule, weights) for schedule in schedules]
+    arrangements = [arrangement for arrangement in made if arrangement is not None]
+    if not arrangements:
         raise _idle_replica(asked, groups, pricing, known)
     ends = [stage.segments for stage in asked.stages]
     cuts = tuple(sum(ends[: index + 1]) for index in range(len(ends)))
-    _check_memory(pricing, arrangement, cuts, asked, known)
-    return explorer.candidate(arrangement, cuts)
+    small = [_too_small(pricing, arrangement, cuts, known) for arrangement in arrangements]
+    if small[0] is not None and all(small):
+        raise PlanInfeasible(f"{asked.file}: {small[0]}", hint=_nearest(pricing, arrangements[0]))
+    return explorer.best_of(
+        explorer.candidate(arrangement, cuts)
+        for arrangement, problem in zip(arrangements, small, strict=True)
+        if problem is None
+    )
 
 
 def _idle_replica(
@@ -169,20 +176,18 @@ def _idle_replica(
     )
 
 
-def _check_memory(
-    pricing: Pricing, arrangement: Arrangement, cuts: Cuts, asked: AskedPlan, known: Known
-) -> None:
+def _too_small(pricing: Pricing, arrangement: Arrangement, cuts: Cuts, known: Known) -> str | None:
+    """The first stage that its device's memory does not hold."""
     for stage, (first, end) in enumerate(spans(cuts)):
         for replica in arrangement.stages[stage]:
             needs = pricing.memory_bytes(first, end, replica.holds, replica.ranks)
             device = pricing.devices[replica.device]
             if needs > device.profile.memory_bytes:
-                raise PlanInfeasible(
-                    f"{asked.file}: stage {stage} needs {bytes_rounded_up(needs)} on "
-                    f"{known.name_of(device.id)}, which has "
-                    f"{format_bytes(device.profile.memory_bytes)}",
-                    hint=_nearest(pricing, arrangement),
+                return (
+                    f"stage {stage} needs {bytes_rounded_up(needs)} on {known.name_of(device.id)}, "
+                    f"which has {format_bytes(device.profile.memory_bytes)}"
                 )
+    return None
 
 
 def _nearest(pricing: Pricing, arrangement: Arrangement) -> str:

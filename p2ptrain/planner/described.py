@@ -16,7 +16,7 @@ from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.profile import KindCost, PeerProfile, Power
 from p2ptrain.planner.question import Device, Question
 from p2ptrain.planner.segment_costs import model_costs
-from p2ptrain.schedule.actions import delays_gradients
+from p2ptrain.schedule.actions import Held, choices
 from p2ptrain.training.contract import Contract, OptimizerChoice, RuntimeBuild
 from p2ptrain.training.memory import MemoryModel
 from p2ptrain.units import NS_PER_S, UJ_PER_J
@@ -50,7 +50,7 @@ def described_question(
     links: tuple[LinkEstimate, ...],
     work: Work,
     objective: Objective,
-    schedules: tuple[str, ...],
+    schedule: str,
 ) -> Question:
     """The question; a segment's time is its operations at the device's rate, and the bytes it
     keeps and hands on at the rate of its memory.
@@ -61,8 +61,8 @@ def described_question(
     contract = _contract(manifest, work)
     model = MemoryModel(manifest, contract)
 
-    def memory(segments: range, in_flight: int, delayed: int = 0) -> int:
-        return model.stage(segments, in_flight, delayed=delayed).total
+    def memory(segments: range, holds: Held) -> int:
+        return model.stage(segments, holds).total
 
     return Question(
         manifest=manifest,
@@ -71,7 +71,7 @@ def described_question(
         stage_memory=memory,
         links=links,
         objective=objective,
-        schedules=tuple(_settled(schedule, manifest, contract) for schedule in schedules),
+        schedules=choices(schedule, delayable=_may_delay(manifest, contract)),
     )
 
 
@@ -95,11 +95,10 @@ def owner_of(asked: str | None, names: Sequence[str], *, private: bool) -> Devic
     return DeviceId(asked)
 
 
-def _settled(schedule: str, manifest: Manifest, contract: Contract) -> str:
-    """1F1B where gradients cannot be delayed: without backwards in parts, or stashes that stay."""
+def _may_delay(manifest: Manifest, contract: Contract) -> bool:
+    """Gradients can be delayed with backwards in parts and stashes that stay."""
     parts = any(kind.forms[contract.form].parts for kind in manifest.kinds.values())
-    delayable = parts and not contract.rematerialise
-    return schedule if delayable or not delays_gradients(schedule) else "1f1b"
+    return parts and not contract.rematerialise
 
 
 def _contract(manifest: Manifest, work: Work) -> Contract:

@@ -13,12 +13,11 @@ from p2ptrain.planner.arrangement import Arrangement, Cuts
 from p2ptrain.planner.halving import least_busy
 from p2ptrain.planner.pricing import Pricing, spans
 from p2ptrain.planner.question import Question
-from p2ptrain.schedule.actions import Held
+from p2ptrain.schedule.actions import ONE
 from p2ptrain.units import bytes_rounded_up, format_bytes
 
 FRONTS_MAX: Final = 48
 """Lengths of the first stage that are tried."""
-ONE: Final = Held(in_flight=1, delayed=0)
 
 
 def private_objection(manifest: Manifest) -> str | None:

@@ -9,7 +9,7 @@ For few devices and segments nothing is dropped before that, so the best is foun
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,6 +23,7 @@ from p2ptrain.planner.neighbours import neighbours
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pricing import Price, Pricing, spans
 from p2ptrain.planner.sharded import Sharded, ShardedPricing, objection
+from p2ptrain.schedule.actions import undelayed
 
 CUTS_MAX: Final = 4_000
 """Of one kind and schedule: cuts that are bounded. Four devices and ten segments have 2,500."""
@@ -30,8 +31,8 @@ WORK_MAX: Final = 20_000
 """Of one kind and schedule: stages times segments of the beams. Four devices and ten segments have
 3,000."""
 ACTIONS_MAX: Final = 200_000
-"""Of one kind and schedule: actions that are simulated. Four devices, ten segments and eight
-microbatches have 175,000."""
+"""Of one kind, all schedules: actions that are simulated. Four devices, ten segments and eight
+microbatches have 175,000 under each."""
 
 
 NEARBY_MAX: Final = 20_000
@@ -101,8 +102,7 @@ class Explorer:
             if kind in ("tensor", "sequence"):
                 self._sharded(kind)
                 continue
-            for schedule in question.schedules if kind == "pipeline" else question.schedules[:1]:
-                self._arranged(kind, schedule)
+            self._arranged(kind)
         found = self._found
         near = [one for one in self._near if self.value(one.price) <= self._limit()]
         found.best = min(near, key=self._preference, default=None)
@@ -132,7 +132,30 @@ class Explorer:
         """Whether a price is within deadline, joules and batteries."""
         return not violations(self._pricing, self._objective, price)
 
-    def _arranged(self, kind: Kind, schedule: str) -> None:
+    def best_of(self, candidates: Iterable[Candidate]) -> Candidate:
+        """The best of some that one plan is; what counts as equal is as for plans of one's own."""
+        priced = list(candidates)
+        least = min(self.value(candidate.price) for candidate in priced)
+        near = [one for one in priced if self.value(one.price) <= self._about(least)]
+        return min(near, key=self._preference)
+
+    def _schedules(self, kind: Kind) -> tuple[str, ...]:
+        """Of those that are asked for, the ones that make a difference."""
+        asked = self._pricing.question.schedules
+        if kind == "hybrid":
+            return tuple(dict.fromkeys(map(undelayed, asked)))
+        return asked if kind == "pipeline" else asked[:1]
+
+    def _arranged(self, kind: Kind) -> None:
+        schedules = self._schedules(kind)
+        most = ACTIONS_MAX // len(schedules)
+        # The quickest tends to be last, and bounds the others.
+        fitting = [self._under(kind, each, actions_max=most) for each in reversed(schedules)]
+        if kind not in self._found.by_kind:
+            self._found.objections.setdefault(kind, self._why_none(kind, any(fitting)))
+
+    def _under(self, kind: Kind, schedule: str, *, actions_max: int) -> bool:
+        """Consider what has this schedule; whether memory holds any of it."""
         pricing = self._pricing
         found = (self._start(groups, schedule) for groups in groupings(pricing, kind))
         first = [start for start in found if start is not None]
@@ -152,13 +175,12 @@ class Explorer:
         bounded.sort(key=lambda each: each[:3])
         actions = 0
         for bound, _, cuts, arrangement in bounded:
-            if bound > self._limit(kind) or actions > ACTIONS_MAX:
+            if bound > self._limit(kind) or actions > actions_max:
                 break
             actions += arrangement.action_count
             self._consider(self.candidate(arrangement, cuts))
         self._with_each_device(bounded)
-        if kind not in self._found.by_kind:
-            self._found.objections.setdefault(kind, self._why_none(kind, bool(starts)))
+        return bool(starts)
 
     def _start(self, groups: Groups, schedule: str) -> _Start | None:
         """Groups cut at their bottleneck; None where they fit nowhere."""
@@ -282,7 +304,10 @@ class Explorer:
         values = [self.value(each.price) for each in best if each is not None]
         if not values:
             return UNLIMITED
-        return min(values) + min(values) * self._pricing.question.equal_per_mille // 1000
+        return self._about(min(values))
+
+    def _about(self, value: int) -> int:
+        return value + value * self._pricing.question.equal_per_mille // 1000
 
     def _bound(self, arrangement: Arrangement, cuts: Cuts) -> int:
         """No candidate of these cuts has a lower value."""

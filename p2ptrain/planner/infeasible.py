@@ -12,7 +12,7 @@ from p2ptrain.planner.memory_shortfall import Variant, beyond_memory, feasible, 
 from p2ptrain.planner.pricing import Pricing
 from p2ptrain.planner.question import Question
 from p2ptrain.planner.shortfall import beyond_limits, without_limits
-from p2ptrain.schedule.actions import delays_gradients
+from p2ptrain.schedule.actions import undelayed
 
 
 def infeasible(planning: PlanningInput, pricing: Pricing, found: Found) -> PlanInfeasible:
@@ -66,7 +66,7 @@ def _variant(planning: PlanningInput, question: Question) -> Variant:
         contract = question.contract.at_size(size, rematerialise=rematerialise)
         schedules = question.schedules
         if rematerialise:  # gradients cannot be delayed then
-            schedules = tuple("1f1b" if delays_gradients(each) else each for each in schedules)
+            schedules = tuple(dict.fromkeys(map(undelayed, schedules)))
         return dataclasses.replace(
             question,
             contract=contract,

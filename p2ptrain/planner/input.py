@@ -12,6 +12,7 @@ from p2ptrain.planner.kinds import EXACT_KINDS, Kind
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.schedule.actions import Held
 from p2ptrain.training.contract import Contract
 from p2ptrain.units import NS_PER_S
 
@@ -23,10 +24,9 @@ OTHER_HOST_BYTES_PER_S: Final = 12_500_000
 
 
 class StageMemory(Protocol):
-    """Peak bytes of a stage; grows with the segments, with the microbatches in flight and with
-    those of them whose gradients may be delayed."""
+    """Peak bytes of a stage; grows with the segments and with the microbatches that it holds."""
 
-    def __call__(self, segments: range, in_flight: int, delayed: int = 0) -> int: ...
+    def __call__(self, segments: range, holds: Held) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from p2ptrain.planner.kinds import BY_NAME_ONLY
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pricing import Pricing
 from p2ptrain.planner.question import Device, Question
-from p2ptrain.planner.sharded import ONE
+from p2ptrain.schedule.actions import ONE
 from p2ptrain.units import bytes_rounded_up, format_bytes, parse_bytes
 
 Variant = Callable[[int, bool], Question | None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from p2ptrain.planner.explore import Found
 from p2ptrain.planner.pricing import Pricing
-from p2ptrain.planner.sharded import ONE
+from p2ptrain.schedule.actions import ONE
 from p2ptrain.units import UJ_PER_J, bytes_rounded_up, format_bytes, format_joules
 
 

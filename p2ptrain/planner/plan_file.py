@@ -13,7 +13,7 @@ from p2ptrain import limits
 from p2ptrain.errors import ConfigError
 from p2ptrain.planner.plan import Split
 from p2ptrain.planner.toml_text import known_keys, read_toml, shown
-from p2ptrain.schedule.actions import SCHEDULES, delays_gradients
+from p2ptrain.schedule.actions import SCHEDULES, delays_gradients, undelayed
 
 SPLITS: Final[dict[str, Split]] = {
     "replicas": "replicas", "tensor": "tensor", "sequence": "sequence",
@@ -135,5 +135,5 @@ def _check_stages(asked: AskedPlan) -> None:
     if shared and asked.schedule is not None and delays_gradients(asked.schedule):
         raise ConfigError(
             f"{asked.file}: {asked.schedule} is no schedule of stages that several devices share",
-            hint='schedule = "1f1b"',
+            hint=f'schedule = "{undelayed(asked.schedule)}"',
         )

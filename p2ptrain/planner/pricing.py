@@ -31,7 +31,14 @@ from p2ptrain.planner.replica_interval import (
 from p2ptrain.planner.segment_costs import model_costs
 from p2ptrain.planner.step_ends import StepEnds
 from p2ptrain.planner.traffic import all_reduce_bytes, collective_ns
-from p2ptrain.schedule.actions import Action, Held, delayed_microbatches, delays_gradients, held
+from p2ptrain.schedule.actions import (
+    Action,
+    Held,
+    delayed_microbatches,
+    delays_gradients,
+    held,
+    undelayed,
+)
 from p2ptrain.schedule.replicated import (
     Owners,
     Passage,
@@ -148,9 +155,7 @@ class Pricing:
         """
         key = (first, end, holds)
         if key not in self._memory:
-            self._memory[key] = self.question.stage_memory(
-                range(first, end), holds.in_flight, holds.delayed
-            )
+            self._memory[key] = self.question.stage_memory(range(first, end), holds)
         gradients = self._gradients[end] - self._gradients[first]
         return self._memory[key] + all_reduce_bytes(gradients, ranks)
 
@@ -212,7 +217,7 @@ class Pricing:
 
         Args:
             groups: By stage.
-            schedule: Where it delays gradients and stages have replicas, 1F1B is taken instead.
+            schedule: With replicas, no backward of it is delayed.
             weights: By stage and rank; None, or nothing: as fast as each device is.
         """
         sharing = self.sharing([device for group in groups for device in group])
@@ -231,12 +236,12 @@ class Pricing:
         owners = tuple(owners_by_weight(own, self.microbatches) for own in parts)
         if any(len(set(own)) < len(group) for own, group in zip(owners, groups, strict=True)):
             return None
-        if delays_gradients(schedule) and any(len(group) > 1 for group in groups):
-            schedule = "1f1b"
+        if any(len(group) > 1 for group in groups):
+            schedule = undelayed(schedule)
         actions = replicated_actions(schedule, owners, [len(group) for group in groups])
         stages = tuple(
             tuple(
-                _replica(device, sums, listed, len(group))
+                _replica(device, sums, held(schedule, listed), listed, len(group))
                 for device, sums, listed in zip(group, own, todo, strict=True)
             )
             for group, own, todo in zip(groups, tables, actions, strict=True)
@@ -527,10 +532,12 @@ def spans(cuts: Cuts) -> list[tuple[int, int]]:
     return list(zip((0, *cuts[:-1]), cuts, strict=True))
 
 
-def _replica(device: int, sums: SegmentTimes, listed: Sequence[Action], ranks: int) -> Replica:
+def _replica(
+    device: int, sums: SegmentTimes, holds: Held, listed: Sequence[Action], ranks: int
+) -> Replica:
     """One device with its actions; what it computes in a step follows from them."""
     forward, backward, cotangents, gradients, norm, update = sums
-    holds, delayed = held(listed), len(delayed_microbatches(listed))
+    delayed = len(delayed_microbatches(listed))
     count = sum(action.kind == "F" for action in listed)
     return Replica(
         device=device,

@@ -17,12 +17,11 @@ from p2ptrain.planner.kinds import Kind
 from p2ptrain.planner.pricing import Price, Pricing, Share
 from p2ptrain.planner.segment_costs import SegmentCosts
 from p2ptrain.planner.shard_costs import shard_costs
-from p2ptrain.schedule.actions import Held
+from p2ptrain.schedule.actions import ONE, Held
 from p2ptrain.schedule.step_end import PeerEnd
 from p2ptrain.training.shard_cuts import unit_counts
 from p2ptrain.training.shard_memory import ShardMemoryModel
 
-ONE: Final = Held(in_flight=1, delayed=0)
 TWO: Final = Held(in_flight=2, delayed=0)
 FINENESS: Final = 1000
 """The fastest device's weight, before common factors are taken out."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from p2ptrain.ids import DeviceId, RunId
+from p2ptrain.schedule.actions import AUTO
 from p2ptrain.training.contract import OptimizerChoice
 
 REPORT_VERSION: Final = 1
@@ -58,8 +59,8 @@ class TrainRequest:
     form: str = "portable"
     codec: str = "fp32"
     """Of boundary tensors between peers: fp32, bf16 or int8; auto: the planner chooses."""
-    schedule: str = "1f1b"
-    """1f1b, gpipe or zb-h1; auto: the shorter step of 1f1b and zb-h1."""
+    schedule: str = AUTO
+    """1f1b, gpipe, zb-h1, eager-1f1b or eager-zb-h1; auto: the shortest step but for gpipe's."""
     dropout: float | None = None
     rematerialise: bool | None = False
     """Keep each segment's inputs only, and run its forward again for the backward; None: where the

@@ -6,8 +6,9 @@ W are the gradients of parameters. A backward without a W is whole.
 The order of a stage's backwards, and of its W, is the order in which it accumulates gradients, so
 it is part of the numerics contract (DESIGN section 10): always by microbatch.
 
-Sources: GPipe after Huang et al. 2019; 1F1B after Narayanan et al. 2019 (PipeDream-flush); ZB-H1
-after Qi et al. 2024, "Zero Bubble Pipeline Parallelism", section 2.1.
+Sources: GPipe after Huang et al. 2019; 1F1B after Narayanan et al. 2019 (PipeDream-flush); eager
+1F1B after Zhuang et al. 2023, "On Optimizing the Communication of Model Parallelism", section 4;
+ZB-H1 after Qi et al. 2024, "Zero Bubble Pipeline Parallelism", section 2.1, and here eager, too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from p2ptrain import limits
 from p2ptrain.errors import ConfigError
 
 Kind = Literal["F", "B", "W"]
-SCHEDULES: Final = ("1f1b", "gpipe", "zb-h1")
+SCHEDULES: Final = ("1f1b", "gpipe", "zb-h1", "eager-1f1b", "eager-zb-h1")
+AUTO: Final = "auto"
+"""In place of a schedule: the shortest step."""
+AUTO_SCHEDULES: Final = ("1f1b", "zb-h1", "eager-1f1b", "eager-zb-h1")
+"""What AUTO chooses from."""
+_EAGER: Final = ("eager-1f1b", "eager-zb-h1")
+_DELAYING: Final = {"zb-h1": "1f1b", "eager-zb-h1": "eager-1f1b"}
+"""What has backwards in two parts, and what is the same without them."""
 
 _TEXT: Final = re.compile(r"(\d{1,9})([FBW])(\d{1,9})\Z", re.ASCII)
 _KINDS: Final[dict[str, Kind]] = {"F": "F", "B": "B", "W": "W"}
@@ -48,14 +56,23 @@ def parse_action(text: str) -> Action:
     return Action(stage=int(match[1]), kind=_KINDS[match[2]], microbatch=int(match[3]))
 
 
-def one_f_one_b(stage: int, stages: int, microbatches: int) -> tuple[Action, ...]:
+def one_f_one_b(
+    stage: int, stages: int, microbatches: int, *, eager: bool = False
+) -> tuple[Action, ...]:
     """One stage's actions under 1F1B: fill, then one backward after each forward, then drain.
+
+    Args:
+        stage: Its index.
+        stages: Of the plan.
+        microbatches: Of a step.
+        eager: Twice as many forwards go ahead, so that a tensor has the time of one more microbatch
+            to get to its neighbour. Where links take no time it gains nothing.
 
     Raises:
         ValueError: `stage` is not below `stages`, or a count is out of its bounds.
     """
     _check_counts(stage, stages, microbatches)
-    return _alternating(stage, microbatches, ahead=stages - 1 - stage)
+    return _alternating(stage, microbatches, ahead=_ahead(stage, stages, eager=eager))
 
 
 def evaluation(stage: int, stages: int, microbatches: int, *, in_flight: int) -> tuple[Action, ...]:
@@ -96,19 +113,27 @@ def gpipe(stage: int, stages: int, microbatches: int) -> tuple[Action, ...]:
     return forwards + tuple(_backward(stage, microbatch) for microbatch in range(microbatches))
 
 
-def zero_bubble(stage: int, stages: int, microbatches: int) -> tuple[Action, ...]:
+def zero_bubble(
+    stage: int, stages: int, microbatches: int, *, eager: bool = False
+) -> tuple[Action, ...]:
     """One stage's actions under ZB-H1: as 1F1B, with gradients computed where it would be idle.
 
     Cotangents leave as early as under 1F1B or earlier; the gradients of up to as many microbatches
     as the first stage holds under 1F1B wait for the end of the step, where 1F1B drains. So no
     stage holds more than that one. A backward whose gradients would follow it at once stays whole.
 
+    Args:
+        stage: Its index.
+        stages: Of the plan.
+        microbatches: Of a step.
+        eager: As of `one_f_one_b`: what is said of 1F1B is then true of the eager one.
+
     Raises:
         ValueError: `stage` is not below `stages`, or a count is out of its bounds.
     """
     _check_counts(stage, stages, microbatches)
-    most = min(stages, microbatches)
-    begun = min(microbatches, stages - 1 - stage)
+    most = min(microbatches, 1 + _ahead(0, stages, eager=eager))
+    begun = min(microbatches, _ahead(stage, stages, eager=eager))
     actions = [_forward(stage, microbatch) for microbatch in range(begun)]
     delayed = 0  # gradients of the microbatches before this one are done
     for microbatch in range(microbatches):
@@ -124,6 +149,11 @@ def zero_bubble(stage: int, stages: int, microbatches: int) -> tuple[Action, ...
             delayed += 1
     actions += [_gradients(stage, microbatch) for microbatch in range(delayed, microbatches)]
     return _whole_where_possible(actions)
+
+
+def _ahead(stage: int, stages: int, *, eager: bool) -> int:
+    """Forwards before the first backward, beside the one that it follows."""
+    return (2 if eager else 1) * (stages - 1 - stage)
 
 
 def _whole_where_possible(actions: Sequence[Action]) -> tuple[Action, ...]:
@@ -144,12 +174,14 @@ def stage_actions(schedule: str, stage: int, stages: int, microbatches: int) -> 
     Raises:
         ConfigError: the schedule is unknown; nothing was planned.
     """
-    if schedule == "1f1b":
-        return one_f_one_b(stage, stages, microbatches)
-    if schedule == "gpipe":
-        return gpipe(stage, stages, microbatches)
-    if schedule == "zb-h1":
-        return zero_bubble(stage, stages, microbatches)
+    eager = is_eager(schedule)
+    match schedule:
+        case "1f1b" | "eager-1f1b":
+            return one_f_one_b(stage, stages, microbatches, eager=eager)
+        case "zb-h1" | "eager-zb-h1":
+            return zero_bubble(stage, stages, microbatches, eager=eager)
+        case "gpipe":
+            return gpipe(stage, stages, microbatches)
     raise ConfigError(
         f"unknown schedule {schedule!r:.40}", hint=f"choose one of: {', '.join(SCHEDULES)}"
     )
@@ -157,7 +189,29 @@ def stage_actions(schedule: str, stage: int, stages: int, microbatches: int) -> 
 
 def delays_gradients(schedule: str) -> bool:
     """Whether a schedule has backwards in two parts."""
-    return schedule == "zb-h1"
+    return schedule in _DELAYING
+
+
+def undelayed(schedule: str) -> str:
+    """The same with every backward whole."""
+    return _DELAYING.get(schedule, schedule)
+
+
+def choices(asked: str, *, delayable: bool) -> tuple[str, ...]:
+    """What a plan may have, by the memory that it takes.
+
+    Args:
+        asked: Of `SCHEDULES`, or AUTO.
+        delayable: Whether backwards can be run in two parts. If not, ZB-H1 does what 1F1B does and
+            holds more for it, so 1F1B is meant.
+    """
+    meant = AUTO_SCHEDULES if asked == AUTO else (asked,)
+    return meant if delayable else tuple(dict.fromkeys(map(undelayed, meant)))
+
+
+def is_eager(schedule: str) -> bool:
+    """Whether a schedule gives tensors the time of another microbatch to get to a neighbour."""
+    return schedule in _EAGER
 
 
 def all_actions(schedule: str, stages: int, microbatches: int) -> tuple[tuple[Action, ...], ...]:
@@ -173,15 +227,27 @@ class Held:
     """Between their forward and the end of their backward."""
     delayed: int
     """Of these, between their cotangents and their gradients."""
+    early: int = 1
+    """How many more than in flight the stage before may have sent."""
+
+    @property
+    def at_edges(self) -> int:
+        """Places for what comes from a neighbour or goes there."""
+        return self.in_flight + self.delayed + self.early
 
     def covers(self, other: Held) -> bool:
         """Whether there is room for as many as `other` has."""
-        return self.in_flight >= other.in_flight and self.delayed >= other.delayed
+        enough = self.in_flight >= other.in_flight and self.delayed >= other.delayed
+        return enough and self.early >= other.early
 
 
-def held(actions: Sequence[Action]) -> Held:
-    """What one stage needs room for."""
-    return Held(in_flight=in_flight_max(actions), delayed=delayed_max(actions))
+ONE: Final = Held(in_flight=1, delayed=0)
+
+
+def held(schedule: str, actions: Sequence[Action]) -> Held:
+    """What one stage needs room for, of which these are the actions under that schedule."""
+    early = 2 if is_eager(schedule) else 1
+    return Held(in_flight=in_flight_max(actions), delayed=delayed_max(actions), early=early)
 
 
 def in_flight_max(actions: Sequence[Action]) -> int:

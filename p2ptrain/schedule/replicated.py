@@ -22,6 +22,7 @@ from p2ptrain.schedule.actions import (
     Action,
     delayed_microbatches,
     delays_gradients,
+    is_eager,
     stage_actions,
 )
 from p2ptrain.schedule.simulator import Span
@@ -118,15 +119,18 @@ def replicated_actions(
     Raises:
         ConfigError: the schedule is unknown, or not one for replicas.
     """
+    every = range(len(owners))
     if max(replicas) == 1:
-        every = range(len(owners))
         return tuple((stage_actions(schedule, s, len(owners), len(owners[0])),) for s in every)
     if schedule not in SCHEDULES or delays_gradients(schedule):
         raise ConfigError(
-            f"{schedule!r:.40} is no schedule of replicated stages", hint="choose 1f1b or gpipe"
+            f"{schedule!r:.40} is no schedule of replicated stages",
+            hint="choose 1f1b, eager-1f1b or gpipe",
         )
     count = len(owners[0])
-    most = [count if schedule == "gpipe" else sum(replicas[s:]) - 1 for s in range(len(owners))]
+    most = [count if schedule == "gpipe" else sum(replicas[s:]) - 1 for s in every]
+    if is_eager(schedule):
+        most = [ahead + sum(replicas[s + 1 :]) for s, ahead in enumerate(most)]
     return _kept_by_replicas(owners, replicas, most)
 
 

@@ -14,6 +14,7 @@ from typing import Final
 
 from p2ptrain.bundle.manifest import BackwardParts, Manifest, SegmentKind, Value
 from p2ptrain.errors import PlanInfeasible
+from p2ptrain.schedule.actions import Held
 from p2ptrain.training.boundaries import cotangent_values
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.layout import flat_layout
@@ -67,9 +68,8 @@ def stage_memory(
     manifest: Manifest,
     segments: range,
     contract: Contract,
-    in_flight: int,
+    holds: Held,
     process_bytes: int = PROCESS_BYTES,
-    delayed: int = 0,
 ) -> StageMemory:
     """Predicted peak memory of a peer that runs these segments; `MemoryModel` for many of them.
 
@@ -77,15 +77,14 @@ def stage_memory(
         manifest: Of the model.
         segments: The stage's segments.
         contract: Of the run: form, microbatch size, optimizer, rematerialisation.
-        in_flight: Microbatches whose stash is held at once.
+        holds: Microbatches that it has room for.
         process_bytes: The peer before it loads the model.
-        delayed: Of these microbatches, those that may wait for their gradients.
 
     Raises:
         PlanInfeasible: the bundle has no such optimizer; choose another.
     """
     model = MemoryModel(manifest, contract)
-    return model.stage(segments, in_flight, delayed=delayed, process_bytes=process_bytes)
+    return model.stage(segments, holds, process_bytes=process_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,14 +117,10 @@ class MemoryModel:
         self._segments: dict[int, _Segment] = {}
 
     def stage(
-        self,
-        segments: range,
-        in_flight: int,
-        *,
-        delayed: int = 0,
-        process_bytes: int = PROCESS_BYTES,
+        self, segments: range, holds: Held, *, process_bytes: int = PROCESS_BYTES
     ) -> StageMemory:
         """Predicted peak memory; arguments as those of `stage_memory`."""
+        in_flight, delayed = holds.in_flight, holds.delayed
         own = [self._segment(index) for index in segments]
         kinds = {each.kind: each.kept for each in own}
         graphs = sum(graph_count(self._manifest.kinds[k], self._contract, delayed) for k in kinds)
@@ -139,7 +134,7 @@ class MemoryModel:
             + sum(
                 _delayed_bytes(self._manifest, each.kind, self._contract, delayed) for each in own
             ),
-            boundaries=self._boundary_bytes(segments, own, in_flight, delayed)
+            boundaries=self._boundary_bytes(segments, own, holds)
             + (own[0].residuals if segments.start > 0 else 0),
             workspace=WORKSPACE_HALVES * sum(kinds.values()) // 2 + 2 * longest * ELEMENT_BYTES,
         )
@@ -176,15 +171,13 @@ class MemoryModel:
             return fed + sum(kinds.values())
         return fed + in_flight * sum(each.kept for each in own)
 
-    def _boundary_bytes(
-        self, segments: range, own: list[_Segment], in_flight: int, delayed: int
-    ) -> int:
+    def _boundary_bytes(self, segments: range, own: list[_Segment], holds: Held) -> int:
         """Rings of activations and cotangents at both ends; inside one activation for each
         microbatch in flight and one cotangent, or as many as wait for their gradients."""
         ring = self._segment(segments.start - 1).boundary if segments.start > 0 else 0
         ring += own[-1].boundary if segments.stop < len(self._manifest.segments) else 0
         inner = sum(each.boundary for each in own[:-1])
-        return 2 * ring * (in_flight + delayed + 1) + inner * (in_flight + max(1, delayed))
+        return 2 * ring * holds.at_edges + inner * (holds.in_flight + max(1, holds.delayed))
 
 
 def vector_count(manifest: Manifest, contract: Contract) -> int:

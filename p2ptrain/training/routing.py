@@ -6,10 +6,19 @@ microbatch. A plan without replicas has the order of `schedule.actions`, bit for
 
 from __future__ import annotations
 
+import dataclasses
+
 from p2ptrain.errors import InvariantBroken
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.plan import Plan, StagePlan
-from p2ptrain.schedule.actions import Action, Held, evaluation, held, stage_actions
+from p2ptrain.schedule.actions import (
+    Action,
+    Held,
+    evaluation,
+    held,
+    in_flight_max,
+    stage_actions,
+)
 from p2ptrain.schedule.replicated import (
     Owners,
     owners_by_weight,
@@ -87,11 +96,12 @@ class Route:
 
     def held(self, contract: Contract) -> Held:
         """How many microbatches this peer needs room for."""
-        trains = held(self.training(contract.microbatches))
+        trains = held(self._plan.schedule, self.training(contract.microbatches))
         if not self._replicated:
             return trains
         evaluated = self.evaluation(contract.heldout_microbatches, trained=contract.microbatches)
-        return Held(in_flight=max(1, trains.in_flight, held(evaluated).in_flight), delayed=0)
+        most = max(1, trains.in_flight, in_flight_max(evaluated))
+        return dataclasses.replace(trains, in_flight=most)
 
     def _owners(self, microbatches: int) -> tuple[Owners, ...]:
         return tuple(owners_by_weight(stage.weights, microbatches) for stage in self._plan.stages)

@@ -10,6 +10,7 @@ from typing import Final
 import pytest
 
 from p2ptrain.runtime.reports import TrainRequest
+from p2ptrain.schedule.actions import ONE
 from p2ptrain.store.bundles import load_bundle
 from p2ptrain.store.runs import RunDirectory, run_paths
 from p2ptrain.training.contract import OptimizerChoice
@@ -88,4 +89,4 @@ def room_for_most(request: TrainRequest) -> int:
         optimizer=request.optimizer,
     )
     kept = range(SEGMENTS_ON_ARM, len(bundle.manifest.segments))
-    return stage_memory(bundle.manifest, kept, contract, in_flight=1).total
+    return stage_memory(bundle.manifest, kept, contract, ONE).total

@@ -77,7 +77,7 @@ def test_svg_shows_every_action(capsys: pytest.CaptureFixture[str]) -> None:
         encoding="utf-8",
     )
     assert _plan("--plan", "p.toml", "--svg", "step.svg", "--microbatches", "4") == 0
-    assert "a pipeline on pi-1, pi-2, as asked" in capsys.readouterr().out
+    assert "a pipeline under zb-h1 on pi-1, pi-2, as asked" in capsys.readouterr().out
     picture = ElementTree.parse("step.svg")
     titles = {each.text for each in picture.iter("{http://www.w3.org/2000/svg}title")}
     assert {"0F0", "1F3", "1B0", "0B3"} <= titles

@@ -236,6 +236,7 @@ def sabotage(saboteur: Saboteur) -> None:
 
     wrap(StageWorker, "forward", forward)
     wrap(StageWorker, "backward", backward)
+    wrap(StageWorker, "backward_cotangents", backward)
     wrap(StageWorker, "update", update)
     wrap(Replayer, "run_step", run_step)
     wrap_async(ReplicaKeeper, "_keep", lambda k, w: ("replicate", w.saved.step), saboteur)

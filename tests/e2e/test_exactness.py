@@ -44,7 +44,7 @@ async def test_every_number_of_stages_gives_the_same_bits(
 ) -> None:
     assert len(set(short_alone.losses)) == STEPS
     async with peer_group(tmp_path, 4) as (home, *_):
-        for stages, schedule in ((2, "1f1b"), (3, "1f1b"), (4, "1f1b"), (3, "zb-h1")):
+        for stages, schedule in ((2, "1f1b"), (3, "eager-1f1b"), (4, "eager-zb-h1"), (3, "zb-h1")):
             asked = dataclasses.replace(short_job(text, stages=stages), schedule=schedule)
             result, watched = await train(home, asked)
             assert (result.stages, result.stopped) == (stages, False)

@@ -41,7 +41,7 @@ def train(path: Path, bundle: Bundle, source: Source) -> tuple[TrainedRun, list[
     segments = range(len(bundle.manifest.segments))
     worker = StageWorker(
         engine=open_engine(threads=1), bundle=bundle, segments=segments, contract=contract,
-        in_flight=1, weights=open_weights(bundle),
+        weights=open_weights(bundle),
     )  # fmt: skip
     worker.draw_parameters()
     losses = []

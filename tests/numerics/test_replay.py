@@ -117,7 +117,7 @@ def worker_over(
 ) -> StageWorker:
     return StageWorker(
         engine=engine, bundle=run.pipeline.bundle, segments=segments,
-        contract=run.pipeline.contract, in_flight=1, cuts=cuts,
+        contract=run.pipeline.contract, cuts=cuts,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from p2ptrain.engine.contract import Engine
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import InvariantBroken
 from p2ptrain.runtime.compute.stage import StageWorker
-from p2ptrain.schedule.actions import SCHEDULES
+from p2ptrain.schedule.actions import SCHEDULES, Held
 from p2ptrain.store.bundles import Bundle, load_bundle
 from p2ptrain.training.contract import OptimizerChoice
 from tests.adapted_bundle import adapted_bundle
@@ -94,7 +94,7 @@ def test_a_stage_of_a_shipped_bundle_has_the_same_gradients_in_parts(
         contract = contract_for(made, microbatches=3, microbatch_size=2)
         stage = StageWorker(
             engine=engine, bundle=made, segments=range(1, count - 1), contract=contract,
-            in_flight=3, delayed=delayed,
+            holds=Held(in_flight=3, delayed=delayed),
         )  # fmt: skip
         stage.draw_parameters()
         run_all(stage, delayed)
@@ -133,7 +133,11 @@ def test_parts_come_in_order_and_no_more_than_there_is_room_for(engine: Engine) 
     made = parted_bundle(tiny_bundle())
     contract = contract_for(made, microbatches=3)
     stage = StageWorker(
-        engine=engine, bundle=made, segments=range(6), contract=contract, in_flight=3, delayed=1
+        engine=engine,
+        bundle=made,
+        segments=range(6),
+        contract=contract,
+        holds=Held(in_flight=3, delayed=1),
     )
     stage.draw_parameters()
     for index in range(3):

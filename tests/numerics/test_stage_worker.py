@@ -11,6 +11,7 @@ from p2ptrain.engine.contract import Engine
 from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import CheckpointError, ConfigError, GraphError, InvariantBroken
 from p2ptrain.runtime.compute.stage import StageStatistics, StageWorker
+from p2ptrain.schedule.actions import Held
 from p2ptrain.store.bundles import Bundle, bundle_from_parts
 from p2ptrain.training.contract import OptimizerChoice
 from tests.bundles import CONTEXT, WIDTH, contract_for, graph_files, tiny_bundle
@@ -37,7 +38,7 @@ def worker(engine: Engine, bundle: Bundle, segments: range, in_flight: int = 2) 
         bundle=bundle,
         segments=segments,
         contract=contract_for(bundle),
-        in_flight=in_flight,
+        holds=Held(in_flight=in_flight, delayed=0),
     )
     made.draw_parameters()
     return made
@@ -242,7 +243,7 @@ def test_stage_refuses_a_contract_the_bundle_cannot_keep(engine: Engine, bundle:
     contract = contract_for(bundle)
     with pytest.raises(ConfigError, match="training graphs"):
         StageWorker(
-            engine=engine, bundle=bundle, segments=range(1), in_flight=1,
+            engine=engine, bundle=bundle, segments=range(1),
             contract=dataclasses.replace(contract, form="training"),
         )  # fmt: skip
 
@@ -283,7 +284,7 @@ def test_stage_statistics_count_microbatches_and_updates(engine: Engine, bundle:
 def test_stage_sgd_follows_the_update_rule(engine: Engine, bundle: Bundle) -> None:
     choice = OptimizerChoice(name="sgd", momentum=0.5, weight_decay=0.1, clip_norm=0.0)
     stage = StageWorker(
-        engine=engine, bundle=bundle, segments=range(1), in_flight=1,
+        engine=engine, bundle=bundle, segments=range(1),
         contract=contract_for(bundle, optimizer=choice),
     )  # fmt: skip
     stage.draw_parameters()

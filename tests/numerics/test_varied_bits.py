@@ -15,6 +15,7 @@ from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.errors import BundleError, InvariantBroken
 from p2ptrain.ids import Digest
 from p2ptrain.runtime.compute.stage import StageWorker
+from p2ptrain.schedule.actions import Held
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.random import draw_tensor
 from p2ptrain.training.segment_state import read_segment_state
@@ -53,7 +54,7 @@ def trained(
 def stage_of(engine: Engine, bundle: Bundle, segments: range, in_flight: int = 2) -> StageWorker:
     stage = StageWorker(
         engine=engine, bundle=bundle, segments=segments, contract=contract_for(bundle),
-        in_flight=in_flight,
+        holds=Held(in_flight=in_flight, delayed=0),
     )  # fmt: skip
     stage.draw_parameters()
     return stage
@@ -97,7 +98,11 @@ def test_rematerialised_stage_keeps_one_stash_for_all_segments_of_a_kind(
 ) -> None:
     contract = contract_for(bundle, rematerialise=True)
     stage = StageWorker(
-        engine=engine, bundle=bundle, segments=range(7), contract=contract, in_flight=3
+        engine=engine,
+        bundle=bundle,
+        segments=range(7),
+        contract=contract,
+        holds=Held(in_flight=3, delayed=0),
     )
     kept = {
         slot.values["h"].host().ctypes.data
@@ -334,7 +339,7 @@ def test_frozen_tensor_is_a_constant_wherever_it_comes_from(
     }
     stage = StageWorker(
         engine=engine, bundle=bundle, segments=range(3, 4), contract=contract_for(plain),
-        in_flight=1, weights=sources[source](),
+        weights=sources[source](),
     )  # fmt: skip
     stage.draw_parameters()
     y, _ = fixed_output(stage)
@@ -353,7 +358,7 @@ def test_frozen_weights_that_do_not_fit_are_refused(engine: Engine) -> None:
     for weights in ({}, {"fixed.w": np.zeros((WIDTH, 2), np.float32)}):
         with pytest.raises(BundleError, match=r"'fixed\.w'"):
             StageWorker(
-                engine=engine, bundle=bundle, segments=range(3, 4), in_flight=1,
+                engine=engine, bundle=bundle, segments=range(3, 4),
                 contract=contract_for(bundle), weights=weights,
             )  # fmt: skip
 
@@ -369,7 +374,7 @@ def test_trainable_tensors_start_from_the_weights(engine: Engine, bundle: Bundle
         bundle, manifest=manifest, manifest_bytes=manifest.to_bytes(), digest=manifest.digest
     )
     stage = StageWorker(
-        engine=engine, bundle=weighted, segments=range(4, 6), in_flight=1,
+        engine=engine, bundle=weighted, segments=range(4, 6),
         contract=contract_for(weighted), weights={"block0.b": value},
     )  # fmt: skip
     stage.draw_parameters()

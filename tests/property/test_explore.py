@@ -18,7 +18,7 @@ from p2ptrain.planner.objective import GOALS, Objective
 from p2ptrain.planner.pricing import Pricing, spans
 from p2ptrain.planner.profile import PeerProfile, Power
 from p2ptrain.planner.question import Question
-from p2ptrain.schedule.actions import SCHEDULES
+from p2ptrain.schedule.actions import AUTO_SCHEDULES, SCHEDULES
 from p2ptrain.schedule.simulator import PartsTime, simulate
 from tests.planning_cases import device, profile
 from tests.planning_questions import Device, question
@@ -89,9 +89,7 @@ def _questions(draw: st.DrawFn, *, devices_max: int = 4, segments_max: int = 10)
         microbatches=draw(st.integers(1, 8)),
         schedule=draw(st.sampled_from(SCHEDULES)),
         objective=Objective(goal=draw(st.sampled_from(GOALS))),
-        memory=lambda segments, in_flight, delayed=0: (
-            sum(weights[i] for i in segments) * (1 + in_flight + delayed)
-        ),
+        memory=lambda segments, holds: sum(weights[i] for i in segments) * holds.at_edges,
     )
 
 
@@ -147,6 +145,18 @@ def test_found_plan_is_never_worse_than_a_pure_one(asked: Question) -> None:
             if pure is not None:
                 assert whole is not None
                 assert explorer.value(whole.price) <= explorer.value(pure.price)
+
+
+@given(asked=_questions())
+@settings(max_examples=15, deadline=None)
+def test_a_choice_of_schedules_is_as_good_as_the_best_of_them(asked: Question) -> None:
+    explorer = Explorer(Pricing(dataclasses.replace(asked, schedules=AUTO_SCHEDULES)))
+    chosen = explorer.run().best
+    for schedule in AUTO_SCHEDULES:
+        only = Explorer(Pricing(dataclasses.replace(asked, schedules=(schedule,)))).run().best
+        if only is not None:
+            assert chosen is not None
+            assert explorer.value(chosen.price) <= explorer.value(only.price) * 1.01
 
 
 @given(asked=_questions(), data=st.data())

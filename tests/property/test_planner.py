@@ -96,9 +96,9 @@ def test_plan_covers_the_model_and_respects_memory(planning: PlanningInput) -> N
     rooms = {peer.device: peer.memory_bytes for peer in planning.profiles}
     actions = all_actions(plan.schedule, len(plan.stages), planning.contract.microbatches)
     for stage, own in zip(plan.stages, actions, strict=True):
-        holds = held(own)
+        holds = held(plan.schedule, own)
         assert stage.in_flight_max == holds.in_flight
-        needed = planning.stage_memory(stage.segments, holds.in_flight, holds.delayed)
+        needed = planning.stage_memory(stage.segments, holds)
         assert stage.memory_bytes == needed <= rooms[stage.device]
     parameters = sum(stage.parameter_count for stage in plan.stages)
     assert parameters == planning.manifest.parameter_count

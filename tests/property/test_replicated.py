@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2ptrain.schedule.actions import held
+from p2ptrain.schedule.actions import in_flight_max
 from p2ptrain.schedule.replicated import (
     Owners,
     Passage,
@@ -56,4 +56,4 @@ def test_nobody_waits_for_ever(
         ran = [span for own in played.spans for each in own for span in each]
         assert len(ran) == 2 * count * len(weights)
     for own in look:
-        assert all(held(actions).in_flight <= microbatches + 1 for actions in own)
+        assert all(in_flight_max(actions) <= microbatches + 1 for actions in own)

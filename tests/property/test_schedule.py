@@ -46,6 +46,44 @@ def test_zero_bubble_holds_no_more_than_the_first_stage_of_1f1b(
         assert delayed_max(own) <= in_flight_max(own) <= most
 
 
+@given(stages=_STAGES, microbatches=_MICROBATCHES)
+@settings(max_examples=60, deadline=None)
+def test_eager_schedules_hold_less_than_twice_as_many(stages: int, microbatches: int) -> None:
+    most = min(microbatches, 2 * stages - 1)
+    for schedule in ("eager-1f1b", "eager-zb-h1"):
+        every = all_actions(schedule, stages, microbatches)
+        assert in_flight_max(every[0]) == most
+        assert all(delayed_max(own) <= in_flight_max(own) <= most for own in every)
+    assert [in_flight_max(own) for own in all_actions("eager-1f1b", stages, microbatches)] == [
+        min(microbatches, 2 * (stages - stage) - 1) for stage in range(stages)
+    ]
+
+
+@given(
+    stages=_STAGES,
+    microbatches=_MICROBATCHES,
+    forward=st.integers(1, 100),
+    transfer=st.integers(0, 300),
+)
+@settings(max_examples=150, deadline=None)
+def test_eager_schedules_of_equal_stages_are_never_slower(
+    stages: int, microbatches: int, forward: int, transfer: int
+) -> None:
+    plains = ("1f1b", "zb-h1") if microbatches >= 2 * stages else ("1f1b",)
+    for plain in plains:  # where they all drain at once, delayed gradients may be in the way
+        took = [
+            simulate(
+                all_actions(schedule, stages, microbatches),
+                forward_ns=[forward] * stages,
+                backward_ns=[2 * forward] * stages,
+                transfer_ns=[transfer] * (stages - 1),
+                parts=[PartsTime(cotangents_ns=forward, gradients_ns=forward)] * stages,
+            ).step_ns
+            for schedule in (plain, f"eager-{plain}")
+        ]
+        assert took[1] <= took[0]
+
+
 @given(
     rows=st.lists(st.tuples(*[st.integers(0, 1000)] * 3), min_size=1, max_size=6),
     microbatches=st.integers(1, 12),
@@ -124,7 +162,7 @@ def test_no_tensor_arrives_while_its_place_is_read(
     schedule: str, stages: int, microbatches: int, evaluated: int | None
 ) -> None:
     training = all_actions(schedule, stages, microbatches)
-    rooms = [held(own) for own in training]
+    rooms = [held(schedule, own) for own in training]
     lists = training
     if evaluated is not None:
         lists = tuple(
@@ -133,7 +171,7 @@ def test_no_tensor_arrives_while_its_place_is_read(
         )
         check(lists)
     for stage, own in enumerate(lists):
-        places = rooms[stage].in_flight + rooms[stage].delayed + 1
+        places = rooms[stage].at_edges
         if stage > 0:  # an activation may come as soon as the stage before can have computed it
             for sent in (action for action in lists[stage - 1] if action.kind == "F"):
                 known = _released_before(lists[stage - 1], sent)

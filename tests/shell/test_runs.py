@@ -85,7 +85,7 @@ async def test_losses_and_state_are_equal_on_one_to_four_stages(tmp_path: Path) 
     assert other.losses[0] != results[0].losses[0]
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "eager-1f1b"])
 async def test_schedule_changes_nothing_but_time(tmp_path: Path, schedule: str) -> None:
     one = await train(tmp_path, members=1, stages=1, steps=3)
     three = await train(tmp_path, members=3, stages=3, steps=3, schedule=schedule)

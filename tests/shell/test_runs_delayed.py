@@ -11,6 +11,7 @@ import trio
 
 from p2ptrain.runtime.compute.stage import StageWorker
 from p2ptrain.runtime.reports import PlanReport, StepReport, TrainResult
+from p2ptrain.schedule.actions import SCHEDULES, delays_gradients
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.contract import OptimizerChoice
 from tests.adapted_bundle import adapted_bundle
@@ -81,13 +82,13 @@ async def test_every_schedule_has_one_curve_on_one_to_three_stages(
     data = {"data": str(written_arrays(tmp_path))} if len(bundle.manifest.data_ports) > 1 else {}
     one, _ = await train(tmp_path, bundle, 1, **data)
     assert not delayed
-    for schedule in ("1f1b", "gpipe", "zb-h1"):
+    for schedule in SCHEDULES:
         for stages in (1, 2, 3):
             before = len(delayed)
             other, plan = await train(tmp_path, bundle, stages, schedule=schedule, **data)
             assert plan.schedule == schedule
             assert same(other, one), (schedule, stages)
-            assert (len(delayed) > before) == (schedule == "zb-h1" and stages > 1)
+            assert (len(delayed) > before) == (delays_gradients(schedule) and stages > 1)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ async def test_without_parts_the_schedule_is_1f1b_and_the_plan_says_why(
     assert not delayed
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 async def test_an_evaluation_may_have_more_microbatches_than_a_step(
     tmp_path: Path, schedule: str
 ) -> None:
@@ -120,14 +121,16 @@ async def test_an_evaluation_may_have_more_microbatches_than_a_step(
     assert same(three, one)
 
 
-@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize(("at", "schedule"), [(1, "zb-h1"), (4, "eager-zb-h1")])
 async def test_a_lost_stage_is_replayed_to_the_same_bits(
-    tmp_path: Path, at: int, delayed: list[int]
+    tmp_path: Path, at: int, schedule: str, delayed: list[int]
 ) -> None:
     bundle = parted_bundle(tiny_bundle())
     changes = {"steps": 20, "replicate_every": 3}
     alone, _ = await train(tmp_path, bundle, 1, **changes)
-    asked = request_for(tmp_path, bundle, optimizer=CLIPPING, stages=3, schedule="zb-h1", **changes)
+    asked = request_for(
+        tmp_path, bundle, optimizer=CLIPPING, stages=3, schedule=schedule, **changes
+    )
     results: list[TrainResult] = []
     async with memory_group(tmp_path, 3) as group:
 

@@ -164,7 +164,7 @@ async def test_neither_inputs_nor_labels_leave_their_owner(tmp_path: Path, data:
     assert min(shown["inputs"], shown["labels"]) > 0
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "zb-h1"])
+@pytest.mark.parametrize("schedule", ["gpipe", "eager-1f1b", "eager-zb-h1"])
 async def test_schedules_keep_the_bits(tmp_path: Path, alone: TrainResult, schedule: str) -> None:
     asked = request(tmp_path, private=True, stages=4, schedule=schedule)
     result, _, _ = await train(tmp_path, asked, members=3)

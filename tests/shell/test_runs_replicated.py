@@ -120,6 +120,7 @@ async def test_every_microbatch_goes_to_its_owners_and_gradients_between_them(
     [
         ("data 2", {"schedule": "gpipe"}),
         ("hybrid 2x2", {"schedule": "gpipe", "evaluate_every": 2}),
+        ("hybrid 2x2", {"schedule": "eager-1f1b", "evaluate_every": 2}),
         ("hybrid 2x2", {"heldout_microbatches": 1, "evaluate_every": 1, "checkpoint_every": 2}),
         ("mixed 1, 2", {"heldout_microbatches": 8, "evaluate_every": 3}),
         ("data 3", {"rematerialise": True}),

@@ -74,8 +74,9 @@ def test_replicas_get_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_replicated_stage_delays_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kinds, "RUNTIME_KINDS", KINDS)
-    plan, _ = _asked(_stage(["loft", "cellar"], 8), schedule="zb-h1")
-    assert plan.schedule == "1f1b"
+    for asked, taken in (("zb-h1", "1f1b"), ("eager-zb-h1", "eager-1f1b")):
+        plan, _ = _asked(_stage(["loft", "cellar"], 8), schedule=asked)
+        assert plan.schedule == taken
 
 
 def test_int8_has_replicas_of_the_first_stage_only() -> None:

@@ -52,7 +52,7 @@ def test_verdict_goes_by_the_median(median: float, met: bool) -> None:
 
 def test_targets_are_those_of_the_two_cases() -> None:
     one, two, long_one, long_two = ours(1, 8), ours(2, 8), ours(1, 32), ours(2, 32)
-    delayed = ours(2, 8, "zb-h1")
+    delayed = ours(2, 8, "eager-zb-h1")
     assert {(t.fast, t.slow): t.least for t in targets(8, 32)} == {
         (one, TORCH): 1.6,
         (two, one): 1.5,

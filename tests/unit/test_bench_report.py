@@ -38,7 +38,7 @@ from tools.bench_pipeline import shown_arguments
 ROOT = Path(__file__).resolve().parents[2]
 RUN = RunId("0" * 32)
 STEPS = 3
-DELAYED = ours(2, 8, "zb-h1")
+DELAYED = ours(2, 8, "eager-zb-h1")
 NANO = ModelShape(layers=4, width=192, vocabulary=256)
 
 
@@ -219,7 +219,7 @@ def measured(manifest: Manifest, one_s: float) -> Measured:
         plans={
             ours(1, 8): [plan_report(manifest)] * 2,
             ours(2, 8): [plan_report(manifest, 5)] * 2,
-            DELAYED: [dataclasses.replace(plan_report(manifest, 5), schedule="zb-h1")] * 2,
+            DELAYED: [dataclasses.replace(plan_report(manifest, 5), schedule="eager-zb-h1")] * 2,
         },
         digests={ours(1, 8): {"d"}, ours(2, 8): {"d"}, DELAYED: {"d"}},
         costs=[costs, costs],

@@ -9,6 +9,7 @@ import pytest
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import PlanInfeasible
 from p2ptrain.runtime.compute.stage import StageWorker
+from p2ptrain.schedule.actions import ONE, Held
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training import memory
 from p2ptrain.training.contract import OptimizerChoice
@@ -32,7 +33,7 @@ def predicted(
 ) -> StageMemory:  # fmt: skip
     contract = contract_for(bundle, microbatch_size=batch, optimizer=OptimizerChoice(name=rule))
     contract = dataclasses.replace(contract, **changes)
-    return stage_memory(bundle.manifest, segments, contract, in_flight)
+    return stage_memory(bundle.manifest, segments, contract, Held(in_flight=in_flight, delayed=0))
 
 
 def test_memory_counts_each_microbatch_in_flight() -> None:
@@ -54,7 +55,7 @@ def test_memory_of_delayed_gradients_is_bounded_by_how_many_wait() -> None:
     bundle = parted_bundle(TINY)
     contract = contract_for(bundle, microbatch_size=2)
     none, one, two = (
-        stage_memory(bundle.manifest, range(1, 2), contract, 3, delayed=delayed)
+        stage_memory(bundle.manifest, range(1, 2), contract, Held(in_flight=3, delayed=delayed))
         for delayed in (0, 1, 2)
     )
     assert (one.stash - none.stash, two.stash - one.stash) == (ACTIVATION, ACTIVATION)
@@ -63,8 +64,8 @@ def test_memory_of_delayed_gradients_is_bounded_by_how_many_wait() -> None:
     assert two.sessions == one.sessions
     again = dataclasses.replace(contract, rematerialise=True)
     assert (
-        stage_memory(bundle.manifest, range(1, 2), again, 3, delayed=2).stash
-        == stage_memory(bundle.manifest, range(1, 2), again, 3).stash
+        stage_memory(bundle.manifest, range(1, 2), again, Held(in_flight=3, delayed=2)).stash
+        == stage_memory(bundle.manifest, range(1, 2), again, Held(in_flight=3, delayed=0)).stash
     )
 
 
@@ -95,7 +96,7 @@ def test_memory_grows_with_stages_and_batch() -> None:
     totals = [predicted(range(end)).total for end in (1, 2, 3, 4)]
     assert totals == sorted(totals)
     assert predicted(range(4), batch=4).total > predicted(range(4)).total
-    own = stage_memory(TINY.manifest, range(4), contract_for(TINY), 1, 0)
+    own = stage_memory(TINY.manifest, range(4), contract_for(TINY), ONE, 0)
     assert own.total == predicted(range(4)).total - predicted(range(4)).process
 
 
@@ -104,22 +105,20 @@ def test_memory_refuses_an_unknown_optimizer() -> None:
     manifest = dataclasses.replace(TINY.manifest, updates=updates)
     contract = contract_for(TINY, optimizer=OptimizerChoice(name="sgd"))
     with pytest.raises(PlanInfeasible, match="'sgd'"):
-        stage_memory(manifest, range(1), contract, 1)
+        stage_memory(manifest, range(1), contract, ONE)
 
 
-@pytest.mark.parametrize("delayed", [0, 1, 2])
+@pytest.mark.parametrize(("delayed", "early"), [(0, 1), (1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("rematerialise", [False, True])
 @pytest.mark.parametrize("segments", [range(7), range(1), range(1, 5), range(4, 7)])
 def test_memory_counts_what_a_stage_allocates(
-    segments: range, rematerialise: bool, delayed: int
+    segments: range, rematerialise: bool, delayed: int, early: int
 ) -> None:
     engine = CountingEngine(threads=1)
     contract = contract_for(PARTED, microbatch_size=16, rematerialise=rematerialise)
-    StageWorker(
-        engine=engine, bundle=PARTED, segments=segments, contract=contract, in_flight=3,
-        delayed=delayed,
-    )  # fmt: skip
-    memory = stage_memory(PARTED.manifest, segments, contract, 3, delayed=delayed)
+    holds = Held(in_flight=3, delayed=delayed, early=early)
+    StageWorker(engine=engine, bundle=PARTED, segments=segments, contract=contract, holds=holds)
+    memory = stage_memory(PARTED.manifest, segments, contract, holds)
     counted = memory.parameters + memory.stash + memory.boundaries
     assert engine.allocated == pytest.approx(counted, rel=0.02)
 
@@ -134,8 +133,9 @@ def test_model_reads_each_segment_once_for_all_stages(monkeypatch: pytest.Monkey
     contract = contract_for(PARTED)
     count = len(PARTED.manifest.segments)
     stages = [range(a, b) for a in range(count) for b in range(a + 1, count + 1)]
-    alone = [stage_memory(PARTED.manifest, s, contract, 3, delayed=2) for s in stages]
+    delayed = Held(in_flight=3, delayed=2)
+    alone = [stage_memory(PARTED.manifest, s, contract, delayed) for s in stages]
     monkeypatch.setattr(memory, "flat_layout", counted)
     model = memory.MemoryModel(PARTED.manifest, contract)
-    assert [model.stage(s, 3, delayed=2) for s in stages] == alone
+    assert [model.stage(s, delayed) for s in stages] == alone
     assert sorted(read) == list(range(count))

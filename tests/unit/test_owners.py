@@ -21,6 +21,7 @@ from p2ptrain.runtime.home.own_feeder import LabelCounts
 from p2ptrain.runtime.planning.own_placement import able_owners, asked_of, is_of_owners, recorded
 from p2ptrain.runtime.planning.own_runs import check_own_resumed
 from p2ptrain.runtime.reports import TrainRequest
+from p2ptrain.schedule.actions import Held
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.feed import Feed
 from p2ptrain.training.minibatch import item_weight, read_own_part
@@ -253,7 +254,7 @@ def profile(index: int, *, memory_bytes: int = 1 << 30, pass_ns: int = 1000) -> 
     )  # fmt: skip
 
 
-def needs(segments: range, in_flight: int, delayed: int = 0) -> int:
+def needs(segments: range, holds: Held) -> int:
     return len(segments) << 20
 
 

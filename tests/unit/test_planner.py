@@ -15,6 +15,7 @@ from p2ptrain.planner.input import LinkEstimate, PlanningInput, StageMemory, sta
 from p2ptrain.planner.kinds import KINDS, Kind, kinds_at_start, kinds_compared
 from p2ptrain.planner.objective import Objective
 from p2ptrain.planner.pace import at_pace
+from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.pricing import Pricing
 from p2ptrain.planner.profile import (
     Battery,
@@ -24,6 +25,7 @@ from p2ptrain.planner.profile import (
     SizedCosts,
     is_plausible,
 )
+from p2ptrain.schedule.actions import Held
 from p2ptrain.store.bundles import load_bundle, shipped_bundles
 from p2ptrain.training.contract import Contract
 from p2ptrain.wire.codec import from_plain, to_plain
@@ -241,8 +243,8 @@ def _of_any_size(planning: PlanningInput) -> PlanningInput:
     """What a segment holds of a microbatch grows with its samples, of which it has four."""
 
     def memory_of(other: Contract) -> StageMemory:
-        def memory(segments: range, in_flight: int, delayed: int = 0) -> int:
-            return len(segments) * 25 * (4 + in_flight * other.microbatch_size + delayed)
+        def memory(segments: range, holds: Held) -> int:
+            return len(segments) * 25 * (4 + holds.in_flight * other.microbatch_size)
 
         return memory
 
@@ -487,6 +489,24 @@ def test_a_schedule_that_shortens_the_step_is_chosen_where_it_may_be() -> None:
     whole = planning_input([profile(letter, EQUAL) for letter in "ab"], segment_count=8)
     equal = dataclasses.replace(whole, further_schedules=("zb-h1",))
     assert choose_plan(equal).plan.schedule == "1f1b", "the first among equals"
+
+
+def test_an_eager_schedule_is_chosen_where_links_take_their_time() -> None:
+    peers = [profile(letter, EQUAL) for letter in "ab"]
+
+    def plan_for(latency_ns: int, peers: list[PeerProfile], *further: str) -> Plan:
+        links = fast_links(peers, latency_ns=latency_ns)
+        planning = planning_input(peers, segment_count=8, links=links)
+        changes = {"further_schedules": further, "stages": 2}
+        return choose_plan(dataclasses.replace(planning, **changes)).plan
+
+    assert plan_for(0, peers, "eager-1f1b").schedule == "1f1b", "the one that takes less memory"
+    eager = plan_for(4_000_000, peers, "eager-1f1b")
+    assert eager.schedule == "eager-1f1b"
+    assert [stage.in_flight_max for stage in eager.stages] == [3, 1]
+    assert plan_for(4_000_000, peers).step_ns - eager.step_ns > 20_000_000
+    small = [dataclasses.replace(peer, memory_bytes=1150) for peer in peers]
+    assert plan_for(4_000_000, small, "eager-1f1b").schedule == "1f1b", "three in flight do not fit"
 
 
 def _shardable() -> PlanningInput:

@@ -65,7 +65,7 @@ def test_plans_without_replicas_keep_their_order() -> None:
         route = Route(alone, each)
         assert route.training(8) == stage_actions("1f1b", index, 2, 8)
         assert route.evaluation(5, trained=8) == evaluation(index, 2, 5, in_flight=2)
-        assert route.held(contract) == held(stage_actions("1f1b", index, 2, 8))
+        assert route.held(contract) == held("1f1b", stage_actions("1f1b", index, 2, 8))
 
 
 def test_replicas_run_their_own_in_order_and_hold_what_that_takes() -> None:
@@ -76,8 +76,8 @@ def test_replicas_run_their_own_in_order_and_hold_what_that_takes() -> None:
             for kind in "FB":
                 ran = tuple(action.microbatch for action in actions if action.kind == kind)
                 assert ran == route.own(count)
-        assert route.held(contract).covers(held(route.training(8)))
-        assert route.held(contract).covers(held(route.evaluation(1, trained=8)))
+        assert route.held(contract).covers(held("1f1b", route.training(8)))
+        assert route.held(contract).covers(held("1f1b", route.evaluation(1, trained=8)))
     assert Route(plan(((A, B), (9, 1))), B).held(dataclasses.replace(
         contract, microbatches=2, heldout_microbatches=1
     )) == Held(in_flight=1, delayed=0)  # fmt: skip

@@ -15,6 +15,7 @@ from p2ptrain.planner.question import Device, Question
 from p2ptrain.planner.sharded import Sharded, ShardedPricing
 from p2ptrain.runtime.compute.shard_worker import ShardWorker
 from p2ptrain.runtime.planning.placement import predicted_memory
+from p2ptrain.schedule.actions import ONE
 from p2ptrain.store.bundles import Bundle, load_bundle, shipped_bundles
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.training.shard_cuts import Share
@@ -94,7 +95,7 @@ def test_planner_asks_the_model_where_the_bundle_says_how_it_is_divided() -> Non
     larger, smaller = ShardedPricing(Pricing(question)).memory_bytes(uneven)
     model = ShardMemoryModel(question.manifest, question.contract, "tensor")
     assert (larger, smaller) == tuple(each.total for each in model.shards((3, 1)))
-    whole = question.stage_memory(range(len(question.manifest.segments)), 1)
+    whole = question.stage_memory(range(len(question.manifest.segments)), ONE)
     assert smaller < larger < whole
     plain = dataclasses.replace(question.manifest, sharding={})
     guess = ShardedPricing(Pricing(dataclasses.replace(question, manifest=plain)))

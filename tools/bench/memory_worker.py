@@ -13,6 +13,7 @@ from p2ptrain.engine.onnxruntime_engine import open_engine
 from p2ptrain.ids import Digest
 from p2ptrain.runtime.compute.profiling import made_up_feed
 from p2ptrain.runtime.compute.stage import StageWorker
+from p2ptrain.schedule.actions import Held
 from p2ptrain.store.bundles import Bundle, find_bundle, load_bundle
 from p2ptrain.training.contract import Contract, OptimizerChoice
 from p2ptrain.training.memory import stage_memory
@@ -58,7 +59,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     sessions = (resident_bytes(os.getpid()) or 0) - baseline
     stage = StageWorker(
         engine=engine, bundle=bundle, segments=segments, contract=contract,
-        in_flight=options.in_flight,
+        holds=Held(in_flight=options.in_flight, delayed=0),
     )  # fmt: skip
     start_ns = time.perf_counter_ns() - begun_ns
     stage.draw_parameters()
@@ -79,7 +80,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
             stage.sum_ties({})
         stage.square_sums()
         stage.update(step=step, learning_rate=1e-3, clip_scale=1.0)
-    predicted = stage_memory(bundle.manifest, segments, contract, options.in_flight, baseline)
+    holds = Held(in_flight=options.in_flight, delayed=0)
+    predicted = stage_memory(bundle.manifest, segments, contract, holds, baseline)
     return {
         "baseline_bytes": baseline,
         "sessions_bytes": sessions,

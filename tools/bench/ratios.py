@@ -10,7 +10,7 @@ from typing import Final
 TORCH: Final = "torch eager"
 TORCH_1F1B: Final = "torch 1F1B"
 TORCH_ZERO_BUBBLE: Final = "torch zero-bubble"
-ZERO_BUBBLE: Final = "zb-h1"
+ZERO_BUBBLE: Final = "eager-zb-h1"
 SHARE_OF_CEILING_MIN: Final = 0.93
 LOSS_TOLERANCE: Final = 2e-4
 

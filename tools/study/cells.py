@@ -134,14 +134,15 @@ def plan_text(kind: Kind, names: Sequence[str], segments: int) -> str | None:
         return None
     if kind != "hybrid":
         split = "replicas" if kind == "data" else kind
-        return _stage(names, segments, split)
+        return stage_text(names, segments, split)
     first = (len(names) + 1) // 2
     ahead = round(segments * first / len(names))
     stages = ((names[:first], ahead), (names[first:], segments - ahead))
-    return "\n".join(_stage(own, count, "replicas") for own, count in stages)
+    return "\n".join(stage_text(own, count, "replicas") for own, count in stages)
 
 
-def _stage(names: Sequence[str], segments: int, split: str) -> str:
+def stage_text(names: Sequence[str], segments: int, split: str) -> str:
+    """One stage of a plan file."""
     devices = ", ".join(f'"{name}"' for name in names)
     lines = ["[[stage]]", f"devices = [{devices}]", f"segments = {segments}"]
     return "\n".join([*lines, *([f'split = "{split}"'] if len(names) > 1 else []), ""])

@@ -14,6 +14,7 @@ from p2ptrain.ids import Digest
 from p2ptrain.planner.profile import KindCost
 from p2ptrain.runtime.compute.stage import StageWorker
 from p2ptrain.runtime.compute.stopwatch import NO_QUOTA, Stopwatch, Taken
+from p2ptrain.schedule.actions import Held
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.contract import Contract, OptimizerChoice
 from p2ptrain.training.feed import Feed
@@ -60,8 +61,7 @@ def profile_kinds(
                 bundle=bundle,
                 segments=range(index, index + 1),
                 contract=contract,
-                in_flight=1,
-                delayed=1 if in_parts else 0,
+                holds=Held(in_flight=1, delayed=1 if in_parts else 0),
             )
             costs[segment.kind] = _time_stage(worker, bundle, batch, repeats, stopwatch)
     return costs

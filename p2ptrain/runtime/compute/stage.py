@@ -2,7 +2,7 @@
 
 Called from one worker thread; only arrays cross to the event loop. `sequence` counts every
 microbatch that the stage runs, training or evaluation. Boundary arrays are named by it and stay
-valid until the ring wraps round, `in_flight + delayed + 1` microbatches later.
+valid until the ring wraps round, `holds.at_edges` microbatches later.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from p2ptrain.runtime.compute.stage_residuals import load_residuals, residuals
 from p2ptrain.runtime.compute.stage_rings import RingMaker, places
 from p2ptrain.runtime.compute.stage_updater import StageUpdater
 from p2ptrain.runtime.compute.starting_values import starting_value
-from p2ptrain.schedule.actions import Held
+from p2ptrain.schedule.actions import ONE, Held
 from p2ptrain.store.bundles import Bundle
 from p2ptrain.training.barrier import stage_tensor_indices
 from p2ptrain.training.contract import Contract
@@ -68,8 +68,7 @@ class StageWorker:
         bundle: Bundle,
         segments: range,
         contract: Contract,
-        in_flight: int,
-        delayed: int = 0,
+        holds: Held = ONE,
         weights: Mapping[str, Array] | None = None,
         cuts: Collection[int] = (),
     ) -> None:
@@ -80,9 +79,7 @@ class StageWorker:
             bundle: Of the model.
             segments: The stage's.
             contract: Of the run.
-            in_flight: Microbatches between their forward and the end of their backward, at most.
-            delayed: Microbatches whose gradients are still to be computed after their cotangents,
-                at most: 0 runs every backward whole.
+            holds: Microbatches that it has room for. With none `delayed` every backward is whole.
             weights: By name, every tensor of these segments that the bundle's weights hold; best
                 `numpy.memmap`, whose frozen tensors are then not copied. None draws them like the
                 others, which is good for measuring only.
@@ -95,10 +92,10 @@ class StageWorker:
             GraphError, EngineError: the bundle cannot run here.
         """
         manifest = bundle.manifest
-        _check_contract(manifest, contract, segments, in_flight)
+        _check_contract(manifest, contract, segments, holds)
         self._engine, self._manifest = engine, manifest
         self._contract, self._segments = contract, segments
-        self._in_flight, self._delayed, self._weights = in_flight, delayed, weights
+        self._held, self._weights = holds, weights
         self._rule = manifest.updates[contract.optimizer.name]
         self._memories = {
             index: SegmentMemory(engine, flat_layout(manifest, index), self._rule.state)
@@ -134,7 +131,7 @@ class StageWorker:
     @property
     def holds(self) -> Held:
         """How many microbatches it has room for."""
-        return Held(in_flight=self._in_flight, delayed=self._delayed)
+        return self._held
 
     @property
     def contract(self) -> Contract:
@@ -333,8 +330,10 @@ class StageWorker:
         both in microbatch order. A segment whose backward is not in parts may do all of it here.
         """
         self._check_backward(microbatch, sequence)
-        if self._passed_back - self._accumulated >= self._delayed:
-            raise InvariantBroken(f"the gradients of more than {self._delayed} microbatches wait")
+        if self._passed_back - self._accumulated >= self._held.delayed:
+            raise InvariantBroken(
+                f"the gradients of more than {self._held.delayed} microbatches wait"
+            )
         first = self._passed_back == 0
         for runner in self._backwards(microbatch, sequence):
             runner.cotangents(sequence=sequence, first=first)
@@ -503,9 +502,9 @@ class StageWorker:
         }
 
     def _occupy(self, sequence: int) -> None:
-        slots = {waiting % self._in_flight for waiting in self._waiting}
-        if sequence % self._in_flight in slots:
-            raise InvariantBroken(f"more than {self._in_flight} microbatches in flight")
+        count = self._held.in_flight
+        if sequence % count in {waiting % count for waiting in self._waiting}:
+            raise InvariantBroken(f"more than {count} microbatches in flight")
         self._waiting.add(sequence)
 
     def _before(self, index: int) -> Boundary:
@@ -518,8 +517,7 @@ class StageWorker:
             manifest=self._manifest,
             segments=self._segments,
             batch=self._contract.microbatch_size,
-            in_flight=self._in_flight,
-            delayed=self._delayed,
+            holds=self._held,
         )
 
     def _make_runners(self, bundle: Bundle) -> list[SegmentRunner]:
@@ -530,8 +528,8 @@ class StageWorker:
             engine=self._engine,
             manifest=self._manifest,
             contract=self._contract,
-            slots=self._in_flight,
-            delayed=self._delayed,
+            slots=self._held.in_flight,
+            delayed=self._held.delayed,
             scratch=self._engine.allocate((longest,), np.float32).host(),
             running_scratch=self._engine.allocate((running,), np.float32).host(),
             constants=ConstantBuffers(self._engine),
@@ -558,14 +556,12 @@ class StageWorker:
             self._contract,
             self._frozen(segment_index),
             trains=bool(self._memories[segment_index].layout.places),
-            delays=self._delayed > 0,
+            delays=self._held.delayed > 0,
         )
 
 
-def _check_contract(
-    manifest: Manifest, contract: Contract, segments: range, in_flight: int
-) -> None:
-    if in_flight < 1 or not segments or segments.step != 1 or segments.start < 0:
+def _check_contract(manifest: Manifest, contract: Contract, segments: range, holds: Held) -> None:
+    if holds.in_flight < 1 or not segments or segments.step != 1 or segments.start < 0:
         raise InvariantBroken("a stage has segments and at least one microbatch in flight")
     if segments.stop > len(manifest.segments):
         raise InvariantBroken("a stage's segments are the model's")

@@ -1,8 +1,8 @@
 """The rings of buffers between a stage's segments, and at its edges.
 
 How long a ring has to be follows from when a place is free again. A neighbour may send the
-activations of a microbatch once it has our cotangents of `in_flight + 1` microbatches before; ours
-are read until gradients are computed, up to `delayed` microbatches after those cotangents.
+activations of a microbatch once it has our cotangents of `in_flight + early` microbatches before;
+ours are read until gradients are computed, up to `delayed` microbatches after those cotangents.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from p2ptrain.bundle.manifest import Manifest, Value
 from p2ptrain.engine.contract import Array, Buffer, Engine
 from p2ptrain.runtime.compute.segment_runner import Boundary
+from p2ptrain.schedule.actions import Held
 from p2ptrain.training.boundaries import cotangent_positions
 
 
@@ -26,8 +27,7 @@ class RingMaker:
     manifest: Manifest
     segments: range
     batch: int
-    in_flight: int
-    delayed: int
+    holds: Held
 
     def boundary(self, index: int) -> Boundary:
         """The rings before segment `index`: none at the ends of the model."""
@@ -36,9 +36,9 @@ class RingMaker:
         inner = self.segments.start < index < self.segments.stop
         values = self.manifest.boundary(index - 1)
         kinds = [self.manifest.kinds[self.manifest.segments[i].kind] for i in (index - 1, index)]
-        edge = self.in_flight + self.delayed + 1
-        activations = self.in_flight if inner else edge
-        cotangents = max(1, self.delayed) if inner else edge
+        holds = self.holds
+        activations = holds.in_flight if inner else holds.at_edges
+        cotangents = max(1, holds.delayed) if inner else holds.at_edges
         return Boundary(
             activations=tuple(self._ring(value, activations) for value in values),
             cotangents=tuple(

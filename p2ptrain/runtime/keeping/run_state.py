@@ -218,8 +218,7 @@ class RunState:
             bundle=self.bundle,
             segments=segments,
             contract=self.contract,
-            in_flight=holds.in_flight,
-            delayed=holds.delayed,
+            holds=holds,
             weights=weights,
             cuts=cuts,
         )

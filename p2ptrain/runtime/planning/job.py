@@ -23,9 +23,9 @@ from p2ptrain.runtime.planning.own_runs import (
     check_own_plan,
     check_own_resumed,
 )
-from p2ptrain.runtime.planning.variants import AUTO, asked_size
+from p2ptrain.runtime.planning.variants import asked_size
 from p2ptrain.runtime.reports import TrainRequest
-from p2ptrain.schedule.actions import SCHEDULES
+from p2ptrain.schedule.actions import AUTO, SCHEDULES
 from p2ptrain.store.bundles import Bundle, find_bundle, load_bundle
 from p2ptrain.store.runs import CheckpointRecord, RunDirectory, RunRecord, find_run
 from p2ptrain.training.contract import Contract

@@ -18,6 +18,7 @@ from p2ptrain.planner.input import LeftOut, StageMemory
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.plan_file import AskedPlan, AskedStage
 from p2ptrain.planner.profile import PeerProfile
+from p2ptrain.schedule.actions import ONE
 from p2ptrain.schedule.replicated import owners_by_weight
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.owners import DataOwner, OwnedData, joint_digest, microbatch_shares
@@ -37,7 +38,7 @@ def able_owners(
     """
     able: list[PeerProfile] = []
     out: list[LeftOut] = []
-    needs = memory(range(len(manifest.segments)), 1)
+    needs = memory(range(len(manifest.segments)), ONE)
     having = sorted((p for p in profiles if p.device in told), key=lambda p: p.device)
     for profile in having:
         reason = None

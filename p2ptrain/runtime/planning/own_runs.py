@@ -9,9 +9,8 @@ from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import ConfigError, InvariantBroken, PlanInfeasible
 from p2ptrain.ids import Digest
 from p2ptrain.planner.plan_file import AskedPlan
-from p2ptrain.runtime.planning.variants import AUTO
 from p2ptrain.runtime.reports import TrainRequest
-from p2ptrain.schedule.actions import delays_gradients
+from p2ptrain.schedule.actions import AUTO, delays_gradients
 from p2ptrain.training.contract import Contract
 from p2ptrain.training.feed import Feed
 
@@ -63,7 +62,7 @@ def check_own(request: TrainRequest) -> None:
         )
     if request.schedule != AUTO and delays_gradients(request.schedule):
         raise ConfigError(
-            f"{request.schedule} is no schedule of replicas", hint="use --schedule 1f1b or gpipe"
+            f"{request.schedule} is no schedule of replicas", hint="leave --schedule out"
         )
 
 

@@ -24,9 +24,9 @@ from p2ptrain.runtime.planning.own_placement import (
     owned_contract,
     recorded,
 )
-from p2ptrain.runtime.planning.variants import AUTO, DELAYING, Way, best, chosen, contracts
+from p2ptrain.runtime.planning.variants import Way, best, chosen, contracts
 from p2ptrain.runtime.reports import TrainRequest
-from p2ptrain.schedule.actions import delays_gradients
+from p2ptrain.schedule.actions import Held, choices, delays_gradients
 from p2ptrain.training.contract import Contract, RuntimeBuild
 from p2ptrain.training.memory import MemoryModel
 from p2ptrain.training.owners import OwnedData
@@ -184,8 +184,8 @@ def predicted_memory(manifest: Manifest, contract: Contract) -> StageMemory:
     """The memory of a stage as the planner asks for it."""
     model = MemoryModel(manifest, contract)
 
-    def predict(segments: range, in_flight: int, delayed: int = 0) -> int:
-        return model.stage(segments, in_flight, delayed=delayed).total
+    def predict(segments: range, holds: Held) -> int:
+        return model.stage(segments, holds).total
 
     return predict
 
@@ -195,23 +195,17 @@ def _settled(
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """The schedule that this run can have, what else may be chosen, and what the plan says of it.
 
-    Delayed gradients need backwards in parts, and stashes that stay; without them ZB-H1 does what
-    1F1B does and holds more for it.
+    Delayed gradients need backwards in parts, and stashes that stay.
     """
-    schedule = DELAYING if asked == AUTO else asked
-    if not delays_gradients(schedule):
-        return schedule, (), ()
     against = ""
     if contract.rematerialise:
         against = "rematerialised backwards stay whole"
     elif not any(kind.forms[contract.form].parts for kind in manifest.kinds.values()):
         remedy = "export the model again" if contract.form == "portable" else "use --form portable"
         against = f"the bundle has no {contract.form} backwards in two parts; {remedy}"
-    if against:
-        return "1f1b", (), (f"schedule 1f1b, not {schedule}: {against}",)
-    if asked == AUTO:
-        return "1f1b", (schedule,), ()
-    return schedule, (), ()
+    schedule, *further = choices(asked, delayable=not against)
+    notes = (f"schedule {schedule}, not {asked}: {against}",) if delays_gradients(asked) else ()
+    return schedule, tuple(further), notes if against else ()
 
 
 def with_builds(contract: Contract, builds: Iterable[RuntimeBuild]) -> Contract:

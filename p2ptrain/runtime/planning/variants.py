@@ -16,12 +16,9 @@ from p2ptrain.planner.input import LeftOut
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.reports import TrainRequest
-from p2ptrain.schedule.actions import delays_gradients
+from p2ptrain.schedule.actions import AUTO, delays_gradients
 from p2ptrain.training.contract import CODECS_OF_RUNS, Contract
 
-AUTO: Final = "auto"
-DELAYING: Final = "zb-h1"
-"""What is chosen instead of 1f1b where a step is shorter for it."""
 SIZE: Final = 4
 """Samples of a microbatch where the planner may choose: then the minibatch has so many per
 microbatch that is asked for, however it is divided."""

@@ -36,7 +36,7 @@ from p2ptrain.runtime.keeping.stage_weights import StageWeights
 from p2ptrain.runtime.reporting.recovery_clock import RecoveryClock
 from p2ptrain.runtime.views.inheriting import inherit_logs
 from p2ptrain.runtime.views.item_run import apply_update
-from p2ptrain.schedule.actions import Held
+from p2ptrain.schedule.actions import ONE, Held
 from p2ptrain.training.messages import Wanted, stamp_of
 from p2ptrain.training.replay_inputs import StepInputs, StepPlace, needed_places, step_inputs
 from p2ptrain.training.routing import Route
@@ -293,7 +293,7 @@ class Restorer:
             return states
         own = plan.stages_of(self._services.device)
         ours = next((index for index in own if plan.stages[index].segments == segments), None)
-        holds = Held(in_flight=1, delayed=0) if ours is None else self._holds(ours)
+        holds = ONE if ours is None else self._holds(ours)
         worker = await self._make_worker(segments, holds, replay.cuts)
         await self._load_replayed(worker, replay)
         replayer = Replayer(

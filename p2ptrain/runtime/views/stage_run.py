@@ -320,8 +320,7 @@ class StageRun(ItemRun):
         if opened is None or microbatch not in opened.own:
             return True  # it is refused
         first = min(opened.own.values())
-        places = holds.in_flight + holds.delayed + 1
-        return opened.own[microbatch] - first < opened.done_count + places
+        return opened.own[microbatch] - first < opened.done_count + holds.at_edges
 
     def _targets(self, kind: str, microbatch: int) -> tuple[Array, ...]:
         """The buffers that a boundary tensor of this stage belongs into."""
