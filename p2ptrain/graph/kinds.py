@@ -14,6 +14,7 @@ from p2ptrain.graph.halving import Halves, halve
 from p2ptrain.graph.ir import IR_VERSION, OPSET, Axis, Graph, depth_first, to_model
 from p2ptrain.graph.local import Local, rename_inner
 from p2ptrain.graph.lowering.registry import lower
+from p2ptrain.graph.pads import state_all_axes
 from p2ptrain.graph.source import LABELS, LOSS, LOSS_WEIGHT
 from p2ptrain.graph.split import Pair, differentiate, name_stash, tidy
 from p2ptrain.ids import Digest
@@ -31,6 +32,7 @@ class Files:
         declared = graph.copy()
         for unbound in free:
             declared.inputs.pop(unbound, None)
+        state_all_axes(declared)
         content = to_model(declared, name=name).SerializeToString(deterministic=True)
         digest = Digest(hashlib.sha256(content).hexdigest())
         self.contents[digest] = content

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from p2ptrain.bundle.manifest import Manifest, Segment, SegmentKind, Value
 from p2ptrain.bundle.protobuf import append_initialisers
+from p2ptrain.errors import GraphError
 from p2ptrain.ids import Digest
 
 Arrays = dict[str, NDArray[Any]]  # Any: float32 values, int64 ids and masks
@@ -194,7 +195,11 @@ def session_function(content: bytes, frozen: Arrays) -> GraphFunction:
 
 
 def session_of(content: bytes) -> Any:  # Any: onnxruntime is untyped
-    """An onnxruntime session with one thread and no spinning."""
+    """An onnxruntime session with one thread and no spinning.
+
+    Raises:
+        GraphError: onnxruntime refuses the graph, which the exporter made; nothing is written.
+    """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
@@ -202,4 +207,10 @@ def session_of(content: bytes) -> Any:  # Any: onnxruntime is untyped
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no narrower base
+        raise GraphError(
+            f"onnxruntime refuses a graph that was made of the model: {error!s:.200}",
+            hint="please report it with the model's configuration",
+        ) from error
