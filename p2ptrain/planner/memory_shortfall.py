@@ -145,9 +145,11 @@ def _with_room(question: Question, device: Device, sentence: str) -> Iterator[Ch
         return feasible(dataclasses.replace(asked(memory_bytes), kinds=simple))
 
     whole = Pricing(question).memory_bytes(0, len(question.manifest.segments), ONE)
-    low, high = 0, 2 * whole  # both ends of a private model have their own overheads
-    if not enough(high):
-        return
+    low, high = 0, whole  # more where a device holds many microbatches, or both ends of a model
+    while not enough(high):
+        low, high = high, 2 * high
+        if low > MEMORY[1]:
+            return
     while high - low > max(1, high // PRECISION):
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
@@ -179,6 +181,8 @@ def _reason(question: Question, one: str) -> str:
             f"segment {segment} alone needs {bytes_rounded_up(needs)}, "
             f"the largest {one} has {format_bytes(room)}"
         )
-    whole = bytes_rounded_up(pricing.memory_bytes(0, pricing.segment_count, ONE))
+    alone = pricing.arrange(((0,),), question.schedules[0])
+    holds = ONE if alone is None else alone.stages[0][0].holds
+    whole = bytes_rounded_up(pricing.memory_bytes(0, pricing.segment_count, holds))
     over = f"no cut over {count} {one}s fits" if count > 1 else f"it is the only {one}"
     return f"the model needs {whole} on one {one}, the largest has {format_bytes(room)}, and {over}"

@@ -166,6 +166,7 @@ def _followed(hint: str, devices: str, arguments: list[str]) -> tuple[str, list[
     [
         (SLOW.format(memory="170MiB"), []),
         (SLOW.format(memory="170MiB"), ["--deadline", "1"]),
+        (SLOW.format(memory="150MiB"), ["--schedule", "gpipe", "--microbatches", "64"]),
         (SLOW.format(memory="100MiB"), ["--microbatch-size", "16"]),
         (SLOW.format(memory="170MiB"), ["--home", "slow"]),
         (SLOW.format(memory="4GiB") + "battery_wh = 0.1", ["--joules", "500", "--deadline", "900"]),
