@@ -36,7 +36,8 @@ microbatches have 175,000 under each."""
 
 
 NEARBY_MAX: Final = 20_000
-"""Of pipelines of many devices around the likeliest one: stages times segments and microbatches."""
+"""Of pipelines of many devices around the likeliest one, all schedules: stages times segments and
+microbatches."""
 UNLIMITED: Final = 1 << 62
 
 _Preference = tuple[int, int, int, bool, int, int, tuple[int, ...], Cuts]
@@ -148,19 +149,23 @@ class Explorer:
 
     def _arranged(self, kind: Kind) -> None:
         schedules = self._schedules(kind)
-        most = ACTIONS_MAX // len(schedules)
-        # The quickest tends to be last, and bounds the others.
-        fitting = [self._under(kind, each, actions_max=most) for each in reversed(schedules)]
+        named: set[int] = set()
+        fitting = False
+        for schedule in reversed(schedules):  # the quickest tends to be last, and bounds others
+            bounded, fits = self._under(kind, schedule, len(schedules))
+            self._with_each_device(bounded, named)
+            fitting = fitting or fits
         if kind not in self._found.by_kind:
-            self._found.objections.setdefault(kind, self._why_none(kind, any(fitting)))
+            self._found.objections.setdefault(kind, self._why_none(kind, fitting))
 
-    def _under(self, kind: Kind, schedule: str, *, actions_max: int) -> bool:
-        """Consider what has this schedule; whether memory holds any of it."""
+    def _under(self, kind: Kind, schedule: str, schedules: int) -> tuple[list[_Bounded], bool]:
+        """Consider the best of what has this schedule, one of so many; what is within the limits,
+        and whether memory holds any of it."""
         pricing = self._pricing
         found = (self._start(groups, schedule) for groups in groupings(pricing, kind))
         first = [start for start in found if start is not None]
         if kind == "pipeline" and not pricing.question.private:
-            first += self._nearby(first, schedule)
+            first += self._nearby(first, schedule, NEARBY_MAX // schedules)
         starts = [(*start[:2], index, *start[2:]) for index, start in enumerate(first)]
         starts.sort(key=lambda each: each[:3])
         bounded: list[_Bounded] = []
@@ -175,12 +180,11 @@ class Explorer:
         bounded.sort(key=lambda each: each[:3])
         actions = 0
         for bound, _, cuts, arrangement in bounded:
-            if bound > self._limit(kind) or actions > actions_max:
+            if bound > self._limit(kind) or actions > ACTIONS_MAX // schedules:
                 break
             actions += arrangement.action_count
             self._consider(self.candidate(arrangement, cuts))
-        self._with_each_device(bounded)
-        return bool(starts)
+        return bounded, bool(starts)
 
     def _start(self, groups: Groups, schedule: str) -> _Start | None:
         """Groups cut at their bottleneck; None where they fit nowhere."""
@@ -190,7 +194,7 @@ class Explorer:
             return None
         return self._beyond(arrangement, cuts), self._bound(arrangement, cuts), arrangement, cuts
 
-    def _nearby(self, likely: Sequence[_Start], schedule: str) -> list[_Start]:
+    def _nearby(self, likely: Sequence[_Start], schedule: str, work_max: int) -> list[_Start]:
         """Of many devices: from the likeliest pipeline moves to a better one, until there is none.
 
         Likely orders know nothing of links, nor of memory that only some segments need.
@@ -202,11 +206,11 @@ class Explorer:
         tried = {start[2].groups for start in likely}
         best, found, spent = min(likely, key=_by_bound), list[_Start](), 0
         better = True
-        while better and spent < NEARBY_MAX:
+        while better and spent < work_max:
             better = False
             for groups in neighbours(best[2].groups, len(pricing.devices)):
                 count = len(groups)
-                if spent >= NEARBY_MAX or groups in tried or count > most:
+                if spent >= work_max or groups in tried or count > most:
                     continue
                 if stages not in (None, count):
                     continue
@@ -219,9 +223,9 @@ class Explorer:
             better, best = nearest is not best, nearest
         return found
 
-    def _with_each_device(self, bounded: Sequence[_Bounded]) -> None:
-        """Price the most promising candidate with each device, so that its loss can be named."""
-        named: set[int] = set()
+    def _with_each_device(self, bounded: Sequence[_Bounded], named: set[int]) -> None:
+        """Price the most promising candidate with each device that is not named yet, so that its
+        loss can be."""
         for _, _, cuts, arrangement in bounded:
             if not named.issuperset(arrangement.devices):
                 named.update(arrangement.devices)

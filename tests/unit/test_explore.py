@@ -234,7 +234,6 @@ from tests.planning_cases import profile
 from p2ptrain.planner.explore import Explorer
 from p2ptrain.planner.pricing import Pricing
 from p2ptrain.ids import DeviceId
-from p2ptrain.schedule.actions import AUTO_SCHEDULES
 import dataclasses
 r = random.Random(7)
 times = [(r.randint(10**5, 10**6), r.randint(2 * 10**5, 2 * 10**6)) for _ in range(200)]
@@ -245,7 +244,6 @@ for i in range(64):
                   memory_bytes=r.choice([20_000, 60_000, 1 << 30]))
     peers.append(dataclasses.replace(own, device=DeviceId(f"d{i:02}")))
 asked = question(devices(peers), segment_count=200, links=())
-asked = dataclasses.replace(asked, schedules=AUTO_SCHEDULES)
 began = time.process_time()
 best = Explorer(Pricing(asked)).run().best
 print(time.process_time() - began, best.price.step_ns, best.kind)
