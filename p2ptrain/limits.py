@@ -179,6 +179,8 @@ MICROBATCH_SIZE_MAX: Final = 1 << 20
 OBJECTIVE_MAX: Final = 1e12
 """Of a deadline in seconds, or of joules; a run that takes longer needs none."""
 OFFER_TIMEOUT_S: Final = 60.0
+PROFILE_PARTS_NS: Final = 10 * 10**9
+"""A slow device measures no backwards in parts after that, so that it answers in time."""
 OWN_DATA_TIMEOUT_S: Final = 900.0
 """More for members that look through data of their own before they answer."""
 PREPARE_TIMEOUT_S: Final = 120.0

@@ -54,7 +54,7 @@ async def test_arm_and_x86_agree_with_x86_alone(shared: Path, text: Path) -> Non
     """
     request = dataclasses.replace(
         job(text, stages=2), steps=2, microbatches=2, heldout_microbatches=1, optimizer=SGD,
-        checkpoint_every=0,
+        checkpoint_every=0, schedule="1f1b",
     )  # fmt: skip
 
     def change(member: Member) -> Member:

@@ -42,6 +42,19 @@ def test_backwards_are_timed_in_parts_where_that_is_asked() -> None:
     assert (parts["embed"].cotangents_ns or 0) < parts["embed"].gradients_ns, "all of it waits"
 
 
+def test_no_more_parts_are_begun_with_once_measuring_has_taken_long() -> None:
+    clock, bundle = WorkClock(), parted_bundle(tiny_bundle())
+    costs = profile_kinds(
+        CountedEngine(clock, 1), bundle, "portable", 2, 1, in_parts=True,
+        stopwatch=Stopwatch(clock_ns=clock), parts_until_ns=clock() + 1,
+    )  # fmt: skip
+    first, *others = costs.values()
+    assert first.gradients_ns == RUN_NS
+    assert len(others) > 1
+    for cost in others:
+        assert (cost.cotangents_ns, cost.gradients_ns) == (cost.backward_ns, 0)
+
+
 def test_end_of_a_step_is_timed_under_the_optimizer_of_the_run() -> None:
     clock, bundle = WorkClock(), varied_bundle()
     stopwatch = Stopwatch(clock_ns=clock)

@@ -114,7 +114,7 @@ def test_second_time_nothing_is_measured_that_is_known(
 
     def profile(
         engine: Engine, bundle: Bundle, form: str, batch: int, repeats: int, in_parts: bool,
-        *, optimizer: str, kinds: set[str], stopwatch: object,
+        *, optimizer: str, kinds: set[str], stopwatch: object, parts_until_ns: int,
     ) -> dict[str, KindCost]:  # fmt: skip
         measured.append((batch, frozenset(kinds)))
         asked.add(optimizer)

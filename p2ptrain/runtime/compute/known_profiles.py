@@ -60,6 +60,7 @@ def known_or_measured(
     found = {kind: cost_for(known[kind], batch, in_parts=in_parts) for kind in keys}
     lacking = {kind for kind, cost in found.items() if cost is None}
     if lacking:
+        parts_until_ns = stopwatch.clock_ns() + limits.PROFILE_PARTS_NS
         for size in (second_size(batch), batch):
             measured = profile_kinds(
                 engine,
@@ -71,6 +72,7 @@ def known_or_measured(
                 optimizer=optimizer,
                 kinds=lacking,
                 stopwatch=stopwatch,
+                parts_until_ns=parts_until_ns,
             )
             for kind, cost in measured.items():
                 known[kind].pop(size, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -34,6 +35,7 @@ def profile_kinds(
     optimizer: str = "",
     kinds: Collection[str] | None = None,
     stopwatch: Stopwatch = NO_QUOTA,
+    parts_until_ns: int | None = None,
 ) -> dict[str, KindCost]:
     """The shortest time over `repeats` that can be kept up of all that a step does, by kind name.
 
@@ -51,19 +53,25 @@ def profile_kinds(
         optimizer: Whose updates are timed; empty: the bundle's first.
         kinds: Only these; None: all.
         stopwatch: By which it is timed.
+        parts_until_ns: A moment of its clock after which no more parts are begun with: backwards
+            then count as whole, so that nothing is gained by delaying gradients.
     """
     contract = _contract(engine, bundle, form, batch, optimizer)
     costs: dict[str, KindCost] = {}
     for index, segment in enumerate(bundle.manifest.segments):
         if segment.kind not in costs and (kinds is None or segment.kind in kinds):
+            parted = in_parts and (parts_until_ns is None or stopwatch.clock_ns() < parts_until_ns)
             worker = StageWorker(
                 engine=engine,
                 bundle=bundle,
                 segments=range(index, index + 1),
                 contract=contract,
-                holds=Held(in_flight=1, delayed=1 if in_parts else 0),
+                holds=Held(in_flight=1, delayed=1 if parted else 0),
             )
-            costs[segment.kind] = _time_stage(worker, bundle, batch, repeats, stopwatch)
+            cost = _time_stage(worker, bundle, batch, repeats, stopwatch)
+            if in_parts and not parted:
+                cost = replace(cost, cotangents_ns=cost.backward_ns, gradients_ns=0)
+            costs[segment.kind] = cost
     return costs
 
 
