@@ -131,6 +131,8 @@ def replicated_actions(
     most = [count if schedule == "gpipe" else sum(replicas[s:]) - 1 for s in every]
     if is_eager(schedule):
         most = [ahead + sum(replicas[s + 1 :]) for s, ahead in enumerate(most)]
+    if schedule != "gpipe":
+        most[-1] = 0  # nobody after it has to be kept busy
     return _kept_by_replicas(owners, replicas, most)
 
 
@@ -142,6 +144,7 @@ def replicated_evaluation(
     As under 1F1B, and no further ahead than a step of so many `microbatches`.
     """
     most = [min(microbatches, sum(replicas[s:]) - 1) for s in range(len(owners))]
+    most[-1] = 0
     return _kept_by_replicas(owners, replicas, most)
 
 

@@ -83,6 +83,15 @@ def test_replicas_run_their_own_in_order_and_hold_what_that_takes() -> None:
     )) == Held(in_flight=1, delayed=0)  # fmt: skip
 
 
+@pytest.mark.parametrize("weights", [(1, 1), (5, 3), (3, 1)])
+def test_a_replica_of_the_last_stage_holds_one_microbatch(weights: tuple[int, int]) -> None:
+    """Nobody after it waits for what it could begin with."""
+    shared = ((A, B), weights)
+    for each in (A, B):
+        for made in (plan(shared), plan(((C,), (1,)), shared)):
+            assert Route(made, each).held(make_contract()) == Held(in_flight=1, delayed=0)
+
+
 def test_who_has_no_stage_has_no_route() -> None:
     with pytest.raises(InvariantBroken):
         Route(SHARED, D)
