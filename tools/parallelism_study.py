@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from p2ptrain.bundle.reading import parse_manifest
 from p2ptrain.errors import ConfigError, P2PTrainError, PlanInfeasible
+from p2ptrain.planner.kinds import KINDS
 from p2ptrain.runtime.reports import TrainRequest
 from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.wire.codec import from_plain
@@ -62,7 +63,7 @@ from tools.throttle.session import train_once
 from tools.wifi_emulator.namespaces import Unavailable
 
 FAILED, WRONG, UNAVAILABLE = 1, 2, 3
-TIMEOUT_S: Final = 240.0
+TIMEOUT_S: Final = 600.0
 FOLDER: Final = ROOT / "tools" / "study"
 PLOTS: Final = {"seconds_per_sample": "seconds", "joules_per_sample": "joules (modelled)"}
 Say = Callable[[str], None]
@@ -147,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--short", action="store_true", help="small model, two peers, 1 Gbit/s")
     made.add_argument("--report", action="store_true", help="write tables and plots again")
     made.add_argument("--again", action="store_true", help="also what is there already")
+    made.add_argument("--kind", action="append", choices=KINDS)
     made.add_argument("--model", action="append", choices=[model.name for model in MODELS])
     made.add_argument("--link", action="append", choices=[link.name for link in LINKS])
     made.add_argument("--peers", action="append", type=int, choices=PEERS)
@@ -168,6 +170,7 @@ def chosen(options: argparse.Namespace, models: tuple[Model, ...]) -> list[Cell]
         cell
         for cell in cells(models)
         if (not names or cell.model.name in names)
+        and (not options.kind or cell.kind in options.kind)
         and (cell.peers == 1 or not links or cell.link.name in links)
         and (cell.peers == 1 or not peers or cell.peers in peers)
     ]

@@ -159,6 +159,10 @@ def test_options_choose_cells() -> None:
     short = chosen(parser().parse_args(["--short"]), SHORT)
     assert {(cell.peers, cell.link.name) for cell in short} == {(1, "1-gbit"), (2, "1-gbit")}
     assert [cell.kind for cell in short][:2] == list(RUNTIME_KINDS)[:2]
+    asked = ["--kind", "hybrid", "--kind", "pipeline", "--link", "wifi"]
+    kinds = chosen(parser().parse_args(asked), MODELS)
+    assert {cell.kind for cell in kinds} == {"hybrid", "pipeline"}
+    assert {cell.link.name for cell in kinds} == {"wifi"}
     some = chosen(parser().parse_args(["--model", "gpt-nano", "--link", "wifi"]), MODELS)
     assert {(cell.model.name, cell.link.name) for cell in some if cell.peers > 1} == {
         ("gpt-nano", "wifi")
