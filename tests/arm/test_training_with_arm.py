@@ -17,7 +17,7 @@ from p2ptrain.training.contract import OptimizerChoice
 from p2ptrain.training.memory import stage_memory
 from tests.arm.guest import in_guest
 from tests.bundles import contract_for
-from tests.e2e.peers import ROOT, Member, job, peer_group, train
+from tests.e2e.peers import ROOT, Member, peer_group, short_job, train
 
 TOLERANCE: Final = 1e-4
 SEGMENTS_ON_ARM: Final = 3
@@ -53,7 +53,7 @@ async def test_arm_and_x86_agree_with_x86_alone(shared: Path, text: Path) -> Non
     runtimes say how much).
     """
     request = dataclasses.replace(
-        job(text, stages=2), steps=2, microbatches=2, heldout_microbatches=1, optimizer=SGD,
+        short_job(text, stages=2), steps=2, microbatches=2, heldout_microbatches=1, optimizer=SGD,
         checkpoint_every=0, schedule="1f1b",
     )  # fmt: skip
 

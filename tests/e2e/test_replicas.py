@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import statistics
 from pathlib import Path
 from typing import Any, Final
 
@@ -227,7 +228,8 @@ async def test_peers_feed_their_own_data_and_wait_for_each_other(
         assert ended.returncode == 0, ended.stderr
         whole = from_plain(TrainResult, json.loads(ended.stdout))
         assert (whole.peers, whole.stages, len(whole.losses)) == (2, 1, STEPS)
-        assert whole.losses[-1] < whole.losses[0]
+        # The text has passages unlike all others, and who feeds which depends on shares.
+        assert statistics.median(whole.losses[-5:]) < whole.losses[0]
         watched, results = Watched(), list[TrainResult]()
 
         async def conduct() -> None:
