@@ -28,7 +28,7 @@ import trio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from p2ptrain.errors import InvariantBroken, P2PTrainError
+from p2ptrain.errors import InvariantBroken
 from p2ptrain.runtime.reports import PlanReport
 from p2ptrain.schedule.actions import SCHEDULES
 from tools.bench.processes import machine
@@ -36,12 +36,11 @@ from tools.bench.workload import write_texts
 from tools.prediction_check import WARM_UP_STEPS, Case, request
 from tools.study.cells import stage_text
 from tools.throttle.cgroups import Limits
+from tools.throttle.ending import told
 from tools.throttle.group import Place, require_permitted, throttled_group
 from tools.throttle.session import train_once
 from tools.wifi_emulator.medium import Air
-from tools.wifi_emulator.namespaces import Unavailable
 
-FAILED, UNAVAILABLE = 2, 3
 TIMEOUT_S: Final = 500.0
 
 
@@ -68,28 +67,18 @@ class Row:
     ratio_greatest: float
 
 
-def main() -> int:
-    """Measure; the exit code."""
+def main() -> None:
+    """Measure and print."""
     options = parser().parse_args()
     hardware = machine()
-    try:
+    with told("bench_schedules"):
         require_permitted()
         rows, stages = trio.run(functools.partial(measure, options))
-    except Unavailable as error:
-        print(f"bench_schedules: not possible here: {error}", file=sys.stderr)
-        return UNAVAILABLE
-    except P2PTrainError as error:
-        print(f"bench_schedules: {error.message}; {error.hint}", file=sys.stderr)
-        return FAILED
-    except trio.TooSlowError:
-        print("bench_schedules: a run was not over in time", file=sys.stderr)
-        return FAILED
     if options.json:
         found = {"version": 1, "machine": hardware, "stages": stages}
         print(json.dumps({**found, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1))
     else:
         print(markdown(rows, stages))
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -175,4 +164,4 @@ def markdown(rows: Sequence[Row], stages: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -30,7 +30,6 @@ import trio
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from p2ptrain.bundle.reading import parse_manifest
-from p2ptrain.errors import P2PTrainError
 from p2ptrain.planner.kinds import Kind
 from p2ptrain.runtime.reports import PlanReport, StageReport, TrainRequest
 from p2ptrain.training.contract import OptimizerChoice
@@ -39,12 +38,12 @@ from tools.bench.processes import machine
 from tools.bench.workload import ROOT, write_texts
 from tools.study.cells import plan_text
 from tools.throttle.cgroups import Limits
+from tools.throttle.ending import told
 from tools.throttle.group import Cable, Network, Place, require_permitted, throttled_group
 from tools.throttle.session import Session, train_once
 from tools.wifi_emulator.medium import Air
-from tools.wifi_emulator.namespaces import Unavailable
 
-MISSED, FAILED, UNAVAILABLE = 1, 2, 3
+MISSED: Final = 1
 TOLERANCE: Final = 0.1
 WARM_UP_STEPS: Final = 3
 TIMEOUT_S: Final = 500.0
@@ -111,19 +110,10 @@ def main() -> int:
     options = parser().parse_args()
     chosen = [case for case in CASES if not options.case or case.name in options.case]
     hardware = machine()
-    try:
+    with told("prediction_check"):
         require_permitted()
         options.out.mkdir(parents=True, exist_ok=True)
         rows = trio.run(functools.partial(check, chosen, options.steps, options.out))
-    except Unavailable as error:
-        print(f"prediction_check: not possible here: {error}", file=sys.stderr)
-        return UNAVAILABLE
-    except P2PTrainError as error:
-        print(f"prediction_check: {error.message}; {error.hint}", file=sys.stderr)
-        return FAILED
-    except trio.TooSlowError:
-        print("prediction_check: a run was not over in time", file=sys.stderr)
-        return FAILED
     made = report(rows, hardware)
     (options.out / "report.json").write_text(json.dumps(made, indent=1) + "\n")
     print(json.dumps(made, indent=1) if options.json else markdown(rows))
