@@ -128,11 +128,9 @@ def replicated_actions(
             hint="choose 1f1b, eager-1f1b or gpipe",
         )
     count = len(owners[0])
-    most = [count if schedule == "gpipe" else sum(replicas[s:]) - 1 for s in every]
+    most = [count for _ in every] if schedule == "gpipe" else _ahead(replicas)
     if is_eager(schedule):
         most = [ahead + sum(replicas[s + 1 :]) for s, ahead in enumerate(most)]
-    if schedule != "gpipe":
-        most[-1] = 0  # nobody after it has to be kept busy
     return _kept_by_replicas(owners, replicas, most)
 
 
@@ -143,9 +141,15 @@ def replicated_evaluation(
 
     As under 1F1B, and no further ahead than a step of so many `microbatches`.
     """
-    most = [min(microbatches, sum(replicas[s:]) - 1) for s in range(len(owners))]
-    most[-1] = 0
+    most = [min(microbatches, ahead) for ahead in _ahead(replicas)]
     return _kept_by_replicas(owners, replicas, most)
+
+
+def _ahead(replicas: Sequence[int]) -> list[int]:
+    """Forwards of each stage before its first backward, beside the one that it follows: one for
+    every replica from it on. After the last stage nobody has to be kept busy."""
+    every = range(len(replicas) - 1)
+    return [*(sum(replicas[stage:]) - 1 for stage in every), 0]
 
 
 def _kept_by_replicas(
