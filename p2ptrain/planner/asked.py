@@ -23,8 +23,6 @@ from p2ptrain.units import bytes_rounded_up, format_bytes
 
 ID_PART_MIN: Final = 4
 """Characters of a device's id that may stand for all of it."""
-
-
 NOTHING_FITS: Final = "nothing of this shape fits; leave --plan out to see what does"
 
 

@@ -10,6 +10,7 @@ from typing import Final
 from p2ptrain.bundle.manifest import Manifest
 from p2ptrain.errors import ConfigError
 from p2ptrain.ids import DeviceId, Digest
+from p2ptrain.planner.delaying import against_delaying
 from p2ptrain.planner.device_file import DeviceSpec
 from p2ptrain.planner.input import LinkEstimate
 from p2ptrain.planner.objective import Objective
@@ -71,7 +72,7 @@ def described_question(
         stage_memory=memory,
         links=links,
         objective=objective,
-        schedules=choices(schedule, delayable=_may_delay(manifest, contract)),
+        schedules=choices(schedule, delayable=against_delaying(manifest, contract) is None),
     )
 
 
@@ -93,12 +94,6 @@ def owner_of(asked: str | None, names: Sequence[str], *, private: bool) -> Devic
             f"--home: there is no device {asked!r:.40}", hint=f"devices: {', '.join(names)}"
         )
     return DeviceId(asked)
-
-
-def _may_delay(manifest: Manifest, contract: Contract) -> bool:
-    """Gradients can be delayed with backwards in parts and stashes that stay."""
-    parts = any(kind.forms[contract.form].parts for kind in manifest.kinds.values())
-    return parts and not contract.rematerialise
 
 
 def _contract(manifest: Manifest, work: Work) -> Contract:

@@ -33,8 +33,6 @@ WORK_MAX: Final = 20_000
 ACTIONS_MAX: Final = 200_000
 """Of one kind, all schedules: actions that are simulated. Four devices, ten segments and eight
 microbatches have 175,000 under each."""
-
-
 NEARBY_MAX: Final = 20_000
 """Of pipelines of many devices around the likeliest one, all schedules: stages times segments and
 microbatches."""

@@ -17,6 +17,8 @@ from p2ptrain.runtime.planning.variants import (
     other_sizes,
 )
 from p2ptrain.runtime.reports import TrainRequest
+from tests.bundles import contract_for, tiny_bundle
+from tests.parted_bundle import parted_bundle
 from tests.planning_cases import contract, planning_input, profile
 
 REQUEST = TrainRequest(bundle="b", data="d")
@@ -27,8 +29,27 @@ PLAN = choose_plan(planning_input([profile("a", [(1000, 2000)])], segment_count=
 def test_nothing_is_chosen_unasked() -> None:
     assert contracts(REQUEST, CONTRACT) == (CONTRACT,)
     assert other_sizes(REQUEST) == ()
-    assert not may_delay("1f1b")
-    assert may_delay("auto")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "parallelism", "rematerialise", "parted", "wanted"),
+    [
+        ("auto", "pipeline", False, True, True),
+        ("zb-h1", "auto", False, True, True),
+        ("eager-1f1b", "pipeline", False, True, False),
+        ("auto", "data", False, True, False),
+        ("auto", "hybrid", False, True, False),
+        ("auto", "pipeline", True, True, False),
+        ("auto", "pipeline", False, False, False),
+    ],
+)
+def test_backwards_are_measured_in_parts_only_where_it_may_matter(
+    schedule: str, parallelism: str, rematerialise: bool, parted: bool, wanted: bool
+) -> None:
+    bundle = parted_bundle(tiny_bundle()) if parted else tiny_bundle()
+    asked = contract_for(bundle, rematerialise=rematerialise)
+    asked = dataclasses.replace(asked, parallelism=parallelism)
+    assert may_delay(schedule, bundle.manifest, asked) is wanted
 
 
 def test_a_minibatch_is_divided_in_every_way_that_is_known() -> None:

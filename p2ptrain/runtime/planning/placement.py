@@ -10,6 +10,7 @@ from p2ptrain.errors import PlanInfeasible
 from p2ptrain.ids import DeviceId
 from p2ptrain.planner.asked import Known
 from p2ptrain.planner.choose import asked_plan, choose_plan
+from p2ptrain.planner.delaying import against_delaying
 from p2ptrain.planner.input import LeftOut, PlanningInput, StageMemory
 from p2ptrain.planner.kinds import kinds_at_start, kinds_compared
 from p2ptrain.planner.links import LinkFigure, link_estimates
@@ -193,19 +194,12 @@ def predicted_memory(manifest: Manifest, contract: Contract) -> StageMemory:
 def _settled(
     asked: str, manifest: Manifest, contract: Contract
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The schedule that this run can have, what else may be chosen, and what the plan says of it.
-
-    Delayed gradients need backwards in parts, and stashes that stay.
-    """
-    against = ""
-    if contract.rematerialise:
-        against = "rematerialised backwards stay whole"
-    elif not any(kind.forms[contract.form].parts for kind in manifest.kinds.values()):
-        remedy = "export the model again" if contract.form == "portable" else "use --form portable"
-        against = f"the bundle has no {contract.form} backwards in two parts; {remedy}"
-    schedule, *further = choices(asked, delayable=not against)
-    notes = (f"schedule {schedule}, not {asked}: {against}",) if delays_gradients(asked) else ()
-    return schedule, tuple(further), notes if against else ()
+    """The schedule that a run can have, what else may be chosen, and what the plan says of it."""
+    against = against_delaying(manifest, contract)
+    schedule, *further = choices(asked, delayable=against is None)
+    if against is None or not delays_gradients(asked):
+        return schedule, tuple(further), ()
+    return schedule, tuple(further), (f"schedule {schedule}, not {asked}: {against}",)
 
 
 def with_builds(contract: Contract, builds: Iterable[RuntimeBuild]) -> Contract:

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from p2ptrain import limits
+from p2ptrain.bundle.manifest import Manifest
+from p2ptrain.planner.delaying import against_delaying
 from p2ptrain.planner.input import LeftOut
+from p2ptrain.planner.kinds import kinds_at_start
 from p2ptrain.planner.plan import Plan
 from p2ptrain.planner.profile import PeerProfile
 from p2ptrain.runtime.reports import TrainRequest
@@ -39,9 +42,12 @@ class Way:
     """For the contract's microbatch size."""
 
 
-def may_delay(schedule: str) -> bool:
-    """Whether backwards have to be measured in parts."""
-    return schedule == AUTO or delays_gradients(schedule)
+def may_delay(schedule: str, manifest: Manifest, contract: Contract) -> bool:
+    """Whether backwards have to be measured in parts: of pipelines that may delay gradients."""
+    if schedule != AUTO and not delays_gradients(schedule):
+        return False
+    pipelined = "pipeline" in kinds_at_start(contract.parallelism)
+    return pipelined and against_delaying(manifest, contract) is None
 
 
 def asked_size(request: TrainRequest) -> int:

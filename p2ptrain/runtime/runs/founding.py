@@ -166,7 +166,9 @@ class Founding:
             microbatch_size=self._contract.microbatch_size,
             form=self._contract.form,
             threads=self._contract.threads,
-            in_parts=may_delay(self.job.wanted_schedule(self._request)),
+            in_parts=may_delay(
+                self.job.wanted_schedule(self._request), bundle.manifest, self._contract
+            ),
             other_sizes=() if self.job.resumed else other_sizes(self._request),
             optimizer=self._contract.optimizer.name,
             own_data=self.job.own_data,
